@@ -1,0 +1,139 @@
+"""From options to loaders."""
+
+import logging
+
+import torch
+from torch.utils.data import DataLoader
+
+from datasets.annotations import annotation_file, log_statistics, read_splits
+from datasets.image_text import CaptionDataset, ImageDataset, PairDataset, finish
+from datasets.sampler import IdentityOrder, RandomOrder
+from utils.dist import pick_device
+from utils.errors import InputError
+
+logger = logging.getLogger("IRRA.dataset")
+
+
+class TrainLoader(DataLoader):
+    """Batches are dicts on the host, but for `images`, which are normalised floats on the device.
+
+    Ids stay on the host, where the model plans its work on them; the training loop moves them.
+    """
+
+    def __init__(self, *args, device, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._device = device
+
+    def __iter__(self):
+        for batch in super().__iter__():
+            boxes = batch.pop("boxes")
+            yield {**batch, "images": finish(batch["images"], self._device, boxes)}
+
+    def set_epoch(self, epoch):
+        self.sampler.set_epoch(epoch)
+
+
+class ImageLoader(DataLoader):
+    """(pids [B], normalised images [B, 3, H, W] on the device)."""
+
+    def __init__(self, *args, device, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._device = device
+
+    def __iter__(self):
+        for pids, images in super().__iter__():
+            yield pids, finish(images, self._device)
+
+
+def build_dataloader(args):
+    """Training: train_loader, img_loader, txt_loader, num_classes. Testing (args.training False): without the first.
+
+    img_loader gives (pids, images) of the gallery, txt_loader (pids, caption_ids) of the queries, of the split
+    that --val_dataset (training) or --split (testing) names. num_classes counts the training persons.
+    """
+    splits = read_splits(args.dataset_name, args.root_dir)
+    log_statistics(splits)
+    device = pick_device(getattr(args, "device", "auto"))
+    training = getattr(args, "training", True)
+    evaluated = args.val_dataset if training else getattr(args, "split", "test")
+    loaders = eval_loaders(args, splits, evaluated, device)
+    if training:
+        return train_loader(args, splits, device), *loaders, splits.num_classes
+    return *loaders, splits.num_classes
+
+
+def workers(args, device):
+    """DataLoader's arguments for --num_workers loading processes."""
+    if not args.num_workers:
+        return {"pin_memory": device.type == "cuda"}
+    return {
+        "num_workers": args.num_workers,
+        "prefetch_factor": 4,
+        "pin_memory": device.type == "cuda",
+    }
+
+
+def train_loader(args, splits, device):
+    where = annotation_file(splits.name, args.root_dir)
+    if not splits.train:
+        raise InputError(f"{where} has no captions in the train split: there is nothing to train on")
+    if args.batch_size > len(splits.train):
+        raise InputError(
+            f"--batch_size {args.batch_size} is larger than the training set ({len(splits.train)} captions)"
+        )
+    masking = (args.masked_token_rate, args.masked_token_unchanged_rate) if args.MLM else None
+    clean_captions = getattr(args, "clean_captions", False)
+    seed = getattr(args, "seed", 1)
+    dataset = PairDataset(
+        splits.train, args.img_size, args.text_length, seed, args.img_aug, masking, clean_captions
+    )
+    logger.info(f"using {args.sampler} sampler")
+    if masking:
+        who = "mlm alone sees" if clean_captions else "every loss sees, as published,"
+        logger.info(f"training captions are masked; {who} the masked caption")
+    if args.sampler == "identity":
+        pids = [sample.pid for sample in splits.train]
+        sampler = IdentityOrder(pids, args.batch_size, args.num_instance, seed)
+        if not len(sampler):
+            raise InputError(
+                f"--sampler identity draws {args.batch_size // args.num_instance} persons a batch, but the training "
+                f"set has {splits.num_classes}: lower --batch_size or raise --num_instance"
+            )
+    else:
+        sampler = RandomOrder(len(dataset), seed)
+    return TrainLoader(
+        dataset,
+        batch_size=args.batch_size,
+        sampler=sampler,
+        collate_fn=as_it_is,
+        device=device,
+        persistent_workers=args.num_workers
+        > 0,  # the epoch comes with each key, so workers need not start anew
+        **workers(args, device),
+    )
+
+
+def as_it_is(batch):
+    return batch
+
+
+def eval_loaders(args, splits, name, device):
+    split = {"train": splits.train_split, "test": splits.test, "val": splits.val}[name]
+    if not split.image_pids or not split.captions:
+        others = ", ".join(n for n in ("test", "val", "train") if n != name)
+        raise InputError(
+            f"{annotation_file(splits.name, args.root_dir)} has no {'images' if not split.image_pids else 'captions'} "
+            f"in the {name} split: choose another one (--val_dataset or --split: {others})"
+        )
+    images = ImageLoader(
+        ImageDataset(split.image_pids, split.image_paths, args.img_size),
+        batch_size=args.test_batch_size,
+        device=device,
+        **workers(args, device),
+    )
+    captions = DataLoader(
+        CaptionDataset(split.caption_pids, split.captions, args.text_length),
+        batch_size=args.test_batch_size,
+        pin_memory=device.type == "cuda",
+    )
+    return images, captions

@@ -1,0 +1,97 @@
+"""The order of the training samples: a function of (seed, epoch). Each item is (epoch, index), which is all that
+a sample needs to draw its own augmentation and mask."""
+
+import random
+from collections import defaultdict
+
+import numpy as np
+import torch
+from torch.utils.data import Sampler
+
+
+_GOLDEN, _MASK64 = 0x9E3779B97F4A7C15, (1 << 64) - 1
+
+
+def mixed(*numbers):
+    """One well-mixed 63-bit seed out of several whole numbers (splitmix64 after each)."""
+    z = 0
+    for number in numbers:
+        z = (z + number + 1) * _GOLDEN & _MASK64
+        z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & _MASK64
+        z = (z ^ (z >> 27)) * 0x94D049BB133111EB & _MASK64
+        z ^= z >> 31
+    return z >> 1
+
+
+class EpochSampler(Sampler):
+    """Yields (epoch, index) in the order of the epoch that set_epoch names; epochs count from 1."""
+
+    def __init__(self, seed):
+        self.seed, self.epoch, self._known = seed, 1, None
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def order(self):
+        if self._known is None or self._known[0] != self.epoch:
+            self._known = (self.epoch, self.draw(self.epoch))
+        return self._known[1]
+
+    def __iter__(self):
+        return ((self.epoch, index) for index in self.order())
+
+    def __len__(self):
+        return len(self.order())
+
+
+class RandomOrder(EpochSampler):
+    """Every sample once, shuffled."""
+
+    def __init__(self, size, seed):
+        super().__init__(seed)
+        self.size = size
+
+    def draw(self, epoch):
+        generator = torch.Generator().manual_seed(mixed(self.seed, epoch))
+        return torch.randperm(self.size, generator=generator).tolist()
+
+
+class IdentityOrder(EpochSampler):
+    """batch_size / num_instance persons a batch, num_instance samples of each; see `identity_order`."""
+
+    def __init__(self, pids, batch_size, num_instance, seed):
+        super().__init__(seed)
+        self.pids, self.batch_size, self.num_instance = pids, batch_size, num_instance
+
+    def draw(self, epoch):
+        key = mixed(self.seed, epoch) % 2**32
+        rng, np_rng = random.Random(key), np.random.RandomState(key)
+        return identity_order(self.pids, self.batch_size, self.num_instance, rng, np_rng)
+
+
+def identity_order(pids, batch_size, num_instance, rng, np_rng):
+    """Sample indices in the published RandomIdentitySampler's order (https://github.com/damo-cv/TransReID).
+
+    A person's samples are shuffled and cut into groups of num_instance, the rest dropped; one with fewer gives
+    a single group with repetitions. Batches draw persons that have a group left, until too few remain.
+    rng: random.Random. np_rng: np.random.RandomState; it draws the repetitions.
+    """
+    samples = defaultdict(list)
+    for index, pid in enumerate(pids):
+        samples[pid].append(index)
+    groups = {}
+    for pid, indices in samples.items():
+        if len(indices) < num_instance:
+            indices = np_rng.choice(indices, size=num_instance, replace=True).tolist()
+        else:
+            indices = list(indices)
+        rng.shuffle(indices)
+        full = len(indices) // num_instance * num_instance
+        groups[pid] = [indices[i : i + num_instance] for i in range(0, full, num_instance)]
+    order, available, persons = [], list(samples), batch_size // num_instance
+    while len(available) >= persons:
+        for pid in rng.sample(available, persons):
+            order.extend(groups[pid].pop(0))
+            if not groups[pid]:
+                available.remove(pid)
+    return order

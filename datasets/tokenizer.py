@@ -1,0 +1,151 @@
+"""CLIP's byte-level BPE with one entry exchanged for `<|mask|>`, captions as ids, and the masking of MLM.
+
+A literal <|startoftext|>, <|mask|> or <|endoftext|> typed in a caption is the special token, as in CLIP.
+"""
+
+import gzip
+import html
+import importlib.util
+from functools import lru_cache
+from pathlib import Path
+
+import ftfy
+import regex
+import torch
+
+from utils.errors import InputError
+
+MASK, SOT, EOT = 49405, 49406, 49407
+MERGES = 49152 - 256 - 2
+VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"  # OpenAI's; shipped inside the package open_clip_torch
+
+
+def vocabulary_file():
+    found = importlib.util.find_spec("open_clip")
+    path = Path(found.origin).parent / VOCABULARY if found else None
+    if path is None or not path.is_file():
+        raise InputError(
+            f"CLIP's vocabulary {VOCABULARY} is not there: pip install open_clip_torch brings it"
+        )
+    return path
+
+
+@lru_cache
+def bytes_to_unicode():
+    """{byte: printable character}: BPE works on characters, and no byte may be a space or a control character."""
+    visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    hidden = [byte for byte in range(256) if byte not in visible]
+    return {byte: chr(byte) for byte in visible} | {byte: chr(256 + n) for n, byte in enumerate(hidden)}
+
+
+class SimpleTokenizer:
+    """encode(text) -> ids without SOT and EOT; decode(ids) -> text."""
+
+    def __init__(self, bpe_path=None):
+        with gzip.open(bpe_path or vocabulary_file(), "rt", encoding="utf-8") as file:
+            lines = file.read().split("\n")[1 : MERGES + 1]
+        merges = [tuple(line.split()) for line in lines]
+        self.byte_encoder = bytes_to_unicode()
+        self.byte_decoder = {character: byte for byte, character in self.byte_encoder.items()}
+        characters = list(self.byte_encoder.values())
+        vocabulary = characters + [c + "</w>" for c in characters] + ["".join(merge) for merge in merges]
+        # the last merge makes "jekyll</w>", whose place `<|mask|>` takes: the word stays two pieces
+        # (published: it is merged and then has no id, a KeyError)
+        self.merge_rank = {merge: rank for rank, merge in enumerate(merges[:-1])}
+        vocabulary[-1:] = ["<|mask|>", "<|startoftext|>", "<|endoftext|>"]
+        self.encoder = {piece: i for i, piece in enumerate(vocabulary)}
+        self.decoder = {i: piece for piece, i in self.encoder.items()}
+        self.cache = {special: (special,) for special in vocabulary[-3:]}
+        self.pattern = regex.compile(
+            r"<\|startoftext\|>|<\|mask\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d"
+            r"|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+",
+            regex.IGNORECASE,
+        )
+
+    def bpe(self, word):
+        """The pieces of one word, given in byte characters: the earliest learned pair is merged first."""
+        if word in self.cache:
+            return self.cache[word]
+        pieces = [*word[:-1], word[-1] + "</w>"]
+        while len(pieces) > 1:
+            pairs = zip(pieces, pieces[1:], strict=False)
+            best = min(pairs, key=lambda pair: self.merge_rank.get(pair, len(self.merge_rank)))
+            if best not in self.merge_rank:
+                break
+            merged, i = [], 0
+            while i < len(pieces):
+                if tuple(pieces[i : i + 2]) == best:
+                    merged.append("".join(best))
+                    i += 2
+                else:
+                    merged.append(pieces[i])
+                    i += 1
+            pieces = merged
+        self.cache[word] = tuple(pieces)
+        return self.cache[word]
+
+    def encode(self, text):
+        ids = []
+        for word in self.pattern.findall(clean(text)):
+            word = "".join(self.byte_encoder[byte] for byte in word.encode("utf-8"))
+            ids.extend(self.encoder[piece] for piece in self.bpe(word))
+        return ids
+
+    def decode(self, ids):
+        characters = "".join(self.decoder[int(i)] for i in ids)
+        data = bytearray(self.byte_decoder[c] for c in characters.replace("</w>", " "))
+        return data.decode("utf-8", errors="replace")
+
+
+def clean(text):
+    text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
+    return regex.sub(r"\s+", " ", text).strip().lower()
+
+
+def tokenize(caption, tokenizer, text_length=77, truncate=True):
+    """SOT + ids + EOT, padded with 0: a LongTensor [text_length]. A longer caption is cut, its last id EOT.
+
+    Raises InputError for a longer caption where truncate is False.
+    """
+    ids = [SOT, *tokenizer.encode(caption), EOT]
+    if len(ids) > text_length:
+        if not truncate:
+            raise InputError(f"the caption {caption[:60]!r}… has {len(ids)} tokens, more than {text_length}")
+        ids = [*ids[: text_length - 1], EOT]
+    padded = torch.zeros(text_length, dtype=torch.long)
+    padded[: len(ids)] = torch.tensor(ids)
+    return padded
+
+
+def tokenize_all(captions, text_length=77):
+    """[len(captions), text_length] ids, each distinct caption encoded once."""
+    tokenizer, known = SimpleTokenizer(), {}
+    for caption in captions:
+        if caption not in known:
+            known[caption] = tokenize(caption, tokenizer, text_length)
+    if not captions:
+        return torch.zeros(0, text_length, dtype=torch.long)
+    return torch.stack([known[caption] for caption in captions])
+
+
+def mask_tokens(ids, noise, mask_rate=0.8, unchanged_rate=0.1):
+    """BERT's masking as the published code does it, for a batch of captions at once.
+
+    ids: [B, L]. noise: [B, 2, L], uniform in [0, 1): the first row chooses positions and what becomes of them,
+    the second the random ids. Of the positions with 0 < id < MASK 15 % are chosen; a chosen one becomes MASK
+    (mask_rate), stays (unchanged_rate) or becomes a random id of 1 … MASK - 1. A caption without a chosen
+    position gets position 1 masked. Returns (mlm_ids, mlm_labels) [B, L]; labels are the original ids, 0 elsewhere.
+    """
+    eligible = (ids > 0) & (ids < MASK)
+    chosen = eligible & (noise[:, 0] < 0.15)
+    fate = noise[:, 0] / 0.15
+    mlm_ids = ids.clone()
+    mlm_ids[chosen & (fate < mask_rate)] = MASK
+    to_random = chosen & (fate >= mask_rate) & (fate < 1 - unchanged_rate)
+    mlm_ids[to_random] = 1 + (noise[:, 1] * (MASK - 1)).long()[to_random]
+    labels = torch.where(chosen, ids, 0)
+    # position 1 is EOT in an empty caption, and id 0 in one that starts with "!!": then the forced label is that id
+    forced = ~(labels != 0).any(dim=1)
+    labels[forced, 1] = ids[forced, 1]
+    mlm_ids[forced, 1] = MASK
+    return mlm_ids, labels

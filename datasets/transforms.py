@@ -1,0 +1,99 @@
+"""Images to tensors: the resizing and the published augmentation, split into what is done to bytes and what to
+floats, so that bytes can be kept and floats made where they are needed."""
+
+import math
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+
+from utils.errors import InputError
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's
+STD = (0.26862954, 0.26130258, 0.27577711)
+PAD = 10
+ERASE_SHARE, ERASE_SCALE, ERASE_RATIO = 0.5, (0.02, 0.4), (0.3, 3.3)
+LOG_RATIO = torch.tensor(ERASE_RATIO).log().tolist()  # in fp32, as torchvision takes it
+
+
+def read_image(path):
+    """RGB picture of a file. One that cannot be decoded is an error that names it; it is not tried again."""
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except FileNotFoundError:
+        raise InputError(f"no image at {path}") from None
+    except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(
+            f"the image {path} cannot be read ({error}): replace it or take its record out"
+        ) from None
+
+
+def resize(image, size):
+    """A PIL picture to uint8 [3, H, W]; bilinear as PIL does it. size: (H, W)."""
+    if image.size != (size[1], size[0]):
+        image = image.resize((size[1], size[0]), Image.Resampling.BILINEAR)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+def normalise(pixels):
+    """uint8 [..., 3, H, W] to floats: to [0, 1], then CLIP's mean and standard deviation."""
+    mean = torch.tensor(MEAN, device=pixels.device)[:, None, None]
+    std = torch.tensor(STD, device=pixels.device)[:, None, None]
+    return pixels.float().div_(255).sub_(mean).div_(std)
+
+
+def augment(pixels, generator, img_aug):
+    """Flip, and with img_aug pad and crop, on uint8 [3, H, W]; and where to erase: (top, left, h, w), h = 0 nowhere.
+
+    Draws from the generator in torchvision's order (RandomHorizontalFlip, RandomCrop, RandomErasing), so that
+    one seed gives what the published chain of transforms gives.
+    """
+    _, H, W = pixels.shape
+    if torch.rand(1, generator=generator) < 0.5:
+        pixels = pixels.flip(-1)
+    if not img_aug:
+        return pixels, (0, 0, 0, 0)
+    top = int(torch.randint(0, 2 * PAD + 1, (1,), generator=generator)) - PAD
+    left = int(torch.randint(0, 2 * PAD + 1, (1,), generator=generator)) - PAD
+    return shifted(pixels, top, left), erase_box(H, W, generator)
+
+
+def shifted(pixels, top, left):
+    """The window of pixels' own size at (top, left), black outside: pad and crop in one copy."""
+    _, H, W = pixels.shape
+    out = torch.zeros_like(pixels)
+    y0, y1, x0, x1 = max(top, 0), min(top, 0) + H, max(left, 0), min(left, 0) + W
+    out[:, y0 - top : y1 - top, x0 - left : x1 - left] = pixels[:, y0:y1, x0:x1]
+    return out
+
+
+def erase_box(H, W, generator):
+    """Rectangle of RandomErasing (arXiv 1708.04896) as torchvision draws it."""
+    nothing = (0, 0, 0, 0)
+    if torch.rand(1, generator=generator) >= ERASE_SHARE:
+        return nothing
+    for _ in range(10):
+        area = H * W * torch.empty(1).uniform_(*ERASE_SCALE, generator=generator).item()
+        ratio = torch.exp(torch.empty(1).uniform_(*LOG_RATIO, generator=generator)).item()
+        h, w = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if h < H and w < W:
+            top = int(torch.randint(0, H - h + 1, (1,), generator=generator))
+            left = int(torch.randint(0, W - w + 1, (1,), generator=generator))
+            return top, left, h, w
+    return nothing
+
+
+def erase(images, boxes):
+    """Fill each picture's box with CLIP's mean triple, in normalised space as published. In place.
+
+    images: floats [B, 3, H, W]. boxes: [B, 4] of (top, left, h, w), on the same device.
+    """
+    rows = torch.arange(images.shape[2], device=images.device)
+    columns = torch.arange(images.shape[3], device=images.device)
+    top, left, h, w = boxes.t()[:, :, None]  # (B, 1) each
+    inside_rows = (rows >= top) & (rows < top + h)  # (B, H)
+    inside_columns = (columns >= left) & (columns < left + w)
+    inside = inside_rows[:, None, :, None] & inside_columns[:, None, None, :]
+    mean = torch.tensor(MEAN, device=images.device)[:, None, None]
+    return torch.where(inside, mean, images, out=images)

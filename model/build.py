@@ -1,0 +1,98 @@
+"""From options to a model on its device, in its precision."""
+
+import torch
+from torch import nn
+
+from model.clip_model import CLIP
+from model.irra import IRRA
+from model.pretrained import architecture, image_grid, load_clip, new_clip
+from utils.checkpoint import load_weights
+from utils.dist import pick_device, pick_precision
+from utils.errors import InputError
+from utils.options import losses
+
+
+def build_model(args, num_classes):
+    """The IRRA that training starts with: pretrained CLIP, new heads; on its device and in its precision."""
+    clip = load_clip(
+        args.pretrain_choice, args.img_size, args.stride_size, getattr(args, "clip_architecture", None)
+    )
+    check_text_length(args.text_length, clip)
+    return place(_with_heads(args, clip, losses(args), num_classes, args.cmt_depth), args)
+
+
+def build_trained_model(args, weights, source):
+    """The IRRA of a checkpoint's "model" part. Sizes are read off the weights, so no pretrained file is needed.
+
+    Raises InputError where the image size of the options is not that of the weights.
+    """
+    encoders = {
+        key[len("base_model.") :]: value for key, value in weights.items() if key.startswith("base_model.")
+    }
+    sizes = architecture(encoders, source)
+    rows, columns = image_grid(sizes, args.img_size, args.stride_size)
+    if 1 + rows * columns != sizes["vision_positions"]:
+        raise InputError(
+            f"{source} was trained with {sizes['vision_positions'] - 1} patches an image, but the options say "
+            f"{rows * columns} (img_size {args.img_size[0]} {args.img_size[1]}, stride_size {args.stride_size})"
+        )
+    heads = [
+        name for name, key in (("id", "classifier.weight"), ("mlm", "mlm_head.fc.weight")) if key in weights
+    ]
+    num_classes = len(weights["classifier.weight"]) if "id" in heads else 0
+    depth = (
+        len({key.split(".")[2] for key in weights if key.startswith("cross_modal_transformer.")})
+        or args.cmt_depth
+    )
+    plain = [name for name in losses(args) if name not in ("id", "mlm")]
+    clip = new_clip(sizes, args.img_size, args.stride_size)
+    check_text_length(args.text_length, clip)
+    model = _with_heads(args, clip, plain + heads, num_classes, depth)
+    load_weights(model, weights, source)
+    return place(model, args)
+
+
+def check_text_length(text_length, clip):
+    positions = len(clip.positional_embedding)
+    if text_length > positions:
+        raise InputError(
+            f"--text_length {text_length}: the text encoder has {positions} positions, so that is the most"
+        )
+
+
+def _with_heads(args, clip, loss_names, num_classes, cmt_depth):
+    return IRRA(
+        clip,
+        loss_names,
+        num_classes,
+        temperature=args.temperature,
+        cmt_depth=cmt_depth,
+        id_loss_weight=args.id_loss_weight,
+        mlm_loss_weight=args.mlm_loss_weight,
+    )
+
+
+def place(model, args):
+    """Move to the device and set the precision: the one place where it is decided.
+
+    fp16, as published: convolutions, linear layers, attention and projections in half precision, the new heads
+    too; embeddings and normalisations in fp32; no loss scaling. bf16: fp32 weights under autocast.
+    """
+    device = pick_device(getattr(args, "device", "auto"))
+    precision = pick_precision(getattr(args, "precision", None), device)
+    model.to(device)
+    if precision == "fp16":
+        model.apply(_to_half)
+    elif precision == "bf16":
+        model.autocast_dtype = torch.bfloat16
+    return model
+
+
+def _to_half(module):
+    if isinstance(module, (nn.Conv2d, nn.Linear, nn.MultiheadAttention)):
+        for parameter in module.parameters(recurse=False):
+            parameter.data = parameter.data.half()
+    if isinstance(module, CLIP):
+        module.text_projection.data = module.text_projection.data.half()
+    if isinstance(getattr(module, "proj", None), nn.Parameter):  # VisionTransformer's
+        module.proj.data = module.proj.data.half()

@@ -1,0 +1,147 @@
+"""CLIP with a vision transformer, as IRRA uses it: every token is projected, not only the class or EOT one.
+
+Parameter names and shapes are OpenAI's (https://github.com/openai/CLIP), so that its archives and everybody's
+checkpoints load. Tensors are batch-first. Legend: B batch, N image tokens, L text length, D joint width.
+"""
+
+from collections import OrderedDict
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class LayerNorm(nn.LayerNorm):
+    """Computes in fp32 whatever its input, and gives the input's type back."""
+
+    def forward(self, x):
+        return super().forward(x.float()).type_as(x)
+
+
+class QuickGELU(nn.Module):
+    def forward(self, x):
+        return x * torch.sigmoid(1.702 * x)
+
+
+def attend(attn, query, key, value, causal=False):
+    """What `attn` (an nn.MultiheadAttention, which holds the weights) computes, by the fused kernel.
+
+    query: (B, Q, D). key, value: (B, K, D). causal: query i sees keys 0…i. Returns (B, Q, D).
+    """
+    B, Q, D = query.shape
+    wq, wk, wv = attn.in_proj_weight.chunk(3)
+    bq, bk, bv = attn.in_proj_bias.chunk(3)
+    if query is key and key is value:
+        q, k, v = F.linear(query, attn.in_proj_weight, attn.in_proj_bias).chunk(3, dim=-1)
+    elif key is value:
+        q = F.linear(query, wq, bq)
+        k, v = F.linear(key, attn.in_proj_weight[D:], attn.in_proj_bias[D:]).chunk(2, dim=-1)
+    else:
+        q, k, v = F.linear(query, wq, bq), F.linear(key, wk, bk), F.linear(value, wv, bv)
+    q, k, v = (x.view(B, -1, attn.num_heads, D // attn.num_heads).transpose(1, 2) for x in (q, k, v))
+    x = F.scaled_dot_product_attention(q, k, v, is_causal=causal)  # (B, heads, Q, D / heads)
+    return attn.out_proj(x.transpose(1, 2).reshape(B, Q, D))
+
+
+class ResidualAttentionBlock(nn.Module):
+    def __init__(self, width, heads, causal=False):
+        super().__init__()
+        self.attn = nn.MultiheadAttention(width, heads)
+        self.ln_1 = LayerNorm(width)
+        self.mlp = nn.Sequential(
+            OrderedDict(
+                c_fc=nn.Linear(width, 4 * width), gelu=QuickGELU(), c_proj=nn.Linear(4 * width, width)
+            )
+        )
+        self.ln_2 = LayerNorm(width)
+        self.causal = causal
+
+    def forward(self, x, pick=None):
+        """x: (B, N, W). pick: takes (B, N, W) to the (B, M, W) whose outputs are wanted; the others are not computed.
+
+        Exact: a token's output needs the other tokens only as keys and values. Not with a causal mask.
+        """
+        normed = self.ln_1(x)
+        if pick is None:
+            x = x + attend(self.attn, normed, normed, normed, self.causal)
+        else:
+            x = pick(x) + attend(self.attn, pick(normed), normed, normed)
+        return x + self.mlp(self.ln_2(x))
+
+
+class Transformer(nn.Module):
+    def __init__(self, width, layers, heads, causal=False):
+        super().__init__()
+        self.resblocks = nn.Sequential(*(ResidualAttentionBlock(width, heads, causal) for _ in range(layers)))
+
+    def forward(self, x, pick=None):
+        """pick: see ResidualAttentionBlock; it acts in the last block."""
+        for block in self.resblocks[:-1]:
+            x = block(x)
+        return self.resblocks[-1](x, pick)
+
+
+def class_token(x):
+    return x[:, :1]
+
+
+class VisionTransformer(nn.Module):
+    def __init__(self, grid, patch_size, stride_size, width, layers, heads, output_dim):
+        """grid: (rows, columns) of patches."""
+        super().__init__()
+        scale = width**-0.5
+        self.class_embedding = nn.Parameter(scale * torch.randn(width))
+        self.positional_embedding = nn.Parameter(scale * torch.randn(1 + grid[0] * grid[1], width))
+        self.proj = nn.Parameter(scale * torch.randn(width, output_dim))
+        self.conv1 = nn.Conv2d(3, width, patch_size, stride_size, bias=False)
+        self.ln_pre = LayerNorm(width)
+        self.transformer = Transformer(width, layers, heads)
+        self.ln_post = LayerNorm(width)
+
+    def forward(self, images, class_only=False):
+        """images: (B, 3, H, W), normalised. Returns every token (B, N, D), or (B, 1, D) with class_only."""
+        x = self.conv1(images.to(self.conv1.weight.dtype))  # (B, width, rows, columns)
+        x = x.flatten(2).transpose(1, 2)  # (B, N - 1, width)
+        class_embedding = self.class_embedding.to(x.dtype).expand(len(x), 1, -1)
+        x = torch.cat([class_embedding, x], dim=1) + self.positional_embedding.to(x.dtype)
+        x = self.transformer(self.ln_pre(x), class_token if class_only else None)
+        return self.ln_post(x) @ self.proj
+
+
+class CLIP(nn.Module):
+    """Image and text encoder. `visual` is a VisionTransformer or a ModifiedResNet."""
+
+    def __init__(self, visual, embed_dim, context_length, vocab_size, width, layers, heads):
+        super().__init__()
+        self.positional_embedding = nn.Parameter(0.01 * torch.randn(context_length, width))
+        self.text_projection = nn.Parameter(width**-0.5 * torch.randn(width, embed_dim))
+        self.visual = visual
+        self.transformer = Transformer(width, layers, heads, causal=True)
+        self.token_embedding = nn.Embedding(vocab_size, width)
+        self.ln_final = LayerNorm(width)
+        self._initialise(width, layers)
+
+    def _initialise(self, width, layers):
+        """CLIP's own initialisation, for training from random weights; a checkpoint overwrites it."""
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        for block in self.transformer.resblocks:
+            nn.init.normal_(block.attn.in_proj_weight, std=width**-0.5)
+            nn.init.normal_(block.attn.out_proj.weight, std=width**-0.5 * (2 * layers) ** -0.5)
+            nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
+            nn.init.normal_(block.mlp.c_proj.weight, std=width**-0.5 * (2 * layers) ** -0.5)
+
+    @property
+    def dtype(self):
+        return self.visual.conv1.weight.dtype
+
+    def encode_image(self, images, class_only=False):
+        """(B, 3, H, W) to every token (B, N, D), or its first (B, 1, D); a ResNet gives one pooled (B, D)."""
+        return self.visual(images, class_only)
+
+    def encode_text(self, ids):
+        """(B, L) to every position (B, L, D); L may be shorter than the positions there are."""
+        x = self.token_embedding(ids).to(self.dtype) + self.positional_embedding[: ids.shape[1]].to(
+            self.dtype
+        )
+        x = self.transformer(x)
+        return self.ln_final(x) @ self.text_projection

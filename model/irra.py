@@ -1,0 +1,195 @@
+"""IRRA: CLIP's two encoders, a classifier of persons, and masked words predicted with the image's help."""
+
+from collections import OrderedDict
+from contextlib import nullcontext
+
+import torch
+from torch import nn
+
+from model import objectives
+from model.clip_model import LayerNorm, QuickGELU, Transformer, attend
+from model.clip_resnet import ModifiedResNet
+from utils.errors import InputError
+
+
+class IRRA(nn.Module):
+    """arXiv 2303.12501. Legend: B batch, L text length, N image tokens, D joint width, K persons, V vocabulary."""
+
+    def __init__(
+        self,
+        clip,
+        loss_names,
+        num_classes,
+        temperature=0.02,
+        cmt_depth=4,
+        id_loss_weight=1.0,
+        mlm_loss_weight=1.0,
+    ):
+        """clip: a model.clip_model.CLIP. loss_names: names out of sdm, itc, cmpm, id, mlm; heads come with id and mlm."""
+        super().__init__()
+        self.loss_names = tuple(loss_names)
+        self.loss_weights = {"id": id_loss_weight, "mlm": mlm_loss_weight}
+        self.logit_scale = 1 / temperature  # a constant, not a parameter
+        self.register_buffer("temperature", torch.tensor(1 / self.logit_scale), persistent=False)  # to report
+        self.autocast_dtype = None  # set by model.build for --precision bf16
+        self.base_model = clip
+        D = clip.text_projection.shape[1]
+        if "id" in self.loss_names:
+            self.classifier = nn.Linear(D, num_classes)
+        if "mlm" in self.loss_names:
+            if isinstance(clip.visual, ModifiedResNet):
+                raise InputError(
+                    "mlm needs image tokens, and a ResNet gives one pooled vector: choose a ViT or drop mlm"
+                )
+            self.cross_attn = nn.MultiheadAttention(D, D // 64, batch_first=True)
+            self.cross_modal_transformer = Transformer(D, cmt_depth, D // 64)
+            self.ln_pre_t = LayerNorm(D)
+            self.ln_pre_i = LayerNorm(D)
+            self.ln_post = LayerNorm(D)
+            vocab_size = clip.token_embedding.num_embeddings
+            self.mlm_head = nn.Sequential(
+                OrderedDict(
+                    dense=nn.Linear(D, D), gelu=QuickGELU(), ln=LayerNorm(D), fc=nn.Linear(D, vocab_size)
+                )
+            )
+        initialise_heads(self, D, cmt_depth)
+
+    # ---- encoders ----
+
+    def encode_image(self, images):
+        """(B, 3, H, W), normalised pixels, to (B, D) fp32, not L2-normalised."""
+        with self.autocast(images.device):
+            return pooled(self.base_model.encode_image(images, class_only=True))
+
+    def encode_text(self, ids):
+        """(B, L) token ids to (B, D) fp32, not L2-normalised: the feature at EOT."""
+        with self.autocast(ids.device):
+            return at_eot(self.base_model.encode_text(ids), ids)
+
+    def autocast(self, device):
+        if self.autocast_dtype is None:
+            return nullcontext()
+        return torch.autocast(device.type, self.autocast_dtype)
+
+    def cross_former(self, text, image, pick=None):
+        """Text tokens (B, L, D) ask image tokens (B, N, D). Returns (B, L, D), or (B, M, D) of those picked.
+
+        Padding takes part as in the published code; there is no residual around the cross attention.
+        """
+        image = self.ln_pre_i(image)
+        x = attend(self.cross_attn, self.ln_pre_t(text), image, image)
+        return self.ln_post(self.cross_modal_transformer(x, pick))
+
+    # ---- training ----
+
+    @staticmethod
+    def plan(batch):
+        """What forward must know of a batch's ids to waste nothing; found on the host, before the device is busy.
+
+        same_caption: whether every loss sees the masked caption (then one text pass serves all).
+        text_length: up to the last EOT; a causal encoder does not see what follows.
+        mlm_at (B, M): the positions with a label, filled up with others; mlm_rows (n,): where, in (B · M), labels are.
+        """
+        ids, labels = batch["caption_ids"], batch.get("mlm_labels")
+        plan = {"text_length": min(int(ids.argmax(dim=1).max()) + 1, ids.shape[1])}
+        if labels is not None:
+            labelled = labels != 0
+            most = max(int(labelled.sum(dim=1).max()), 1)
+            at = labelled.int().argsort(dim=1, descending=True, stable=True)[:, :most]
+            plan["mlm_at"] = at
+            plan["mlm_rows"] = labelled.gather(1, at).flatten().nonzero()[:, 0]
+            plan["same_caption"] = torch.equal(ids, batch["mlm_ids"])
+        return plan
+
+    def forward(self, batch):
+        """A training batch (dict of pids, images, caption_ids, and with mlm: mlm_ids, mlm_labels) to a dict of named
+        numbers: <name>_loss for each loss asked for, weighted, img_acc, txt_acc, mlm_acc, temperature."""
+        if "text_length" not in batch:
+            batch = {**batch, **self.plan(batch)}
+        pids, caption_ids = batch["pids"], batch["caption_ids"]
+        mlm = "mlm" in self.loss_names
+        with self.autocast(pids.device):
+            image_tokens = self.base_model.encode_image(batch["images"], class_only=not mlm)  # (B, N, D)
+            image_features = pooled(image_tokens)  # (B, D) fp32
+            if mlm and batch["same_caption"]:
+                masked_tokens = text_tokens = self.base_model.encode_text(caption_ids)  # (B, L, D)
+            else:
+                caption_ids = caption_ids[:, : batch["text_length"]]
+                text_tokens = self.base_model.encode_text(caption_ids)
+                masked_tokens = self.base_model.encode_text(batch["mlm_ids"]) if mlm else None
+            text_features = at_eot(text_tokens, caption_ids)  # (B, D) fp32
+
+            report = {"temperature": self.temperature}
+            if "id" in self.loss_names:
+                dtype = self.classifier.weight.dtype
+                image_logits = self.classifier(image_features.to(dtype)).float()  # (B, K)
+                text_logits = self.classifier(text_features.to(dtype)).float()
+            if mlm:
+                scores, labels = self.predict_masked(
+                    masked_tokens, image_tokens, batch["mlm_labels"], batch["mlm_at"], batch["mlm_rows"]
+                )
+
+        if "itc" in self.loss_names:
+            report["itc_loss"] = objectives.compute_itc(image_features, text_features, self.logit_scale)
+        if "sdm" in self.loss_names:
+            report["sdm_loss"] = objectives.compute_sdm(image_features, text_features, pids, self.logit_scale)
+        if "cmpm" in self.loss_names:
+            report["cmpm_loss"] = objectives.compute_cmpm(image_features, text_features, pids)
+        if "id" in self.loss_names:
+            report["id_loss"] = (
+                objectives.compute_id(image_logits, text_logits, pids) * self.loss_weights["id"]
+            )
+            report["img_acc"] = accuracy(image_logits, pids)
+            report["txt_acc"] = accuracy(text_logits, pids)
+        if mlm:
+            report["mlm_loss"] = objectives.compute_mlm(scores, labels) * self.loss_weights["mlm"]
+            report["mlm_acc"] = accuracy(scores, labels)
+        return report
+
+    def predict_masked(self, text, image, labels, at, rows):
+        """Scores over the vocabulary, fp32, and labels, at the n labelled positions only: (n, V), (n,).
+
+        The published code scores all L positions and ignores the rest in the loss: the same value.
+        """
+
+        def pick(x):
+            return x.gather(1, at[:, :, None].expand(-1, -1, x.shape[-1]))
+
+        x = self.cross_former(text, image, pick)  # (B, M, D)
+        x = x.flatten(0, 1)[rows]  # (n, D)
+        return self.mlm_head(x).float(), labels.gather(1, at).flatten()[rows]
+
+
+def pooled(image_tokens):
+    """The class token of (B, N, D), or a ResNet's pooled (B, D) itself; fp32."""
+    return (image_tokens[:, 0] if image_tokens.ndim == 3 else image_tokens).float()
+
+
+def at_eot(text_tokens, ids):
+    """(B, L, D) to (B, D), fp32: EOT has the largest id, and the first one counts."""
+    return text_tokens[torch.arange(len(ids), device=ids.device), ids.argmax(dim=-1)].float()
+
+
+@torch.no_grad()
+def accuracy(logits, labels):
+    """Share of rows of [n, classes] whose largest entry is the label; 0 without rows."""
+    return (logits.argmax(dim=1) == labels).float().sum() / max(len(labels), 1)
+
+
+@torch.no_grad()
+def initialise_heads(model, D, cmt_depth):
+    """The new layers' starting weights; what is not named here keeps PyTorch's (published code, models/build)."""
+    std, out_std, fc_std = D**-0.5, D**-0.5 * (2 * cmt_depth) ** -0.5, (2 * D) ** -0.5
+    if "id" in model.loss_names:
+        nn.init.normal_(model.classifier.weight, std=0.001)
+        nn.init.zeros_(model.classifier.bias)
+    if "mlm" in model.loss_names:
+        nn.init.normal_(model.cross_attn.in_proj_weight, std=std)
+        nn.init.normal_(model.cross_attn.out_proj.weight, std=out_std)
+        for block in model.cross_modal_transformer.resblocks:
+            nn.init.normal_(block.attn.in_proj_weight, std=std)
+            nn.init.normal_(block.attn.out_proj.weight, std=out_std)
+            nn.init.normal_(block.mlp.c_fc.weight, std=fc_std)
+            nn.init.normal_(block.mlp.c_proj.weight, std=out_std)
+        nn.init.normal_(model.mlm_head.dense.weight, std=fc_std)
+        nn.init.normal_(model.mlm_head.fc.weight, std=out_std)

@@ -1,0 +1,355 @@
+"""CLIP's pretrained weights: fetched, read without running code, and fitted to the image size."""
+
+import hashlib
+import logging
+import math
+import os
+import pickle
+import sys
+import urllib.error
+import urllib.request
+import zipfile
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from model.clip_model import CLIP, VisionTransformer
+from model.clip_resnet import ModifiedResNet
+from utils.checkpoint import load_weights
+from utils.errors import InputError
+
+# OpenAI's archives, https://github.com/openai/CLIP; the folder in the address is the file's SHA-256
+_ADDRESS = "https://openaipublic.azureedge.net/clip/models"
+CHECKPOINTS = {
+    "RN50": f"{_ADDRESS}/afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762/RN50.pt",
+    "RN101": f"{_ADDRESS}/8fa8567bab74a42d41c5915025a8e4538c3bdbe8804a470a72f30b0d94fab599/RN101.pt",
+    "RN50x4": f"{_ADDRESS}/7e526bd135e493cef0776de27d5f42653e6b4c8bf9e0f653bb11773263205fdd/RN50x4.pt",
+    "RN50x16": f"{_ADDRESS}/52378b407f34354e150460fe41077663dd5b39c54cd0bfd2b27167a4a06ec9aa/RN50x16.pt",
+    "RN50x64": f"{_ADDRESS}/be1cfb55d75a9666199fb2206c106743da0f6468c9d327f3e0d0a543a9919d9c/RN50x64.pt",
+    "ViT-B/32": f"{_ADDRESS}/40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af/ViT-B-32.pt",
+    "ViT-B/16": f"{_ADDRESS}/5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f/ViT-B-16.pt",
+    "ViT-L/14": f"{_ADDRESS}/b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836/ViT-L-14.pt",
+}
+IGNORED = ("logit_scale", "input_resolution", "context_length", "vocab_size")  # in the archives, not in IRRA
+logger = logging.getLogger("IRRA.model")
+
+
+# ---- getting the file ----
+
+
+def download(name, cache=None):
+    """Path of an OpenAI archive in the cache (~/.cache/clip), downloaded the first time and checked by SHA-256."""
+    address = CHECKPOINTS[name]
+    digest, filename = address.split("/")[-2:]
+    target = Path(cache or Path.home() / ".cache" / "clip") / filename
+    by_hand = f"fetch {address} on another machine and put it at {target}, or give --pretrain_choice its path"
+    if target.is_file():
+        if sha256(target) == digest:
+            return target
+        raise InputError(
+            f"{target} is not OpenAI's {name} (its SHA-256 differs): delete it to download it anew"
+        )
+    beside = target.with_name(f".{filename}.{os.getpid()}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with urllib.request.urlopen(address, timeout=30) as source, open(beside, "wb") as file:
+            _copy(source, file, name)
+            file.flush()
+            os.fsync(file.fileno())
+        if sha256(beside) != digest:
+            raise InputError(
+                f"the download of {name} came out damaged (its SHA-256 differs): try again, or {by_hand}"
+            )
+        os.replace(beside, target)
+    except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+        raise InputError(f"cannot download {name} ({getattr(error, 'reason', error)}): {by_hand}") from None
+    except OSError as error:
+        raise InputError(f"cannot write {target} ({error.strerror or error}): {by_hand}") from None
+    finally:
+        beside.unlink(missing_ok=True)
+    return target
+
+
+def _copy(source, file, name):
+    from tqdm import tqdm
+
+    total = int(source.headers.get("Content-Length") or 0) or None
+    with tqdm(total=total, unit="B", unit_scale=True, desc=f"CLIP {name}", file=sys.stderr) as bar:
+        while block := source.read(1 << 20):
+            file.write(block)
+            bar.update(len(block))
+
+
+def sha256(path):
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+# ---- reading the file ----
+
+
+def read_weights(path):
+    """{name: tensor} from safetensors, a plain state dict, or a TorchScript archive such as OpenAI's.
+
+    No code of the file runs: state dicts load with weights_only, and of a TorchScript archive only the tensors
+    are read (torch.jit.load would compile the program that lies beside them).
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(
+            f"--pretrain_choice {path} is neither a file nor one of {', '.join(CHECKPOINTS)}, random"
+        )
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            weights = load_file(path)
+        elif zipfile.is_zipfile(path) and (root := _torchscript_root(path)):
+            weights = _read_torchscript(path, root)
+        else:
+            weights = torch.load(path, map_location="cpu", weights_only=True)
+    except InputError:
+        raise
+    except pickle.UnpicklingError as error:
+        raise InputError(
+            f"{path} is refused: it is damaged or holds more than weights ({_first(error)})"
+        ) from None
+    except Exception as error:  # whatever a parser trips over, the file is not CLIP weights
+        raise InputError(f"{path} cannot be read as CLIP weights ({_first(error)})") from None
+    if not isinstance(weights, dict) or not all(isinstance(key, str) for key in weights):
+        raise InputError(f"{path} is not a state dict of CLIP: it holds no named tensors")
+    return weights
+
+
+def _first(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def _torchscript_root(path):
+    """The archive's top folder if it is a TorchScript archive (those have constants.pkl), else None."""
+    with zipfile.ZipFile(path) as archive:
+        for name in archive.namelist():
+            if name.endswith("/constants.pkl"):
+                return name.rsplit("/", 1)[0]
+
+
+class _Inert:
+    """Stands in for every class and function that a pickle names; holds what it was given and does nothing."""
+
+    def __init__(self, *args):
+        self.args = args
+
+    def __setstate__(self, state):
+        self.state = state
+
+
+class _Storage:
+    """A storage type that a pickle names, as its dtype."""
+
+    TYPES = {
+        "FloatStorage": torch.float32,
+        "HalfStorage": torch.float16,
+        "BFloat16Storage": torch.bfloat16,
+        "DoubleStorage": torch.float64,
+        "LongStorage": torch.int64,
+        "IntStorage": torch.int32,
+        "ShortStorage": torch.int16,
+        "CharStorage": torch.int8,
+        "ByteStorage": torch.uint8,
+        "BoolStorage": torch.bool,
+    }
+
+
+class _ArchiveUnpickler(pickle.Unpickler):
+    """Reads the attribute tree of a TorchScript module; of all names only tensors and their storages mean anything."""
+
+    def __init__(self, archive, root):
+        super().__init__(archive.open(f"{root}/data.pkl"))
+        self.archive, self.root, self.storages = archive, root, {}
+
+    def find_class(self, module, name):
+        if module == "torch" and name in _Storage.TYPES:
+            return _Storage.TYPES[name]
+        if module == "torch._utils" and name == "_rebuild_tensor_v2":
+            return _rebuild_tensor
+        if module == "collections" and name == "OrderedDict":
+            return dict
+        return type(name, (_Inert,), {})
+
+    def persistent_load(self, saved):
+        _, dtype, key, _, numel = saved
+        if key not in self.storages:
+            data = bytearray(self.archive.read(f"{self.root}/data/{key}"))
+            self.storages[key] = (
+                torch.frombuffer(data, dtype=dtype, count=numel) if numel else torch.empty(0, dtype=dtype)
+            )
+        return self.storages[key]
+
+
+def _rebuild_tensor(storage, offset, size, stride, *_):
+    return storage.as_strided(size, stride, offset)  # raises where it would reach outside the storage
+
+
+def _read_torchscript(path, root):
+    with zipfile.ZipFile(path) as archive:
+        tree = _ArchiveUnpickler(archive, root).load()
+    weights, stack = {}, [("", tree)]
+    while stack:
+        prefix, node = stack.pop()
+        for name, value in getattr(node, "state", {}).items():
+            if isinstance(value, torch.Tensor):
+                weights[prefix + name] = value
+            elif isinstance(value, _Inert):
+                stack.append((f"{prefix}{name}.", value))
+    return weights
+
+
+# ---- the architecture, read off the shapes ----
+
+
+def architecture(weights, source="the checkpoint"):
+    """Sizes of a CLIP model from the shapes of its weights (OpenAI's key names); ViT or ResNet.
+
+    Returns embed_dim, vision_layers (a number, or four for a ResNet), vision_width, vision_patch_size (None for
+    a ResNet), vision_positions, context_length, vocab_size, transformer_width, transformer_layers.
+    """
+    try:
+        sizes = {
+            "embed_dim": weights["text_projection"].shape[1],
+            "context_length": weights["positional_embedding"].shape[0],
+            "vocab_size": weights["token_embedding.weight"].shape[0],
+            "transformer_width": weights["ln_final.weight"].shape[0],
+            "transformer_layers": _layers(weights, "transformer.resblocks."),
+        }
+        if "visual.proj" in weights:
+            return {
+                **sizes,
+                "vision_layers": _layers(weights, "visual.transformer.resblocks."),
+                "vision_width": weights["visual.conv1.weight"].shape[0],
+                "vision_patch_size": weights["visual.conv1.weight"].shape[-1],
+                "vision_positions": weights["visual.positional_embedding"].shape[0],
+            }
+        return {
+            **sizes,
+            "vision_layers": tuple(_layers(weights, f"visual.layer{stage}.") for stage in (1, 2, 3, 4)),
+            "vision_width": weights["visual.layer1.0.conv1.weight"].shape[0],
+            "vision_patch_size": None,
+            "vision_positions": weights["visual.attnpool.positional_embedding"].shape[0],
+        }
+    except (KeyError, IndexError, AttributeError) as error:
+        raise InputError(
+            f"{source} holds no CLIP model that IRRA knows: {error} is missing or misshapen"
+        ) from None
+
+
+def _layers(weights, prefix):
+    return len({key[len(prefix) :].split(".")[0] for key in weights if key.startswith(prefix)})
+
+
+def image_grid(sizes, img_size, stride_size):
+    """(rows, columns) of image tokens at this image size."""
+    patch = sizes["vision_patch_size"]
+    if patch is None:
+        rows, columns = img_size[0] // 32, img_size[1] // 32
+    else:
+        rows, columns = ((side - patch) // stride_size + 1 for side in img_size)
+    if rows < 1 or columns < 1:
+        raise InputError(f"--img_size {img_size[0]} {img_size[1]} is smaller than one patch of this model")
+    return rows, columns
+
+
+def new_clip(sizes, img_size, stride_size):
+    """A CLIP of these sizes (see `architecture`) with random weights, its positions those of the image size."""
+    grid = image_grid(sizes, img_size, stride_size)
+    width, embed_dim = sizes["vision_width"], sizes["embed_dim"]
+    if sizes["vision_patch_size"] is None:
+        visual = ModifiedResNet(grid, sizes["vision_layers"], width, width * 32 // 64, embed_dim)
+    else:
+        patch = sizes["vision_patch_size"]
+        visual = VisionTransformer(
+            grid, patch, stride_size, width, sizes["vision_layers"], width // 64, embed_dim
+        )
+    return CLIP(
+        visual,
+        embed_dim,
+        sizes["context_length"],
+        sizes["vocab_size"],
+        sizes["transformer_width"],
+        sizes["transformer_layers"],
+        sizes["transformer_width"] // 64,
+    )
+
+
+def resize_positions(positions, grid):
+    """(1 + n², W) positions of a square grid to (1 + rows·columns, W): bilinear, the class position kept."""
+    side = math.isqrt(len(positions) - 1)
+    if side * side != len(positions) - 1:
+        raise InputError(f"{len(positions)} image positions are not those of a square grid and a class token")
+    if (side, side) == tuple(grid):
+        return positions
+    square = positions[1:].T.reshape(1, -1, side, side)
+    resized = F.interpolate(square.float(), size=tuple(grid), mode="bilinear", align_corners=False)
+    return torch.cat([positions[:1], resized[0].flatten(1).T.to(positions.dtype)])
+
+
+# ---- what the model asks for ----
+
+
+def load_clip(choice, img_size, stride_size, sizes=None):
+    """The CLIP that --pretrain_choice names, in fp32 and fitted to the image size.
+
+    choice: one of CHECKPOINTS, a file, or "random" (sizes: what differs from ViT-B/16's).
+    """
+    if choice == "random":
+        clip = new_clip({**VIT_B_16, **(sizes or {})}, img_size, stride_size)
+        logger.info(
+            f"CLIP starts from random weights: {_described({**VIT_B_16, **(sizes or {})}, img_size, stride_size)}"
+        )
+        return clip
+    path = download(choice) if choice in CHECKPOINTS else Path(choice)
+    weights = {key: value for key, value in read_weights(path).items() if key not in IGNORED}
+    weights = {key: value for key, value in weights.items() if not key.endswith("attn_mask")}
+    found = architecture(weights, path)
+    key = (
+        "visual.positional_embedding" if "visual.proj" in weights else "visual.attnpool.positional_embedding"
+    )
+    weights[key] = resize_positions(weights[key], image_grid(found, img_size, stride_size))
+    logger.info(
+        f"Load pretrained {choice} CLIP model with model config: {_described(found, img_size, stride_size)}"
+    )
+    clip = new_clip(found, img_size, stride_size)
+    load_weights(clip, weights, path)
+    return clip
+
+
+VIT_B_16 = {
+    "embed_dim": 512,
+    "vision_layers": 12,
+    "vision_width": 768,
+    "vision_patch_size": 16,
+    "context_length": 77,
+    "vocab_size": 49408,
+    "transformer_width": 512,
+    "transformer_layers": 12,
+}
+
+
+def _described(sizes, img_size, stride_size):
+    """In the published log's words and order."""
+    return {
+        "embed_dim": sizes["embed_dim"],
+        "image_resolution": tuple(img_size),
+        "vision_layers": sizes["vision_layers"],
+        "vision_width": sizes["vision_width"],
+        "vision_patch_size": sizes["vision_patch_size"],
+        "context_length": sizes["context_length"],
+        "vocab_size": sizes["vocab_size"],
+        "transformer_width": sizes["transformer_width"],
+        "transformer_heads": sizes["transformer_width"] // 64,
+        "transformer_layers": sizes["transformer_layers"],
+        "stride_size": stride_size,
+    }

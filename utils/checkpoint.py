@@ -1,0 +1,95 @@
+"""Checkpoints: saved in one step, loaded without the power to run code."""
+
+import os
+import pickle
+from pathlib import Path
+
+import torch
+
+from utils.errors import InputError
+
+
+def save_checkpoint(path, parts, **scalars):
+    """Write {name: part.state_dict(), …, **scalars}; the file is whole or the earlier one stays.
+
+    parts: model, optimizer and scheduler by name. scalars: plain numbers and lists.
+    """
+    path = Path(path)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    state = {name: part.state_dict() for name, part in parts.items()}
+    try:
+        with open(beside, "wb") as file:
+            torch.save({**state, **scalars}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
+        beside.unlink(missing_ok=True)
+        size = sum(t.nbytes for t in tensors(state))
+        raise InputError(
+            f"cannot write {path} ({size / 2**20:.0f} MiB are needed): "
+            f"{getattr(error, 'strerror', None) or error}; what was there before is untouched"
+        ) from None
+
+
+def tensors(tree):
+    if isinstance(tree, torch.Tensor):
+        yield tree
+    elif isinstance(tree, (dict, list, tuple)):
+        for item in tree.values() if isinstance(tree, dict) else tree:
+            yield from tensors(item)
+
+
+def load_checkpoint(path):
+    """The dict that a best.pth or last.pth holds, on the CPU: ours or a published one. Runs no code of the file."""
+    path = Path(path)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"no checkpoint at {path}{_neighbours(path)}") from None
+    except pickle.UnpicklingError as error:
+        raise InputError(
+            f"{path} is refused: it is damaged or holds more than plain weights ({_first(error)})"
+        ) from None
+    except (
+        OSError,
+        RuntimeError,
+        EOFError,
+        ValueError,
+        KeyError,
+        AttributeError,
+        TypeError,
+        IndexError,
+    ) as error:
+        raise InputError(f"{path} cannot be read as a checkpoint: {_first(error)}") from None
+    if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
+        raise InputError(f'{path} is not a checkpoint of a run: it has no "model" part')
+    return state
+
+
+def _first(error):
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:200]
+
+
+def _neighbours(path):
+    names = sorted(p.name for p in path.parent.glob("*.pth")) if path.parent.is_dir() else []
+    return f" (that folder holds {', '.join(names)})" if names else f" (no .pth file lies in {path.parent})"
+
+
+def load_weights(model, weights, source):
+    """Load a state dict in full; a missing, superfluous or differently shaped key is named, never passed over."""
+    own = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    given = {key: tuple(value.shape) for key, value in weights.items() if isinstance(value, torch.Tensor)}
+    differences = [f"{key} is missing" for key in own if key not in given]
+    differences += [f"{key} has no place" for key in weights if key not in own]
+    differences += [
+        f"{key} is {list(given[key])}, not {list(own[key])}"
+        for key in own
+        if key in given and given[key] != own[key]
+    ]
+    if differences:
+        shown = "; ".join(differences[:3])
+        more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
+        raise InputError(f"{source} does not fit the model: {shown}{more}")
+    model.load_state_dict(weights)
