@@ -1,0 +1,161 @@
+#!/usr/bin/env bash
+set -euo pipefail
+CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")"
+source scripts/environment.sh
+
+show_help() {
+    cat <<'TEXT'
+Usage: ./run_irra.sh [FLAGS FOR train.py]         train with the paper's recipe
+       ./run_irra.sh demo [FLAGS FOR train.py]    see it work: needs no data set and no GPU
+
+The recipe (CVPR 2023, arXiv 2303.12501):
+  python train.py --name irra --img_aug --batch_size 64 --MLM --loss_names sdm+mlm+id --dataset_name CUHK-PEDES
+                  --root_dir ./data --num_epoch 60
+Flags that you add come last and win. It needs the data set (README.md says where to get it) and, in practice, a GPU.
+The recipe's flags also win over a --config_file; to run one as it stands: python train.py --config_file FILE
+
+The demo draws pedestrians and writes sentences about them, trains a small model, tests it on persons it has never seen
+and paints what it finds. It writes in demo/ only; each further demo adds a run there.
+
+  ./run_irra.sh demo                                        the place to start
+  ./run_irra.sh demo --num_epoch 2                          a shorter one
+  ./run_irra.sh                                             CUHK-PEDES in ./data
+  DATASET_NAME=RSTPReid ROOT_DIR=/datasets ./run_irra.sh    another data set, elsewhere
+  ./run_irra.sh --name no_id --loss_names sdm+mlm           another recipe
+  CUDA_VISIBLE_DEVICES=1 ./run_irra.sh                      on the second GPU
+  python train.py --help                                    all flags
+
+Environment: DATASET_NAME   CUHK-PEDES (default), ICFG-PEDES or RSTPReid; --dataset_name wins over it
+             ROOT_DIR       the folder that contains CUHK-PEDES/ ... (default ./data); --root_dir wins over it
+             PYTHON         the Python to use, 3.10 or newer (default: the active one, else python3.13 ... python3.10)
+Relative paths start at the repository's folder.
+
+The active Python is used as it is when it has everything in requirements.txt. Otherwise the first run makes .venv here
+and installs it there: on Linux about 5.5 GB on disk (PyTorch with CUDA), 5 to 15 minutes. To use that in your shell:
+source .venv/bin/activate
+TEXT
+}
+
+demo() {
+    local people="--format CUHK-PEDES --ids 400 --val_ids 20 --test_ids 100 --images_per_id 4"
+    local config=configs/demo.yaml data=demo/data logs=demo/logs picture=demo/retrieval.png
+    local draw_time="about 1 minute" train_time="about 15 minutes on a CPU" test_time="about 1 minute"
+    local file run=""
+    logs=$(last_value --output_dir "$logs" "$@")
+
+    use_environment requirements.txt
+    # shellcheck disable=SC2086  # $people is several words
+    step "1/3 Drawing pedestrians and writing sentences about them: $draw_time" \
+        "$python" -m datasets.synthetic $people --root "$data"
+    step "2/3 Training a small IRRA on them: $train_time" \
+        "$python" train.py --config_file "$config" --root_dir "$data" --output_dir "$logs" "$@"
+    for file in "$logs"/*/*/configs.yaml; do
+        if [ -f "$file" ] && { [ -z "$run" ] || [ "$file" -nt "$run/configs.yaml" ]; }; then
+            run=$(dirname -- "$file")
+        fi
+    done
+    [ -n "$run" ] || die 1 "The training left no run in $logs (no $logs/*/*/configs.yaml)."
+    step "3/3 Looking for persons it has never seen: $test_time" \
+        "$python" test.py --config_file "$run/configs.yaml" --chance --picture "$picture"
+
+    cat <<TEXT
+
+The table is above, and in $run/test_log.txt
+The picture: $picture
+The run:     $run
+Next:
+TEXT
+    printf '  %-56s %s\n' \
+        "$python -m tensorboard.main --logdir $logs" "the curves" \
+        "./run_irra.sh demo --name itc --loss_names itc" "the same with another loss" \
+        "./run_irra.sh" "the paper's recipe on CUHK-PEDES" \
+        "./run_irra.sh --help" "other data sets, flags"
+}
+
+step() { # TITLE COMMAND...: stops with the command's own exit code
+    local begin=$SECONDS code=0
+    printf '\n== %s\n' "$1"
+    shift
+    "$@" || code=$?
+    [ "$code" -eq 0 ] || die "$code" "
+The demo stopped at this step, exit code $code (its own message is above): $*"
+    printf '== done in %s s\n' "$((SECONDS - begin))"
+}
+
+train() {
+    local dataset_name=${DATASET_NAME:-CUHK-PEDES} root_dir=${ROOT_DIR:-./data}
+    check_data "$(last_value --dataset_name "$dataset_name" "$@")" "$(last_value --root_dir "$root_dir" "$@")"
+    use_environment requirements.txt
+    exec "$python" train.py --name irra --img_aug --batch_size 64 --MLM --loss_names sdm+mlm+id \
+        --dataset_name "$dataset_name" --root_dir "$root_dir" --num_epoch 60 "$@"
+}
+
+# last_value FLAG DEFAULT ARGUMENT...: the value of FLAG that train.py will see.
+last_value() {
+    local flag=$1 value=$2
+    shift 2
+    while [ $# -gt 0 ]; do
+        case $1 in
+        "$flag") value=${2:-} ;;
+        "$flag"=*) value=${1#*=} ;;
+        esac
+        shift
+    done
+    printf '%s\n' "$value"
+}
+
+# Says in one message what is missing, before anything is installed.
+check_data() { # DATASET_NAME ROOT_DIR
+    local folder="$2/$1" annotation second="" link missing=""
+    case $1 in
+    CUHK-PEDES)
+        annotation=reid_raw.json
+        link=https://github.com/ShuangLI59/Person-Search-with-Natural-Language-Description
+        ;;
+    ICFG-PEDES)
+        annotation=ICFG-PEDES.json
+        second=ICFG_PEDES.json
+        link=https://github.com/zifyloo/SSAN
+        ;;
+    RSTPReid)
+        annotation=data_captions.json
+        link=https://github.com/NjtechCVLab/RSTPReid-Dataset
+        ;;
+    *) return 0 ;; # a name that only train.py can judge
+    esac
+    if [ ! -f "$folder/$annotation" ] && { [ -z "$second" ] || [ ! -f "$folder/$second" ]; }; then
+        missing="
+  $folder/$annotation${second:+ (or $second)}"
+    fi
+    if [ ! -d "$folder/imgs" ]; then
+        missing="$missing
+  $folder/imgs/"
+    fi
+    [ -n "$missing" ] || return 0
+    if [ -d "$folder" ]; then
+        # shellcheck disable=SC2012  # names for a person to read
+        missing="$missing
+$folder holds: $(ls -- "$folder" | head -n 8 | tr '\n' ' ')"
+    fi
+    die 2 "The data set $1 is not there. Missing, seen from $PWD:$missing
+Its authors offer it at $link
+If it lies elsewhere: ./run_irra.sh --root_dir FOLDER, where FOLDER contains $1/
+Without any data set: ./run_irra.sh demo"
+}
+
+for argument in "$@"; do
+    case $argument in
+    -h | --help)
+        show_help
+        exit 0
+        ;;
+    esac
+done
+case ${1:-} in
+demo)
+    shift
+    demo "$@"
+    ;;
+"" | -*) train "$@" ;;
+*) die 2 "There is no '$1': say ./run_irra.sh demo, or give flags for train.py (see ./run_irra.sh --help)." ;;
+esac
