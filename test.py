@@ -16,10 +16,11 @@ def main(argv=None):
     from processor.evaluator import chance, encode, evaluate, table
     from utils.checkpoint import load_checkpoint
     from utils.dist import pick_device
-    from utils.run import setup_logger, write_whole
+    from utils.run import keep_log, setup_logger, write_whole
 
     run = Path(args.run_dir)
-    logger = setup_logger("IRRA", run, training=False)
+    logger = setup_logger("IRRA")
+    keep_log(logger, run / "test_log.txt")
     logger.info(str({key: value for key, value in sorted(vars(args).items()) if key != "notes"}))
     device = pick_device(args.device)
     checkpoint = Path(args.checkpoint or run / "best.pth")

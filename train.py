@@ -52,7 +52,8 @@ def checkpoint_to_resume(args):
     found = [path for path in found if path.parent.name[16:] == args.name]
     if not found:
         raise InputError(
-            f"nothing to resume: no run named {args.name} with a last.pth in {folder} (see --resume_ckpt_file)"
+            f"nothing to resume: no run named {args.name} with a last.pth in {folder} "
+            f"(see --resume_ckpt_file)"
         )
     return found[-1]
 
@@ -68,12 +69,13 @@ def train(args, checkpoint=None):
     from solver import build_lr_scheduler, build_optimizer
     from utils.checkpoint import load_checkpoint, save_checkpoint
     from utils.dist import pick_device
-    from utils.run import new_run_folder, save_configs, setup_logger
+    from utils.run import keep_log, make_folder, new_run_folder, save_configs, setup_logger
 
     device = pick_device(args.device)
-    folder = Path(getattr(args, "run_dir", "") or new_run_folder(args))
+    resumed_run = getattr(args, "run_dir", None)
+    folder = Path(resumed_run or new_run_folder(args))
     args.output_dir = str(folder)
-    logger = setup_logger("IRRA", folder)
+    logger = setup_logger("IRRA")
     logger.info(f"Using {1 if device.type == 'cuda' else 0} GPUs")
     notes = args.notes
     logger.info(str({key: value for key, value in vars(args).items() if key != "notes"}))
@@ -99,6 +101,9 @@ def train(args, checkpoint=None):
             state.get("best_epoch", 0),
         )
         logger.info(f"resumed from {checkpoint}: epoch {first} comes next, best R1 so far {best_R1:.3f}")
+    if not resumed_run:
+        make_folder(folder)
+    keep_log(logger, folder / "train_log.txt")
     save_configs(args, folder)
     board = SummaryWriter(folder, purge_step=first if checkpoint else None)
 
@@ -135,15 +140,15 @@ def train(args, checkpoint=None):
 
 
 def restore(parts, state, source):
-    """Put a checkpoint's parts back. A published one gives its weights to test.py, but its optimiser does not fit."""
+    """Put a checkpoint's parts back. Of a published one the weights fit, but not the optimiser."""
     from utils.checkpoint import load_weights
 
     groups = [len(group["params"]) for group in state.get("optimizer", {}).get("param_groups", [])]
     own = [len(group["params"]) for group in parts["optimizer"].param_groups]
     if groups != own:
         raise InputError(
-            f"{source} cannot be resumed: its optimiser has {len(groups)} parameter groups, ours has {len(own)} "
-            "(the published code makes one of each parameter; test.py reads such a file, training starts anew)"
+            f"{source} cannot be resumed: its optimiser has {len(groups)} parameter groups, ours {len(own)} "
+            "(the published code makes one of each parameter; such a file is for test.py)"
         )
     load_weights(parts["model"], state["model"], source)
     parts["optimizer"].load_state_dict(state["optimizer"])

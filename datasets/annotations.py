@@ -19,7 +19,7 @@ class Source(NamedTuple):
     first_pid: int = 0  # training ids start here
 
 
-SOURCES = {  # a data set is a row: annotation file names, key of the image path, where to get it, first training id
+SOURCES = {  # a data set is a row: annotation files, key of the image path, its authors, first training id
     "CUHK-PEDES": Source(
         ("reid_raw.json",),
         "file_path",
@@ -77,7 +77,7 @@ def annotation_file(dataset_name, root_dir):
             " (caption_all.json is the raw file; reid_raw.json, with the splits, comes in the same archive)"
         )
     raise InputError(
-        f"{dataset_name}: no annotation file at {looked}{hint}. Is --root_dir right? The authors offer the data set "
+        f"{dataset_name}: no annotation file at {looked}{hint}. Is --root_dir right? The authors offer it "
         f"at {source.offer}; ./run_irra.sh demo needs none"
     )
 
@@ -197,8 +197,8 @@ def check_images(dataset_name, image_paths, folder):
     if missing:
         subfolders = sorted({os.path.relpath(os.path.dirname(path), folder) for path in missing})
         raise InputError(
-            f"{dataset_name}: {len(missing)} images are missing, the first is {min(missing)} (in {folder}, below: "
-            f"{', '.join(subfolders[:7])}{', …' if len(subfolders) > 7 else ''}): copy or unpack them there"
+            f"{dataset_name}: {len(missing)} images are missing, the first is {min(missing)}; unpack them into "
+            f"{folder} (below: {', '.join(subfolders[:7])}{', …' if len(subfolders) > 7 else ''})"
         )
 
 

@@ -2,7 +2,6 @@
 
 import logging
 
-import torch
 from torch.utils.data import DataLoader
 
 from datasets.annotations import annotation_file, log_statistics, read_splits
@@ -46,10 +45,10 @@ class ImageLoader(DataLoader):
 
 
 def build_dataloader(args):
-    """Training: train_loader, img_loader, txt_loader, num_classes. Testing (args.training False): without the first.
+    """train_loader, img_loader, txt_loader, num_classes; for testing (args.training False) without the first.
 
-    img_loader gives (pids, images) of the gallery, txt_loader (pids, caption_ids) of the queries, of the split
-    that --val_dataset (training) or --split (testing) names. num_classes counts the training persons.
+    img_loader gives (pids, images) of the gallery, txt_loader (pids, caption_ids) of the queries, of the
+    split that --val_dataset (training) or --split (testing) names. num_classes counts the training persons.
     """
     splits = read_splits(args.dataset_name, args.root_dir)
     log_statistics(splits)
@@ -96,8 +95,8 @@ def train_loader(args, splits, device):
         sampler = IdentityOrder(pids, args.batch_size, args.num_instance, seed)
         if not len(sampler):
             raise InputError(
-                f"--sampler identity draws {args.batch_size // args.num_instance} persons a batch, but the training "
-                f"set has {splits.num_classes}: lower --batch_size or raise --num_instance"
+                f"--sampler identity draws {args.batch_size // args.num_instance} persons a batch, but there "
+                f"are {splits.num_classes}: lower --batch_size or raise --num_instance"
             )
     else:
         sampler = RandomOrder(len(dataset), seed)
@@ -122,7 +121,8 @@ def eval_loaders(args, splits, name, device):
     if not split.image_pids or not split.captions:
         others = ", ".join(n for n in ("test", "val", "train") if n != name)
         raise InputError(
-            f"{annotation_file(splits.name, args.root_dir)} has no {'images' if not split.image_pids else 'captions'} "
+            f"{annotation_file(splits.name, args.root_dir)} has no "
+            f"{'images' if not split.image_pids else 'captions'} "
             f"in the {name} split: choose another one (--val_dataset or --split: {others})"
         )
     images = ImageLoader(

@@ -9,7 +9,7 @@ from datasets.transforms import augment, erase, normalise, read_image, resize
 
 
 class PairDataset(Dataset):
-    """Training pairs. Asked for a list of (epoch, index), it gives a batch; see `finish` for what remains to do.
+    """Training pairs. Asked for a list of (epoch, index), it gives a batch; `finish` does the rest.
 
     samples: list of annotations.TrainSample. masking: (mask_rate, unchanged_rate), or None for no masked ids.
     clean_captions: keep caption_ids unmasked; else they are the masked ids, as published.

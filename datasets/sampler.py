@@ -1,5 +1,5 @@
-"""The order of the training samples: a function of (seed, epoch). Each item is (epoch, index), which is all that
-a sample needs to draw its own augmentation and mask."""
+"""The order of the training samples: a function of (seed, epoch). Each item is (epoch, index), which is all
+that a sample needs to draw its own augmentation and mask."""
 
 import random
 from collections import defaultdict
@@ -7,7 +7,6 @@ from collections import defaultdict
 import numpy as np
 import torch
 from torch.utils.data import Sampler
-
 
 _GOLDEN, _MASK64 = 0x9E3779B97F4A7C15, (1 << 64) - 1
 
@@ -72,8 +71,8 @@ class IdentityOrder(EpochSampler):
 def identity_order(pids, batch_size, num_instance, rng, np_rng):
     """Sample indices in the published RandomIdentitySampler's order (https://github.com/damo-cv/TransReID).
 
-    A person's samples are shuffled and cut into groups of num_instance, the rest dropped; one with fewer gives
-    a single group with repetitions. Batches draw persons that have a group left, until too few remain.
+    A person's samples are shuffled and cut into groups of num_instance, the rest dropped; one with fewer
+    gives a single group with repetitions. Batches draw persons that have a group left, until too few remain.
     rng: random.Random. np_rng: np.random.RandomState; it draws the repetitions.
     """
     samples = defaultdict(list)

@@ -32,7 +32,7 @@ def vocabulary_file():
 
 @lru_cache
 def bytes_to_unicode():
-    """{byte: printable character}: BPE works on characters, and no byte may be a space or a control character."""
+    """{byte: printable character}: BPE works on characters, none of them a space or a control character."""
     visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     hidden = [byte for byte in range(256) if byte not in visible]
     return {byte: chr(byte) for byte in visible} | {byte: chr(256 + n) for n, byte in enumerate(hidden)}
@@ -131,10 +131,10 @@ def tokenize_all(captions, text_length=77):
 def mask_tokens(ids, noise, mask_rate=0.8, unchanged_rate=0.1):
     """BERT's masking as the published code does it, for a batch of captions at once.
 
-    ids: [B, L]. noise: [B, 2, L], uniform in [0, 1): the first row chooses positions and what becomes of them,
-    the second the random ids. Of the positions with 0 < id < MASK 15 % are chosen; a chosen one becomes MASK
+    ids: [B, L]. noise: [B, 2, L], uniform in [0, 1): the first row chooses positions and what becomes of
+    them, the second the random ids. Of the positions with 0 < id < MASK 15 % are chosen; one becomes MASK
     (mask_rate), stays (unchanged_rate) or becomes a random id of 1 … MASK - 1. A caption without a chosen
-    position gets position 1 masked. Returns (mlm_ids, mlm_labels) [B, L]; labels are the original ids, 0 elsewhere.
+    position gets position 1 masked. Returns (mlm_ids, mlm_labels) [B, L]; labels: the original ids, else 0.
     """
     eligible = (ids > 0) & (ids < MASK)
     chosen = eligible & (noise[:, 0] < 0.15)
@@ -144,7 +144,7 @@ def mask_tokens(ids, noise, mask_rate=0.8, unchanged_rate=0.1):
     to_random = chosen & (fate >= mask_rate) & (fate < 1 - unchanged_rate)
     mlm_ids[to_random] = 1 + (noise[:, 1] * (MASK - 1)).long()[to_random]
     labels = torch.where(chosen, ids, 0)
-    # position 1 is EOT in an empty caption, and id 0 in one that starts with "!!": then the forced label is that id
+    # position 1 is EOT in an empty caption, and id 0 in one that starts with "!!": that is the forced label
     forced = ~(labels != 0).any(dim=1)
     labels[forced, 1] = ids[forced, 1]
     mlm_ids[forced, 1] = MASK

@@ -1,5 +1,5 @@
-"""Images to tensors: the resizing and the published augmentation, split into what is done to bytes and what to
-floats, so that bytes can be kept and floats made where they are needed."""
+"""Images to tensors: the resizing and the published augmentation, split into what is done to bytes and what
+to floats, so that bytes can be kept and floats made where they are needed."""
 
 import math
 
@@ -44,7 +44,7 @@ def normalise(pixels):
 
 
 def augment(pixels, generator, img_aug):
-    """Flip, and with img_aug pad and crop, on uint8 [3, H, W]; and where to erase: (top, left, h, w), h = 0 nowhere.
+    """Flip, and with img_aug pad and crop, on uint8 [3, H, W]; and the box to erase, or zeros.
 
     Draws from the generator in torchvision's order (RandomHorizontalFlip, RandomCrop, RandomErasing), so that
     one seed gives what the published chain of transforms gives.

@@ -22,7 +22,7 @@ def build_model(args, num_classes):
 
 
 def build_trained_model(args, weights, source):
-    """The IRRA of a checkpoint's "model" part. Sizes are read off the weights, so no pretrained file is needed.
+    """The IRRA of a checkpoint's "model" part. Sizes are read off the weights: no pretrained file is needed.
 
     Raises InputError where the image size of the options is not that of the weights.
     """
@@ -33,8 +33,8 @@ def build_trained_model(args, weights, source):
     rows, columns = image_grid(sizes, args.img_size, args.stride_size)
     if 1 + rows * columns != sizes["vision_positions"]:
         raise InputError(
-            f"{source} was trained with {sizes['vision_positions'] - 1} patches an image, but the options say "
-            f"{rows * columns} (img_size {args.img_size[0]} {args.img_size[1]}, stride_size {args.stride_size})"
+            f"{source} has {sizes['vision_positions'] - 1} patches an image, options say {rows * columns} "
+            f"(img_size {args.img_size[0]} {args.img_size[1]}, stride_size {args.stride_size})"
         )
     heads = [
         name for name, key in (("id", "classifier.weight"), ("mlm", "mlm_head.fc.weight")) if key in weights
@@ -75,8 +75,8 @@ def _with_heads(args, clip, loss_names, num_classes, cmt_depth):
 def place(model, args):
     """Move to the device and set the precision: the one place where it is decided.
 
-    fp16, as published: convolutions, linear layers, attention and projections in half precision, the new heads
-    too; embeddings and normalisations in fp32; no loss scaling. bf16: fp32 weights under autocast.
+    fp16, as published: convolutions, linear layers, attention and projections in half precision, the new
+    heads too; embeddings and normalisations in fp32; no loss scaling. bf16: fp32 weights under autocast.
     """
     device = pick_device(getattr(args, "device", "auto"))
     precision = pick_precision(getattr(args, "precision", None), device)

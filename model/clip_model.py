@@ -57,7 +57,7 @@ class ResidualAttentionBlock(nn.Module):
         self.causal = causal
 
     def forward(self, x, pick=None):
-        """x: (B, N, W). pick: takes (B, N, W) to the (B, M, W) whose outputs are wanted; the others are not computed.
+        """x: (B, N, W). pick: takes (B, N, W) to the (B, M, W) whose outputs are wanted.
 
         Exact: a token's output needs the other tokens only as keys and values. Not with a causal mask.
         """

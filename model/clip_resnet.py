@@ -66,7 +66,7 @@ class AttentionPool2d(nn.Module):
 
 class ModifiedResNet(nn.Module):
     def __init__(self, grid, layers, width, heads, output_dim):
-        """grid: (rows, columns) of the last feature map, 1/32 of the image. layers: blocks in the four stages."""
+        """grid: (rows, columns) of the last feature map, 1/32 of the image. layers: blocks of each stage."""
         super().__init__()
         self.conv1 = nn.Conv2d(3, width // 2, 3, stride=2, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width // 2)

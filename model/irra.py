@@ -13,7 +13,7 @@ from utils.errors import InputError
 
 
 class IRRA(nn.Module):
-    """arXiv 2303.12501. Legend: B batch, L text length, N image tokens, D joint width, K persons, V vocabulary."""
+    """arXiv 2303.12501. Legend: B batch, L text length, N image tokens, D width, K persons, V vocabulary."""
 
     def __init__(
         self,
@@ -25,7 +25,7 @@ class IRRA(nn.Module):
         id_loss_weight=1.0,
         mlm_loss_weight=1.0,
     ):
-        """clip: a model.clip_model.CLIP. loss_names: names out of sdm, itc, cmpm, id, mlm; heads come with id and mlm."""
+        """clip: a model.clip_model.CLIP. loss_names: of sdm, itc, cmpm, id, mlm; the last two bring heads."""
         super().__init__()
         self.loss_names = tuple(loss_names)
         self.loss_weights = {"id": id_loss_weight, "mlm": mlm_loss_weight}
@@ -84,11 +84,12 @@ class IRRA(nn.Module):
 
     @staticmethod
     def plan(batch):
-        """What forward must know of a batch's ids to waste nothing; found on the host, before the device is busy.
+        """What forward must know of a batch's ids to waste nothing; found on the host.
 
         same_caption: whether every loss sees the masked caption (then one text pass serves all).
         text_length: up to the last EOT; a causal encoder does not see what follows.
-        mlm_at (B, M): the positions with a label, filled up with others; mlm_rows (n,): where, in (B · M), labels are.
+        mlm_at (B, M): the positions with a label, filled up with others.
+        mlm_rows (n,): where, in (B · M), there is a label.
         """
         ids, labels = batch["caption_ids"], batch.get("mlm_labels")
         plan = {"text_length": min(int(ids.argmax(dim=1).max()) + 1, ids.shape[1])}
@@ -102,8 +103,8 @@ class IRRA(nn.Module):
         return plan
 
     def forward(self, batch):
-        """A training batch (dict of pids, images, caption_ids, and with mlm: mlm_ids, mlm_labels) to a dict of named
-        numbers: <name>_loss for each loss asked for, weighted, img_acc, txt_acc, mlm_acc, temperature."""
+        """A training batch to named numbers: <name>_loss for each loss asked for, weighted, and img_acc,
+        txt_acc, mlm_acc, temperature. batch: pids, images, caption_ids; with mlm also mlm_ids, mlm_labels."""
         if "text_length" not in batch:
             batch = {**batch, **self.plan(batch)}
         pids, caption_ids = batch["pids"], batch["caption_ids"]
@@ -178,7 +179,7 @@ def accuracy(logits, labels):
 
 @torch.no_grad()
 def initialise_heads(model, D, cmt_depth):
-    """The new layers' starting weights; what is not named here keeps PyTorch's (published code, models/build)."""
+    """The new layers' starting weights; what is not named here keeps PyTorch's."""
     std, out_std, fc_std = D**-0.5, D**-0.5 * (2 * cmt_depth) ** -0.5, (2 * D) ** -0.5
     if "id" in model.loss_names:
         nn.init.normal_(model.classifier.weight, std=0.001)

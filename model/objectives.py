@@ -50,8 +50,8 @@ def compute_itc(image_features, text_features, logit_scale):
 def compute_cmpm(image_features, text_features, pids, epsilon=1e-8):
     """Cross-modal projection matching (Zhang and Lu, ECCV 2018), as the published code has it.
 
-    image_features, text_features: [B, D], not normalised. Unlike in sdm there is no temperature, one side stays
-    unnormalised, and a row of labels is divided by its L2 norm, not by its sum.
+    image_features, text_features: [B, D], not normalised. Unlike in sdm there is no temperature, one side
+    stays unnormalised, and a row of labels is divided by its L2 norm, not by its sum.
     """
     true = same_person(pids)
     log_true = torch.log(true / true.norm(dim=1, keepdim=True) + epsilon)
@@ -60,7 +60,7 @@ def compute_cmpm(image_features, text_features, pids, epsilon=1e-8):
 
 
 def compute_id(image_logits, text_logits, pids):
-    """Which of the K training persons is it? image_logits, text_logits: [B, K]. Mean of the two cross entropies."""
+    """Which training person is it? image_logits, text_logits: [B, K]. Mean of the two cross entropies."""
     return (F.cross_entropy(image_logits, pids) + F.cross_entropy(text_logits, pids)) / 2
 
 

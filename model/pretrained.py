@@ -39,7 +39,7 @@ logger = logging.getLogger("IRRA.model")
 
 
 def download(name, cache=None):
-    """Path of an OpenAI archive in the cache (~/.cache/clip), downloaded the first time and checked by SHA-256."""
+    """Path of an OpenAI archive in the cache (~/.cache/clip), downloaded once and checked by SHA-256."""
     address = CHECKPOINTS[name]
     digest, filename = address.split("/")[-2:]
     target = Path(cache or Path.home() / ".cache" / "clip") / filename
@@ -95,8 +95,8 @@ def sha256(path):
 def read_weights(path):
     """{name: tensor} from safetensors, a plain state dict, or a TorchScript archive such as OpenAI's.
 
-    No code of the file runs: state dicts load with weights_only, and of a TorchScript archive only the tensors
-    are read (torch.jit.load would compile the program that lies beside them).
+    No code of the file runs: state dicts load with weights_only, and of a TorchScript archive only the
+    tensors are read (torch.jit.load would compile the program that lies beside them).
     """
     path = Path(path)
     if not path.is_file():
@@ -138,7 +138,7 @@ def _torchscript_root(path):
 
 
 class _Inert:
-    """Stands in for every class and function that a pickle names; holds what it was given and does nothing."""
+    """Stands in for every class and function that a pickle names; holds what it is given, does nothing."""
 
     def __init__(self, *args):
         self.args = args
@@ -165,7 +165,7 @@ class _Storage:
 
 
 class _ArchiveUnpickler(pickle.Unpickler):
-    """Reads the attribute tree of a TorchScript module; of all names only tensors and their storages mean anything."""
+    """Reads the attributes of a TorchScript module; only the names of tensors and storages mean anything."""
 
     def __init__(self, archive, root):
         super().__init__(archive.open(f"{root}/data.pkl"))
@@ -214,8 +214,8 @@ def _read_torchscript(path, root):
 def architecture(weights, source="the checkpoint"):
     """Sizes of a CLIP model from the shapes of its weights (OpenAI's key names); ViT or ResNet.
 
-    Returns embed_dim, vision_layers (a number, or four for a ResNet), vision_width, vision_patch_size (None for
-    a ResNet), vision_positions, context_length, vocab_size, transformer_width, transformer_layers.
+    Returns embed_dim, vision_layers (a number, or four for a ResNet), vision_width, vision_patch_size (None
+    for a ResNet), vision_positions, context_length, vocab_size, transformer_width, transformer_layers.
     """
     try:
         sizes = {
@@ -263,7 +263,7 @@ def image_grid(sizes, img_size, stride_size):
 
 
 def new_clip(sizes, img_size, stride_size):
-    """A CLIP of these sizes (see `architecture`) with random weights, its positions those of the image size."""
+    """A CLIP of these sizes (see `architecture`), random weights, with the positions of the image size."""
     grid = image_grid(sizes, img_size, stride_size)
     width, embed_dim = sizes["vision_width"], sizes["embed_dim"]
     if sizes["vision_patch_size"] is None:
@@ -305,11 +305,9 @@ def load_clip(choice, img_size, stride_size, sizes=None):
     choice: one of CHECKPOINTS, a file, or "random" (sizes: what differs from ViT-B/16's).
     """
     if choice == "random":
-        clip = new_clip({**VIT_B_16, **(sizes or {})}, img_size, stride_size)
-        logger.info(
-            f"CLIP starts from random weights: {_described({**VIT_B_16, **(sizes or {})}, img_size, stride_size)}"
-        )
-        return clip
+        sizes = {**VIT_B_16, **(sizes or {})}
+        logger.info(f"CLIP starts from random weights: {_described(sizes, img_size, stride_size)}")
+        return new_clip(sizes, img_size, stride_size)
     path = download(choice) if choice in CHECKPOINTS else Path(choice)
     weights = {key: value for key, value in read_weights(path).items() if key not in IGNORED}
     weights = {key: value for key, value in weights.items() if not key.endswith("attn_mask")}

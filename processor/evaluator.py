@@ -58,7 +58,7 @@ def bar(loader, what, progress):
 
 
 def evaluate(features, i2t=False, max_rank=10):
-    """{"t2i": figures} and with i2t {"i2t": figures}, each a dict of R1 R5 R10 mAP mINP in %; and t2i's ranking."""
+    """{"t2i": figures} and with i2t {"i2t": figures}, dicts of R1 R5 R10 mAP mINP in %; and t2i's ranking."""
     text, text_pids, image, image_pids = features
     rankings = {"t2i": rank_features(text, image, text_pids, image_pids, max_rank)}
     if i2t:

@@ -93,6 +93,6 @@ def stop_unless_finite(loss, epoch, step, report):
         return
     parts = ", ".join(f"{name} {float(value):.4g}" for name, value in report.items() if "loss" in name)
     raise InputError(
-        f"the loss is no longer a number in epoch {epoch}, by iteration {step} ({parts}); the checkpoints of earlier "
-        "epochs are good. Try --precision bf16, a lower --lr, or Adam, whose eps 1e-3 the recipe needs in fp16"
+        f"the loss is no longer a number in epoch {epoch}, by iteration {step} ({parts}); the checkpoints "
+        "of earlier epochs are good. Try --precision bf16, a lower --lr, or Adam: fp16 needs its eps of 1e-3"
     )

@@ -1,4 +1,4 @@
-"""A picture of what was found: a sentence, its best images, green borders for the right person, red for others."""
+"""A picture of what was found: a sentence and its best images, framed green (the right person) or red."""
 
 import textwrap
 from typing import NamedTuple

@@ -9,7 +9,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from utils.errors import InputError
 
 OPTIMIZERS = {
-    # eps 1e-3 is part of the recipe: in fp16 most second moments round to 0, and the update is then momentum SGD's
+    # eps 1e-3 is part of the recipe: in fp16 most second moments round to 0, which leaves momentum SGD
     "Adam": lambda groups, args: torch.optim.Adam(
         groups, lr=args.lr, betas=(args.alpha, args.beta), eps=1e-3, fused=True
     ),
@@ -65,8 +65,8 @@ def lr_at(
 ):
     """Rate of the epoch (the first is 0) for a group whose rate is base_lr; the published formulas.
 
-    `poly` is power^(1 − r), not (1 − r)^power, and `linear` ignores target_lr: both as published. target_lr is
-    the same for every group, whatever its factor.
+    `poly` is power^(1 − r), not (1 − r)^power, and `linear` ignores target_lr: both as published. target_lr
+    is the same for every group, whatever its factor.
     """
     if epoch < warmup_epochs:
         if warmup_method == "constant":

@@ -41,7 +41,7 @@ def tensors(tree):
 
 
 def load_checkpoint(path):
-    """The dict that a best.pth or last.pth holds, on the CPU: ours or a published one. Runs no code of the file."""
+    """What a best.pth or last.pth holds, on the CPU: ours or a published one. Runs no code of the file."""
     path = Path(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -78,7 +78,7 @@ def _neighbours(path):
 
 
 def load_weights(model, weights, source):
-    """Load a state dict in full; a missing, superfluous or differently shaped key is named, never passed over."""
+    """Load a state dict in full; a missing, superfluous or misshapen key is an error that names it."""
     own = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     given = {key: tuple(value.shape) for key, value in weights.items() if isinstance(value, torch.Tensor)}
     differences = [f"{key} is missing" for key in own if key not in given]

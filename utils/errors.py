@@ -11,7 +11,7 @@ class InputError(Exception):
 
 
 def reports_errors(main):
-    """Wrap a `main(argv) -> exit status`: input errors become one line on stderr and status 2 (see --debug)."""
+    """Wrap a `main(argv) -> exit status`: input errors become one line on stderr and status 2."""
 
     @functools.wraps(main)
     def run(argv=None):

@@ -12,8 +12,9 @@ CHUNK = 1 << 21  # similarities held at once
 class Ranking(NamedTuple):
     """cmc: [max_rank] in %, mAP and mINP in %, float64. indices: [Q, min(max_rank, G)], best first.
 
-    unmatched: queries without a match in the gallery (misses, with AP and INP 0). tied: queries in which a match or
-    one of the best shares its similarity with another image; the lower gallery index then comes first.
+    unmatched: queries without a match in the gallery (misses, with AP and INP 0).
+    tied: queries in which a match or one of the best shares its similarity with another image; the lower
+    gallery index then comes first.
     """
 
     cmc: torch.Tensor
@@ -27,11 +28,13 @@ class Ranking(NamedTuple):
 def rank(similarity, q_pids, g_pids, max_rank=10, get_mAP=True):
     """Figures of a similarity matrix [Q, G]: cmc [max_rank] in %, mAP in %, mINP in %, indices [Q, max_rank].
 
-    Without get_mAP: cmc, indices. cmc[k-1] is the share of queries with a match among the first k; AP the mean
-    over matches of (matches so far / rank); INP (number of matches / rank of the last one).
+    Without get_mAP: cmc, indices. cmc[k-1] is the share of queries with a match among the first k; AP the
+    mean over matches of (matches so far / rank); INP (number of matches / rank of the last one).
 
-    >>> cmc, mAP, mINP, indices = rank(torch.tensor([[0.9, 0.5, 0.7]]), torch.tensor([1]), torch.tensor([2, 1, 1]), 2)
-    >>> cmc.tolist(), round(mAP.item(), 2), round(mINP.item(), 2), indices.tolist()  # matches on ranks 2 and 3
+    One query for person 1, whose images come second and third:
+
+    >>> cmc, mAP, mINP, indices = rank(torch.tensor([[0.9, 0.5, 0.7]]), [1], [2, 1, 1], max_rank=2)
+    >>> cmc.tolist(), round(mAP.item(), 2), round(mINP.item(), 2), indices.tolist()
     ([0.0, 100.0], 58.33, 66.67, [[0, 2]])
     """
     result = rank_by(lambda rows: similarity[rows], q_pids, g_pids, max_rank)
@@ -41,7 +44,7 @@ def rank(similarity, q_pids, g_pids, max_rank=10, get_mAP=True):
 
 
 def rank_features(query, gallery, q_pids, g_pids, max_rank=10):
-    """Ranking by inner product of query features [Q, D] with gallery features [G, D]; [Q, G] is never held whole."""
+    """Ranking by inner product of features [Q, D] with [G, D]; the matrix [Q, G] is never held whole."""
     return rank_by(lambda rows: query[rows] @ gallery.t(), q_pids, g_pids, max_rank)
 
 
@@ -87,8 +90,8 @@ def rank_by(similarity_of, q_pids, g_pids, max_rank=10):
 def ranks_of(similarity, matches, present, k):
     """Ranks, ascending, of each query's matches among its gallery, without sorting it.
 
-    similarity: [q, G]. matches, present: [q, M] gallery indices and which of them count. The rank of a match is
-    1 + the number of images that score above it; rows with ties are sorted, stably. Absent slots come last.
+    similarity: [q, G]. matches, present: [q, M] gallery indices and which of them count. The rank of a match
+    is 1 + the number of images that score above it; rows with ties are sorted, stably. Absent slots are last.
     Returns ranks [q, M], the k best indices [q, k], number of tied rows.
     """
     q, G = similarity.shape

@@ -82,7 +82,7 @@ def loss_list(text):
     for name in names:
         if name not in LOSSES:
             raise argparse.ArgumentTypeError(
-                f'"{name}" is not a loss ({", ".join(LOSSES)}; joined as in sdm+mlm+id){nearest(name, LOSSES)}'
+                f'"{name}" is not a loss ({", ".join(LOSSES)}; joined as sdm+mlm+id){nearest(name, LOSSES)}'
             )
     if len(set(names)) < len(names):
         raise argparse.ArgumentTypeError(f'"{text}" names a loss twice')
@@ -105,12 +105,16 @@ def architecture_item(text):
     name, _, value = str(text).partition("=")
     if name not in ARCHITECTURE:
         raise argparse.ArgumentTypeError(
-            f'"{text}" is not name=number with a name among {", ".join(ARCHITECTURE)}{nearest(name, ARCHITECTURE)}'
+            f'"{text}" is not name=number, names being {", ".join(ARCHITECTURE)}{nearest(name, ARCHITECTURE)}'
         )
     return name, count(value)
 
 
 # ---- the parser ----
+
+EXIT_STATUS = (
+    "Exit status: 0 done, 2 something to mend in the input (one sentence says what), 130 interrupted."
+)
 
 
 class Parser(argparse.ArgumentParser):
@@ -140,7 +144,7 @@ def train_parser():
         prog="train.py",
         description="Train IRRA (text-to-image person retrieval, arXiv 2303.12501). The paper's recipe: "
         "--img_aug --batch_size 64 --MLM --loss_names sdm+mlm+id --num_epoch 60, the rest default.",
-        epilog="Exit status: 0 done, 2 something to mend in the input (one sentence says what), 130 interrupted.",
+        epilog=EXIT_STATUS,
     )
     add = parser.add_argument_group("run").add_argument
     add(
@@ -289,7 +293,7 @@ def test_parser():
         prog="test.py",
         description="Evaluate a run: reads its configs.yaml and the best.pth beside it, prints the table and "
         "writes results.json. Published pairs of configs.yaml and best.pth work too.",
-        epilog="Exit status: 0 done, 2 something to mend in the input (one sentence says what), 130 interrupted.",
+        epilog=EXIT_STATUS,
     )
     add = parser.add_argument
     add("--config_file", required=True, metavar="FILE", help="configs.yaml of a run, or the run's folder")
@@ -370,7 +374,7 @@ def _neighbours(path):
 
 
 def check_options(options, parser, path):
-    """The options of a config file as the command line would give them; names key and file where one is off."""
+    """The options of a config file as the command line would give them; an error names key and file."""
     actions, checked = parser.options(), {}
     for key, value in options.items():
         if key in DERIVED:

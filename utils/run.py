@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 import time
+from logging.handlers import MemoryHandler
 from pathlib import Path
 
 from utils.errors import InputError
@@ -12,25 +13,26 @@ NOT_SAVED = ("config_file", "notes", "debug", "run_dir")
 
 
 def new_run_folder(args):
-    """OUTPUT_DIR/DATASET/TIME_NAME, made; a second run within the same second waits for the next one."""
+    """OUTPUT_DIR/DATASET/TIME_NAME, not made yet: that waits until data and model have proved good."""
     if not args.name or Path(args.name).name != args.name:
         raise InputError(
             f'--name "{args.name}" becomes part of a folder name: it may not be empty or hold a /'
         )
     root = Path(args.output_dir) / args.dataset_name
-    while True:
-        folder = root / f"{time.strftime('%Y%m%d_%H%M%S')}_{args.name}"
-        try:
-            folder.mkdir(parents=True)
-            return folder
-        except FileExistsError:
-            if not root.is_dir():
-                raise InputError(f"{root} is not a folder: runs are kept in --output_dir") from None
-            time.sleep(0.1)
-        except OSError as error:
-            raise InputError(
-                f"cannot make the run folder {folder}: {error.strerror} (see --output_dir)"
-            ) from None
+    while (folder := root / f"{time.strftime('%Y%m%d_%H%M%S')}_{args.name}").exists():
+        time.sleep(0.1)
+    return folder
+
+
+def make_folder(folder):
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError:
+        raise InputError(f"{folder} has just been made by another run: start this one again") from None
+    except OSError as error:
+        raise InputError(
+            f"cannot make the run folder {folder}: {error.strerror} (see --output_dir)"
+        ) from None
 
 
 def write_whole(path, data):
@@ -68,22 +70,33 @@ class BarHandler(logging.StreamHandler):
         bar.tqdm.write(self.format(record), file=self.stream)
 
 
-def setup_logger(name, folder, training=True):
-    """The logger `name` writes to the terminal and to train_log.txt or test_log.txt in the folder, appending."""
+def setup_logger(name):
+    """The logger `name`, to the terminal; what it says is also held back for keep_log."""
     logger = logging.getLogger(name)
     logger.setLevel(logging.INFO)
     logger.propagate = False
     for handler in logger.handlers[:]:
         logger.removeHandler(handler)
         handler.close()
-    handlers = [BarHandler(sys.stdout)]
+    logger.addHandler(BarHandler(sys.stdout))
+    logger.addHandler(MemoryHandler(1 << 20, flushOnClose=False))
+    for handler in logger.handlers:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s: %(message)s"))
+    return logger
+
+
+def keep_log(logger, path):
+    """From here on the log also goes to a file, appended, with what was said before."""
+    terminal, held = logger.handlers
     try:
-        handlers.append(logging.FileHandler(Path(folder) / ("train_log.txt" if training else "test_log.txt")))
+        file = logging.FileHandler(path, encoding="utf-8")
     except (
         OSError
-    ) as error:  # a published run may lie in a read-only place: the table still goes to the terminal
-        print(f"note: no log is kept in {folder}: {error.strerror}", file=sys.stderr)
-    for handler in handlers:
-        handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s: %(message)s"))
-        logger.addHandler(handler)
-    return logger
+    ) as error:  # a published run may lie in a read-only place: the table still reaches the terminal
+        logger.warning(f"no log is kept at {path}: {error.strerror}")
+        return
+    file.setFormatter(terminal.formatter)
+    held.setTarget(file)
+    held.flush()
+    logger.removeHandler(held)
+    logger.addHandler(file)
