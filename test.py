@@ -16,7 +16,8 @@ def main(argv=None):
     from processor.evaluator import chance, encode, evaluate, table
     from utils.checkpoint import load_checkpoint
     from utils.dist import pick_device
-    from utils.run import keep_log, setup_logger, write_whole
+    from utils.files import write_whole
+    from utils.run import keep_log, setup_logger
 
     run = Path(args.run_dir)
     logger = setup_logger("IRRA")

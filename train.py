@@ -1,9 +1,10 @@
 """Train IRRA. `python train.py --help` lists the options; README.md tells the story."""
 
+import sys
 from pathlib import Path
 
 from utils.errors import InputError, reports_errors
-from utils.options import get_args, read_run_options
+from utils.options import STOPPED, get_args, read_run_options
 
 
 @reports_errors
@@ -13,49 +14,42 @@ def main(argv=None):
         raise InputError("--test: evaluating a run is the work of test.py --config_file RUN/configs.yaml")
     checkpoint = None
     if args.resume:
-        args, checkpoint = resumed(args, argv)
-    train(args, checkpoint)
-
-
-def resumed(args, argv):
-    """The options of the run that --resume goes on with, the command line over them; and its checkpoint."""
-    import sys
-
-    checkpoint = checkpoint_to_resume(args)
-    configs = checkpoint.parent / "configs.yaml"
-    if not configs.is_file():
-        return args, checkpoint
-    if not args.config_file:
-        args = get_args(["--config_file", str(configs), *(sys.argv[1:] if argv is None else argv)])
-    saved = read_run_options(configs)
-    for key, value in vars(saved).items():
-        if key not in (
-            "resume",
-            "resume_ckpt_file",
-            "output_dir",
-            "config_file",
-            "notes",
-        ) and value != getattr(args, key):
-            args.notes.append(
-                f"{key} was {value} in the run that is resumed, and is {getattr(args, key)} from here on"
-            )
-    args.run_dir = str(checkpoint.parent)
-    return args, checkpoint
+        checkpoint = checkpoint_to_resume(args)
+        args = options_to_resume(args, checkpoint, sys.argv[1:] if argv is None else argv)
+    return train(args, checkpoint)
 
 
 def checkpoint_to_resume(args):
+    """The file that --resume_ckpt_file names, or the last.pth of the newest run of this name."""
     if args.resume_ckpt_file:
         path = Path(args.resume_ckpt_file)
         return path / "last.pth" if path.is_dir() else path
     folder = Path(args.output_dir) / args.dataset_name
-    found = sorted(folder.glob(f"[0-9]*_[0-9]*_{args.name}/last.pth"))
-    found = [path for path in found if path.parent.name[16:] == args.name]
-    if not found:
+    runs = [path for path in sorted(folder.glob("*/last.pth")) if path.parent.name[16:] == args.name]
+    if not runs:
         raise InputError(
-            f"nothing to resume: no run named {args.name} with a last.pth in {folder} "
-            f"(see --resume_ckpt_file)"
+            f"nothing to resume: no run named {args.name} with a last.pth in {folder} (see "
+            f"--resume_ckpt_file)"
         )
-    return found[-1]
+    return runs[-1]
+
+
+def options_to_resume(args, checkpoint, argv):
+    """The options of the run that is resumed, the command line over them; what then differs is noted."""
+    configs = checkpoint.parent / "configs.yaml"
+    if not configs.is_file():
+        return args
+    saved = read_run_options(configs)
+    if not args.config_file:
+        args = get_args(["--config_file", str(configs), *argv])
+    for key, value in vars(saved).items():
+        if key not in ("resume", "resume_ckpt_file", "output_dir", "config_file", "notes", "debug"):
+            if getattr(args, key) != value:
+                args.notes.append(
+                    f"{key} was {value} when this run was stopped and is {getattr(args, key)} now"
+                )
+    args.run_dir = str(checkpoint.parent)
+    return args
 
 
 def train(args, checkpoint=None):
@@ -65,25 +59,22 @@ def train(args, checkpoint=None):
     from datasets import build_dataloader
     from model import build_model
     from processor.evaluator import encode, evaluate, table
-    from processor.trainer import train_one_epoch
+    from processor.trainer import Meters, NotFinite, train_one_epoch
     from solver import build_lr_scheduler, build_optimizer
     from utils.checkpoint import load_checkpoint, save_checkpoint
-    from utils.dist import pick_device
-    from utils.run import keep_log, make_folder, new_run_folder, save_configs, setup_logger
+    from utils.dist import out_of_memory, pick_device
+    from utils.run import RunFiles, Stopped, StopSignals, setup_logger
 
     device = pick_device(args.device)
-    resumed_run = getattr(args, "run_dir", None)
-    folder = Path(resumed_run or new_run_folder(args))
-    args.output_dir = str(folder)
+    run = RunFiles(args)
     logger = setup_logger("IRRA")
+    log = logger.getChild("train")
     logger.info(f"Using {1 if device.type == 'cuda' else 0} GPUs")
-    notes = args.notes
-    logger.info(str({key: value for key, value in vars(args).items() if key != "notes"}))
-    for note in notes:
+    logger.info(run.described(args))
+    for note in args.notes:
         logger.info(note)
-    torch.manual_seed(
-        args.seed
-    )  # the new layers' weights; order, augmentation and masks have streams of their own
+    # for the new layers' weights; order, augmentation and masks have streams of their own
+    torch.manual_seed(args.seed)
 
     train_loader, img_loader, txt_loader, num_classes = build_dataloader(args)
     model = build_model(args, num_classes)
@@ -91,56 +82,84 @@ def train(args, checkpoint=None):
     optimizer = build_optimizer(args, model)
     scheduler = build_lr_scheduler(args, optimizer)
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
-    first, best_R1, best_epoch = 1, -1.0, 0
+    done = {"epoch": 0, "iteration": 0, "best_R1": -1.0, "best_epoch": 0, "meters": {}, "seed": args.seed}
     if checkpoint:
-        state = load_checkpoint(checkpoint)
-        restore(parts, state, checkpoint)
-        first, best_R1, best_epoch = (
-            state["epoch"] + 1,
-            state.get("best_R1", -1.0),
-            state.get("best_epoch", 0),
+        done.update(restore(parts, load_checkpoint(checkpoint), checkpoint))
+        log.info(
+            f"resumed from {checkpoint}: {done['epoch']} epochs and {done['iteration']} iterations are done"
         )
-        logger.info(f"resumed from {checkpoint}: epoch {first} comes next, best R1 so far {best_R1:.3f}")
-    if not resumed_run:
-        make_folder(folder)
-    keep_log(logger, folder / "train_log.txt")
-    save_configs(args, folder)
-    board = SummaryWriter(folder, purge_step=first if checkpoint else None)
+    run.open(args, logger)
+    board = SummaryWriter(run.folder, purge_step=done["epoch"] + 1 if checkpoint else None)
 
-    train_logger = logger.getChild("train")
-    train_logger.info("start training")
-    for epoch in range(first, args.num_epoch + 1):
-        train_loader.set_epoch(epoch)
-        averages = train_one_epoch(
-            model, train_loader, optimizer, device, epoch, args.log_period, args.batch_size
-        )
-        board.add_scalar("lr", scheduler.get_last_lr()[0], epoch)
-        for name, value in averages.items():
-            if value > 0:  # as published: an accuracy of 0 leaves no point
-                board.add_scalar(name, value, epoch)
-        scheduler.step()
+    def save(name, **more):
+        save_checkpoint(run.folder / name, parts, num_epoch=args.num_epoch, **more)
 
-        progress = {"num_epoch": args.num_epoch, "iteration": 0, "epoch": epoch}
-        if epoch % args.eval_period == 0:
-            train_logger.info(f"Validation Results - Epoch: {epoch}")
-            rows, _ = evaluate(encode(model, img_loader, txt_loader, device))
-            logger.getChild("eval").info(f"\n{table(rows)}")
-            for name, value in rows["t2i"].items():
-                board.add_scalar(f"t2i/{name}", value, epoch)
-            if rows["t2i"]["R1"] > best_R1:
-                best_R1, best_epoch = rows["t2i"]["R1"], epoch
-                train_logger.info(f"Saving checkpoint to {folder / 'best.pth'}")
-                save_checkpoint(folder / "best.pth", parts, **progress)
-        save_checkpoint(
-            folder / "last.pth", parts, **progress, best_R1=best_R1, best_epoch=best_epoch, seed=args.seed
-        )
-        board.flush()
-    board.close()
-    train_logger.info(f"best R1: {best_R1} at epoch {best_epoch}")
+    def after_step(step, meters):
+        if stop.asked or (args.save_period and step % args.save_period == 0):
+            save("last.pth", **{**done, "iteration": step, "meters": meters.state_dict()})
+        if stop.asked:
+            raise Stopped(f"stopped in epoch {done['epoch'] + 1} after iteration {step}")
+
+    with StopSignals(log) as stop, out_of_memory(device, args.batch_size):
+        try:
+            if not checkpoint:
+                save("last.pth", **done)  # from here on there is something to resume, and room on the disk
+            log.info("start training")
+            for epoch in range(done["epoch"] + 1, args.num_epoch + 1):
+                start, meters = done["iteration"], Meters.from_state(done["meters"])
+                train_loader.set_epoch(epoch, start)
+                averages = train_one_epoch(
+                    model,
+                    train_loader,
+                    optimizer,
+                    device,
+                    epoch,
+                    args.log_period,
+                    args.batch_size,
+                    start,
+                    meters,
+                    args.max_grad_norm,
+                    after_step,
+                )
+                board.add_scalar("lr", scheduler.get_last_lr()[0], epoch)
+                for name, value in averages.items():
+                    if value > 0:  # as published: an accuracy of 0 leaves no point
+                        board.add_scalar(name, value, epoch)
+                scheduler.step()
+                done.update(epoch=epoch, iteration=0, meters={})
+
+                if epoch % args.eval_period == 0:
+                    log.info(f"Validation Results - Epoch: {epoch}")
+                    rows, _ = evaluate(encode(model, img_loader, txt_loader, device))
+                    logger.getChild("eval").info(f"\n{table(rows)}")
+                    for name, value in rows["t2i"].items():
+                        board.add_scalar(f"t2i/{name}", value, epoch)
+                    if rows["t2i"]["R1"] > done["best_R1"]:
+                        done.update(best_R1=rows["t2i"]["R1"], best_epoch=epoch)
+                        log.info(f"Saving checkpoint to {run.folder / 'best.pth'}")
+                        save("best.pth", iteration=0, epoch=epoch)
+                save("last.pth", **done)
+                run.keep_numbered(epoch, args.keep)
+                board.flush()
+                if stop.asked and epoch < args.num_epoch:
+                    raise Stopped(f"stopped after epoch {epoch}")
+        except Stopped as reason:
+            log.info(
+                f"{reason}; all is saved, and --resume --resume_ckpt_file {run.folder} goes on from there"
+            )
+            return STOPPED
+        except NotFinite as error:
+            raise InputError(
+                f"{error}. The batch is described in {run.keep_evidence(error.evidence)}"
+            ) from None
+        finally:
+            board.close()
+    log.info(f"best R1: {done['best_R1']} at epoch {done['best_epoch']}")
 
 
 def restore(parts, state, source):
-    """Put a checkpoint's parts back. Of a published one the weights fit, but not the optimiser."""
+    """Put a checkpoint's parts back; returns what it says of the progress. Of a published one the weights
+    fit, but not the optimiser."""
     from utils.checkpoint import load_weights
 
     groups = [len(group["params"]) for group in state.get("optimizer", {}).get("param_groups", [])]
@@ -153,6 +172,9 @@ def restore(parts, state, source):
     load_weights(parts["model"], state["model"], source)
     parts["optimizer"].load_state_dict(state["optimizer"])
     parts["scheduler"].load_state_dict(state["scheduler"])
+    return {
+        key: state[key] for key in ("epoch", "iteration", "best_R1", "best_epoch", "meters") if key in state
+    }
 
 
 if __name__ == "__main__":

@@ -197,7 +197,7 @@ def check_images(dataset_name, image_paths, folder):
     if missing:
         subfolders = sorted({os.path.relpath(os.path.dirname(path), folder) for path in missing})
         raise InputError(
-            f"{dataset_name}: {len(missing)} images are missing, the first is {min(missing)}; unpack them into "
+            f"{dataset_name}: {len(missing)} images are missing, the first is {min(missing)}; unpack into "
             f"{folder} (below: {', '.join(subfolders[:7])}{', …' if len(subfolders) > 7 else ''})"
         )
 

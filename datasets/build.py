@@ -28,8 +28,9 @@ class TrainLoader(DataLoader):
             boxes = batch.pop("boxes")
             yield {**batch, "images": finish(batch["images"], self._device, boxes)}
 
-    def set_epoch(self, epoch):
-        self.sampler.set_epoch(epoch)
+    def set_epoch(self, epoch, start=0):
+        """start: how many batches of the epoch an interrupted run has had."""
+        self.sampler.set_epoch(epoch, start * self.batch_size)
 
 
 class ImageLoader(DataLoader):

@@ -26,10 +26,11 @@ class EpochSampler(Sampler):
     """Yields (epoch, index) in the order of the epoch that set_epoch names; epochs count from 1."""
 
     def __init__(self, seed):
-        self.seed, self.epoch, self._known = seed, 1, None
+        self.seed, self.epoch, self.start, self._known = seed, 1, 0, None
 
-    def set_epoch(self, epoch):
-        self.epoch = epoch
+    def set_epoch(self, epoch, start=0):
+        """start: how many samples of the epoch to leave out, since an interrupted run has had them."""
+        self.epoch, self.start = epoch, start
 
     def order(self):
         if self._known is None or self._known[0] != self.epoch:
@@ -37,10 +38,10 @@ class EpochSampler(Sampler):
         return self._known[1]
 
     def __iter__(self):
-        return ((self.epoch, index) for index in self.order())
+        return ((self.epoch, index) for index in self.order()[self.start :])
 
     def __len__(self):
-        return len(self.order())
+        return max(len(self.order()) - self.start, 0)
 
 
 class RandomOrder(EpochSampler):

@@ -1,9 +1,9 @@
 """CLIP's pretrained weights: fetched, read without running code, and fitted to the image size."""
 
 import hashlib
+import http.client
 import logging
 import math
-import os
 import pickle
 import sys
 import urllib.error
@@ -18,6 +18,7 @@ from model.clip_model import CLIP, VisionTransformer
 from model.clip_resnet import ModifiedResNet
 from utils.checkpoint import load_weights
 from utils.errors import InputError
+from utils.files import whole_file
 
 # OpenAI's archives, https://github.com/openai/CLIP; the folder in the address is the file's SHA-256
 _ADDRESS = "https://openaipublic.azureedge.net/clip/models"
@@ -50,24 +51,22 @@ def download(name, cache=None):
         raise InputError(
             f"{target} is not OpenAI's {name} (its SHA-256 differs): delete it to download it anew"
         )
-    beside = target.with_name(f".{filename}.{os.getpid()}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with urllib.request.urlopen(address, timeout=30) as source, open(beside, "wb") as file:
-            _copy(source, file, name)
-            file.flush()
-            os.fsync(file.fileno())
-        if sha256(beside) != digest:
+    except OSError as error:
+        raise InputError(f"cannot make {target.parent} ({error.strerror}): {by_hand}") from None
+    with whole_file(target) as file:
+        try:
+            with urllib.request.urlopen(address, timeout=30) as source:
+                _copy(source, file, name)
+        except (urllib.error.URLError, TimeoutError, ConnectionError, http.client.HTTPException) as error:
+            reason = getattr(error, "reason", error)
+            raise InputError(f"cannot download {name} ({reason}): {by_hand}") from None
+        file.flush()
+        if sha256(file.name) != digest:
             raise InputError(
                 f"the download of {name} came out damaged (its SHA-256 differs): try again, or {by_hand}"
             )
-        os.replace(beside, target)
-    except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
-        raise InputError(f"cannot download {name} ({getattr(error, 'reason', error)}): {by_hand}") from None
-    except OSError as error:
-        raise InputError(f"cannot write {target} ({error.strerror or error}): {by_hand}") from None
-    finally:
-        beside.unlink(missing_ok=True)
     return target
 
 

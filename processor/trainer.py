@@ -11,61 +11,54 @@ logger = logging.getLogger("IRRA.train")
 ORDER = ("loss", "sdm_loss", "itc_loss", "cmpm_loss", "id_loss", "mlm_loss", "img_acc", "txt_acc", "mlm_acc")
 
 
-class Meters:
-    """Averages over an epoch of whatever the model reports; the sums stay on the device until they are read.
+def train_one_epoch(
+    model,
+    loader,
+    optimizer,
+    device,
+    epoch,
+    log_period=100,
+    batch_size=None,
+    start=0,
+    meters=None,
+    max_grad_norm=None,
+    after_step=None,
+):
+    """One pass over the loader, whose batches model.forward takes. Returns the epoch's averages by name.
 
-    Weighted by batch size as published, but for mlm_acc, whose batches all weigh the same.
-    """
-
-    def __init__(self):
-        self.names, self.sums, self.weights = None, 0.0, 0.0
-
-    def update(self, report, batch_size):
-        if self.names is None:
-            known = [name for name in ORDER if name in report]
-            self.names = known + [name for name in report if name not in ORDER]
-        weights = [1 if name == "mlm_acc" else batch_size for name in self.names]
-        values = torch.stack([report[name].detach().float() for name in self.names])
-        self.weights = self.weights + torch.tensor(weights, dtype=torch.float64)
-        self.sums = self.sums + values.double() * torch.tensor(weights, dtype=torch.float64).to(values.device)
-
-    def averages(self):
-        if self.names is None:
-            return {}
-        return dict(zip(self.names, (self.sums.cpu() / self.weights).tolist(), strict=True))
-
-
-def train_one_epoch(model, loader, optimizer, device, epoch, log_period=100, batch_size=None):
-    """One pass over the loader (batches as model.forward takes them). Returns the epoch's averages by name.
-
-    Raises InputError when the loss stops being a number.
+    start, meters: the steps of this epoch that an interrupted run has done, and its Meters.
+    after_step: called with (step, meters) after each step; may raise to leave.
+    Raises NotFinite, before the step is taken, when the loss or a gradient is not a number.
     """
     model.train()
-    meters, start, steps = Meters(), time.time(), len(loader)
-    for step, batch in enumerate(progress_bar(loader, epoch, batch_size), start=1):
-        batch = {key: on_device(value, device) for key, value in {**batch, **model.plan(batch)}.items()}
+    meters = meters or Meters()
+    watch = FiniteWatch(model, optimizer, epoch, period=1 if device.type == "cpu" else log_period)
+    steps, began, step = start + len(loader), time.time(), start
+    for step, batch in enumerate(progress_bar(loader, epoch, batch_size), start=start + 1):
+        on_host, batch = batch, {**batch, **model.plan(batch)}
+        batch = {key: on_device(value, device) for key, value in batch.items()}
 
         report = model(batch)
         loss = sum(value for name, value in report.items() if "loss" in name)
-        if device.type == "cpu" or step % log_period == 0:  # elsewhere each look would make the device wait
-            stop_unless_finite(loss, epoch, step, report)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        watch.before_step(step, loss, report, on_host)
+        if max_grad_norm:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
         optimizer.step()
 
-        meters.update({"loss": loss, **report}, len(batch["pids"]))
+        meters.update({"loss": loss, **report}, len(on_host["pids"]))
         if step % log_period == 0:
             lr = optimizer.param_groups[0]["lr"]
-            logger.info(
-                f"Epoch[{epoch}] Iteration[{step}/{steps}], {shown(meters.averages())}, Base Lr: {lr:.2e}"
-            )
-    averages = meters.averages()
-    if not all(value == value and abs(value) != float("inf") for value in averages.values()):
-        stop_unless_finite(loss * float("nan"), epoch, step, report)
-    seconds = (time.time() - start) / step
-    speed = (batch_size or len(batch["pids"])) / seconds
-    logger.info(f"Epoch {epoch} done. Time per batch: {seconds:.3f}[s] Speed: {speed:.1f}[samples/s]")
-    return averages
+            logger.info(f"Epoch[{epoch}] Iteration[{step}/{steps}], {meters.shown()}, Base Lr: {lr:.2e}")
+        if after_step:
+            after_step(step, meters)
+    watch.look()
+    if step > start:
+        seconds = (time.time() - began) / (step - start)
+        speed = (batch_size or len(on_host["pids"])) / seconds
+        logger.info(f"Epoch {epoch} done. Time per batch: {seconds:.3f}[s] Speed: {speed:.1f}[samples/s]")
+    return meters.averages()
 
 
 def on_device(value, device):
@@ -81,18 +74,106 @@ def progress_bar(loader, epoch, batch_size):
     )
 
 
-def shown(averages):
-    """Averages as the published log shows them: those that are 0 are left out."""
-    return ", ".join(
-        f"{name}: {value:.4f}" for name, value in averages.items() if name != "temperature" and value > 0
-    )
+class Meters:
+    """Averages over an epoch of whatever the model reports; the sums stay on the device until they are read.
+
+    Weighted by batch size as published, but for mlm_acc, whose batches all weigh the same.
+    """
+
+    def __init__(self):
+        self.names, self.sums, self.weights = [], None, None
+
+    def update(self, report, batch_size):
+        """report: named numbers, tensors of one element."""
+        if not self.names:
+            known = [name for name in ORDER if name in report]
+            self.names = known + [name for name in report if name not in ORDER]
+        values = torch.stack([report[name].detach().double() for name in self.names])
+        weights = torch.tensor([1.0 if name == "mlm_acc" else batch_size for name in self.names]).double()
+        weighted = values * weights.to(values.device, non_blocking=True)
+        self.sums = weighted if self.sums is None else self.sums.to(values.device) + weighted
+        self.weights = weights if self.weights is None else self.weights + weights
+
+    def averages(self):
+        """{name: average}; on an accelerator this waits for it."""
+        if not self.names:
+            return {}
+        return dict(zip(self.names, (self.sums.cpu() / self.weights).tolist(), strict=True))
+
+    def shown(self):
+        """As the published log shows them: averages of 0 are left out."""
+        averages = {name: value for name, value in self.averages().items() if name != "temperature"}
+        return ", ".join(f"{name}: {value:.4f}" for name, value in averages.items() if value > 0)
+
+    def state_dict(self):
+        if not self.names:
+            return {}
+        return {"names": self.names, "sums": self.sums.tolist(), "weights": self.weights.tolist()}
+
+    @classmethod
+    def from_state(cls, state):
+        meters = cls()
+        if state:
+            meters.names = list(state["names"])
+            meters.sums = torch.tensor(state["sums"], dtype=torch.float64)
+            meters.weights = torch.tensor(state["weights"], dtype=torch.float64)
+        return meters
 
 
-def stop_unless_finite(loss, epoch, step, report):
-    if torch.isfinite(loss):
-        return
-    parts = ", ".join(f"{name} {float(value):.4g}" for name, value in report.items() if "loss" in name)
-    raise InputError(
-        f"the loss is no longer a number in epoch {epoch}, by iteration {step} ({parts}); the checkpoints "
-        "of earlier epochs are good. Try --precision bf16, a lower --lr, or Adam: fp16 needs its eps of 1e-3"
-    )
+class NotFinite(InputError):
+    """The loss or a gradient is not a number. `evidence` is what is needed to look at it, plain data."""
+
+    def __init__(self, evidence):
+        self.evidence = evidence
+        losses = ", ".join(f"{name} {value:.4g}" for name, value in evidence["losses"].items())
+        super().__init__(
+            f"loss or gradient is no longer a number in epoch {evidence['epoch']}, iteration "
+            f"{evidence['iteration']} ({losses}); the step was not taken. Try --precision bf16, "
+            f"--max_grad_norm 1 "
+            "or a lower --lr (fp16 also needs Adam's eps of 1e-3)"
+        )
+
+
+class FiniteWatch:
+    """Keeps steps with a loss or gradient that is not finite from being taken.
+
+    The optimiser is told through `found_inf`, as torch.amp's GradScaler tells it: a fused one skips the step
+    on the device, so that the host need not wait. Every `period` steps the host looks whether that happened.
+    """
+
+    def __init__(self, model, optimizer, epoch, period):
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer, self.epoch = optimizer, epoch
+        self.period = period if optimizer.defaults.get("fused") else 1
+        self.first, self.recent = None, []
+
+    def before_step(self, step, loss, report, batch):
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        # the largest magnitude, not the 2-norm, which overflows in fp16 where no gradient does
+        largest = torch.nn.utils.get_total_norm(gradients, norm_type=float("inf"))
+        finite = torch.isfinite(loss.detach()) & torch.isfinite(largest)
+        self.optimizer.found_inf = (~finite).float()
+        failed = torch.where(finite, torch.inf, float(step))
+        self.first = failed if self.first is None else torch.minimum(self.first, failed)
+        losses = {name: value.detach() for name, value in report.items() if "loss" in name}
+        self.recent.append((step, losses, batch))
+        if step % self.period == 0:
+            self.look()
+
+    def look(self):
+        first = float("inf") if self.first is None else float(self.first)
+        for step, losses, batch in self.recent:
+            if step == first:
+                raise NotFinite(
+                    {
+                        "epoch": self.epoch,
+                        "iteration": step,
+                        "losses": {name: float(value) for name, value in losses.items()},
+                        **{
+                            key: batch[key].tolist()
+                            for key in ("pids", "image_ids", "caption_ids")
+                            if key in batch
+                        },
+                    }
+                )
+        self.first, self.recent = None, []

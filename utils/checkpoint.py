@@ -1,35 +1,25 @@
 """Checkpoints: saved in one step, loaded without the power to run code."""
 
-import os
 import pickle
 from pathlib import Path
 
 import torch
 
 from utils.errors import InputError
+from utils.files import whole_file
 
 
-def save_checkpoint(path, parts, **scalars):
-    """Write {name: part.state_dict(), …, **scalars}; the file is whole or the earlier one stays.
+def save_checkpoint(path, parts, **values):
+    """Write {name: part.state_dict(), …, **values}; the file is whole or the earlier one stays.
 
-    parts: model, optimizer and scheduler by name. scalars: plain numbers and lists.
+    parts: model, optimizer and scheduler by name. values: plain numbers, words and lists.
     """
-    path = Path(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
     state = {name: part.state_dict() for name, part in parts.items()}
-    try:
-        with open(beside, "wb") as file:
-            torch.save({**state, **scalars}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
-        beside.unlink(missing_ok=True)
-        size = sum(t.nbytes for t in tensors(state))
-        raise InputError(
-            f"cannot write {path} ({size / 2**20:.0f} MiB are needed): "
-            f"{getattr(error, 'strerror', None) or error}; what was there before is untouched"
-        ) from None
+    with whole_file(path, sum(tensor.nbytes for tensor in tensors(state))) as file:
+        try:
+            torch.save({**state, **values}, file)
+        except RuntimeError as error:  # what PyTorch's zip writer makes of a full disk
+            raise OSError(None, str(error).splitlines()[0]) from error
 
 
 def tensors(tree):

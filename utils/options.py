@@ -112,8 +112,11 @@ def architecture_item(text):
 
 # ---- the parser ----
 
+STOPPED = 3  # a signal came; everything is saved
 EXIT_STATUS = (
-    "Exit status: 0 done, 2 something to mend in the input (one sentence says what), 130 interrupted."
+    "Exit status: 0 done; 2 something to mend in the input, one sentence says what; 3 stopped by SIGTERM or "
+    "SIGINT "
+    "after the running batch, everything saved, --resume goes on; 130 interrupted at once (a second Ctrl-C)."
 )
 
 
@@ -167,6 +170,8 @@ def train_parser():
         action="store_true",
         help="go on with the newest run of this name, or with --resume_ckpt_file",
     )
+    add("--save_period", default=0, type=count_or_0, help="batches between saves of last.pth within an epoch")
+    add("--keep", default=0, type=count_or_0, help="newest epochs of which a numbered checkpoint is kept")
     add("--resume_ckpt_file", default="", help="checkpoint or run folder that --resume goes on with")
     add(
         "--seed", default=1, type=count_or_0, help="order, augmentation, masks and new weights follow from it"
@@ -253,6 +258,7 @@ def train_parser():
     add("--momentum", default=0.9, type=momentum, help="of SGD")
     add("--weight_decay", default=4e-5, type=not_negative, help="weight decay")
     add("--weight_decay_bias", default=0.0, type=not_negative, help="weight decay of biases")
+    add("--max_grad_norm", default=None, type=positive, help="scale larger gradients down to this norm")
     add("--alpha", default=0.9, type=momentum, help="Adam's first beta")
     add("--beta", default=0.999, type=momentum, help="Adam's second beta")
 
@@ -293,7 +299,7 @@ def test_parser():
         prog="test.py",
         description="Evaluate a run: reads its configs.yaml and the best.pth beside it, prints the table and "
         "writes results.json. Published pairs of configs.yaml and best.pth work too.",
-        epilog=EXIT_STATUS,
+        epilog="Exit status: 0 done; 2 something to mend in the input (one sentence); 130 interrupted.",
     )
     add = parser.add_argument
     add("--config_file", required=True, metavar="FILE", help="configs.yaml of a run, or the run's folder")

@@ -1,13 +1,15 @@
-"""A run's folder: what is written there, and the log."""
+"""A run's folder: what is written there, the log, and the signals that end a run in good order."""
 
+import json
 import logging
-import os
+import signal
 import sys
 import time
 from logging.handlers import MemoryHandler
 from pathlib import Path
 
 from utils.errors import InputError
+from utils.files import link_or_copy, remove_leftovers, write_whole
 
 NOT_SAVED = ("config_file", "notes", "debug", "run_dir")
 
@@ -24,40 +26,82 @@ def new_run_folder(args):
     return folder
 
 
-def make_folder(folder):
-    try:
-        folder.mkdir(parents=True)
-    except FileExistsError:
-        raise InputError(f"{folder} has just been made by another run: start this one again") from None
-    except OSError as error:
-        raise InputError(
-            f"cannot make the run folder {folder}: {error.strerror} (see --output_dir)"
-        ) from None
+class RunFiles:
+    """The folder of a run: a new one, or that of the run which is resumed (args.run_dir)."""
+
+    def __init__(self, args):
+        resumed = getattr(args, "run_dir", None)
+        self.is_new = not resumed
+        self.folder = Path(resumed) if resumed else new_run_folder(args)
+        args.output_dir = str(self.folder)
+
+    def described(self, args):
+        return str({key: value for key, value in vars(args).items() if key not in ("notes", "run_dir")})
+
+    def open(self, args, logger):
+        """Make the folder, start its log and write configs.yaml: now that data and model have proved good."""
+        if self.is_new:
+            try:
+                self.folder.mkdir(parents=True)
+            except FileExistsError:
+                raise InputError(f"another run has just made {self.folder}: start this one again") from None
+            except OSError as error:
+                raise InputError(
+                    f"cannot make the run folder {self.folder}: {error.strerror} (see --output_dir)"
+                ) from None
+        else:
+            remove_leftovers(self.folder)
+        keep_log(logger, self.folder / "train_log.txt")
+        self.save_configs(args)
+
+    def save_configs(self, args):
+        """configs.yaml as the published test.py reads it: every option, plain lists, no Python tags."""
+        import yaml
+
+        options = {key: value for key, value in vars(args).items() if key not in NOT_SAVED}
+        options.update(resume=False, resume_ckpt_file="")  # the file can be a new run's --config_file
+        write_whole(self.folder / "configs.yaml", yaml.safe_dump(options))
+
+    def keep_numbered(self, epoch, keep):
+        """Keep last.pth of the newest `keep` epochs as epoch_NNN.pth."""
+        if not keep:
+            return
+        link_or_copy(self.folder / "last.pth", self.folder / f"epoch_{epoch:03d}.pth")
+        for path in sorted(self.folder.glob("epoch_[0-9]*.pth"))[:-keep]:
+            path.unlink(missing_ok=True)
+
+    def keep_evidence(self, evidence):
+        """Write what is needed to look at a batch that failed; returns the file."""
+        path = self.folder / "bad_batch.json"
+        write_whole(path, json.dumps(evidence, indent=1) + "\n")
+        return path
 
 
-def write_whole(path, data):
-    """Write text or bytes so that `path` holds either all of it or what it held before."""
-    path = Path(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(beside, "wb") as file:
-            file.write(data.encode("utf-8") if isinstance(data, str) else data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise InputError(
-            f"cannot write {path}: {error.strerror}; what was there before is untouched"
-        ) from None
+class Stopped(Exception):
+    """A signal asked the run to end, and everything is saved."""
 
 
-def save_configs(args, folder):
-    """configs.yaml as the published test.py reads it: every option, plain lists, no Python tags."""
-    import yaml
+class StopSignals:
+    """While it lasts, SIGTERM and SIGINT only set `asked`; a second one interrupts at once."""
 
-    options = {key: value for key, value in vars(args).items() if key not in NOT_SAVED}
-    write_whole(Path(folder) / "configs.yaml", yaml.safe_dump(options))
+    def __init__(self, logger):
+        self.asked, self.logger = False, logger
+
+    def __enter__(self):
+        self.earlier = {number: signal.signal(number, self.ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def ask(self, number, frame):
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        self.logger.info(
+            f"{signal.Signals(number).name}: finishing the batch, then saving (again: stop at once, unsaved)"
+        )
+
+    def __exit__(self, *_):
+        for number, handler in self.earlier.items():
+            signal.signal(number, handler)
 
 
 class BarHandler(logging.StreamHandler):

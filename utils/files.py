@@ -1,0 +1,74 @@
+"""Files that are whole or absent: written beside, flushed, renamed."""
+
+import os
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+
+from utils.errors import InputError
+
+
+@contextmanager
+def whole_file(path, needed=None):
+    """Open a binary file that becomes `path` at the end of the block, or leaves what was there untouched.
+
+    A full disk or a read-only folder is an InputError; needed: how many bytes it will take, for that message.
+    """
+    path = Path(path)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(beside, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        room = f" ({needed / 2**20:.1f} MiB are needed)" if needed else ""
+        raise InputError(
+            f"cannot write {path}{room}: {error.strerror or error}; what was there before is untouched"
+        ) from None
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def sync_folder(folder):
+    """Make a rename in the folder outlast a power cut."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:  # some network file systems refuse; the rename itself is done
+        return
+    try:
+        os.fsync(handle)
+    except OSError:
+        pass
+    finally:
+        os.close(handle)
+
+
+def write_whole(path, data):
+    """Write text or bytes so that `path` holds either all of it or what it held before."""
+    data = data.encode("utf-8") if isinstance(data, str) else data
+    with whole_file(path, len(data)) as file:
+        file.write(data)
+
+
+def link_or_copy(source, target):
+    """Give a file a second name; where the file system has no hard links, a whole copy."""
+    beside = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        os.link(source, beside)
+        os.replace(beside, target)
+    except OSError:
+        with open(source, "rb") as original, whole_file(target, os.path.getsize(source)) as file:
+            shutil.copyfileobj(original, file, 1 << 22)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder):
+    """Delete what a killed process left half-written in the folder."""
+    for path in Path(folder).glob(".*.[0-9]*"):
+        pid = path.name.rsplit(".", 1)[1]
+        if pid.isdigit() and not Path(f"/proc/{pid}").exists():
+            path.unlink(missing_ok=True)
