@@ -129,7 +129,7 @@ def check_record(record, number, path, path_key):
     return split, pid, image, captions
 
 
-def read_splits(dataset_name, root_dir):
+def read_splits(dataset_name, root_dir, images_must_exist=True):
     """All splits of a data set below root_dir. Every image is looked up, none is decoded.
 
     Every split other than train and test counts as val, as in the published code.
@@ -157,7 +157,8 @@ def read_splits(dataset_name, root_dir):
         into.captions.extend(captions)
     pids = set(eval_splits["train"].image_pids)
     check_training_ids(dataset_name, pids, source.first_pid, path)
-    check_images(dataset_name, (p for s in eval_splits.values() for p in s.image_paths), images)
+    if images_must_exist:
+        check_images(dataset_name, (p for s in eval_splits.values() for p in s.image_paths), images)
     logger.info(f"=> {dataset_name} Images and Captions are loaded")
     return Splits(
         dataset_name, train, len(pids), eval_splits["train"], eval_splits["test"], eval_splits["val"]
@@ -182,8 +183,8 @@ def check_training_ids(dataset_name, pids, first, path):
         )
 
 
-def check_images(dataset_name, image_paths, folder):
-    """Every image must be there: all missing ones are counted, the first is named. Lists each folder once."""
+def missing_images(image_paths):
+    """Those that are not there; each folder is listed once."""
     by_folder = defaultdict(list)
     for path in image_paths:
         by_folder[os.path.dirname(path)].append(path)
@@ -194,11 +195,17 @@ def check_images(dataset_name, image_paths, folder):
         except OSError:
             present = set()
         missing += [path for path in paths if os.path.basename(path) not in present]
+    return missing
+
+
+def check_images(dataset_name, image_paths, folder):
+    """Every image must be there: all missing ones are counted, the first is named."""
+    missing = missing_images(image_paths)
     if missing:
-        subfolders = sorted({os.path.relpath(os.path.dirname(path), folder) for path in missing})
+        below = sorted({os.path.relpath(os.path.dirname(path), folder) for path in missing})
         raise InputError(
             f"{dataset_name}: {len(missing)} images are missing, the first is {min(missing)}; unpack into "
-            f"{folder} (below: {', '.join(subfolders[:7])}{', …' if len(subfolders) > 7 else ''})"
+            f"{folder} (below: {', '.join(below[:7])}{', …' if len(below) > 7 else ''})"
         )
 
 

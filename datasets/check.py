@@ -1,0 +1,209 @@
+"""Is a data set as it should be? `python -m datasets.check --dataset_name CUHK-PEDES --root_dir data
+[--decode]`
+
+Prints a table and what was found; exit status 0 when nothing is wrong, 1 when training would meet a fault,
+2 when the data set cannot be read at all."""
+
+import argparse
+import hashlib
+import sys
+from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+from datasets.annotations import SOURCES, annotation_file, missing_images, read_splits, statistics_table
+from utils.errors import InputError, reports_errors
+
+PUBLISHED = {  # ids, images, captions of train, test, val as the papers give them
+    "CUHK-PEDES": {"train": (11003, 34054, 68126), "test": (1000, 3074, 6156), "val": (1000, 3078, 6158)},
+    "ICFG-PEDES": {"train": (3102, 34674, 34674), "test": (1000, 19848, 19848), "val": (0, 0, 0)},
+    "RSTPReid": {"train": (3701, 18505, 37010), "test": (200, 1000, 2000), "val": (200, 1000, 2000)},
+}
+
+
+class Finding(NamedTuple):
+    what: str  # one sentence
+    fault: bool  # training or evaluation would go wrong; else something worth knowing
+
+
+def check_counts(splits):
+    """Where the counts are not the published ones, with the likely cause."""
+    found = {name: _counts(split) for name, split in _splits(splits).items()}
+    if found == PUBLISHED[splits.name]:
+        return []
+    differing = [f"{name} {found[name]}, published {PUBLISHED[splits.name][name]}" for name in found]
+    differing = [
+        text
+        for text, name in zip(differing, found, strict=True)
+        if found[name] != PUBLISHED[splits.name][name]
+    ]
+    cause = ""
+    if splits.name == "RSTPReid" and [found[name][0] for name in ("train", "val", "test")] == [
+        3901,
+        100,
+        100,
+    ]:
+        cause = ": this is the old file, split 3901/100/100; ask its authors for the present one"
+    return [
+        Finding(f"ids, images, captions are not the published ones: {'; '.join(differing)}{cause}", False)
+    ]
+
+
+def _splits(splits):
+    return {"train": splits.train_split, "test": splits.test, "val": splits.val}
+
+
+def _counts(split):
+    return len(set(split.image_pids)), len(split.image_pids), len(split.captions)
+
+
+def check_images_once(splits):
+    """Images that stand in two splits, or twice in one with different persons."""
+    where, findings = defaultdict(set), []
+    for name, split in _splits(splits).items():
+        for pid, path in zip(split.image_pids, split.image_paths, strict=True):
+            where[path].add((name, pid))
+    across = sorted(path for path, uses in where.items() if len({name for name, _ in uses}) > 1)
+    twice = sorted(
+        path for path, uses in where.items() if len({pid for name, pid in uses}) > 1 and path not in across
+    )
+    if across:
+        findings.append(
+            Finding(f"{len(across)} images stand in more than one split, the first is {across[0]}", True)
+        )
+    if twice:
+        findings.append(Finding(f"{len(twice)} images show two persons, the first is {twice[0]}", True))
+    return findings
+
+
+def check_captions(splits, text_length=77):
+    """Captions that are empty, cut, without letters, or shared by several persons."""
+    from tqdm import tqdm
+
+    from datasets.tokenizer import SimpleTokenizer, clean
+
+    tokenizer, findings, persons = SimpleTokenizer(), [], defaultdict(set)
+    empty, cut, wordless = [], [], []
+    for name, split in _splits(splits).items():
+        captions = tqdm(split.captions, desc=f"{name} captions", leave=False, disable=None)
+        for pid, caption in zip(split.caption_pids, captions, strict=True):
+            text = clean(caption)
+            persons[text].add((name, pid))
+            if not text:
+                empty.append(f"person {pid} of {name}")
+            elif not any(character.isalpha() for character in text):
+                wordless.append(f'"{caption[:40]}" (person {pid} of {name})')
+            elif len(tokenizer.encode(caption)) + 2 > text_length:
+                cut.append(f'"{caption[:40]}…" (person {pid} of {name})')
+    shared = [text for text, uses in persons.items() if text and len(uses) > 1]
+    if empty:
+        findings.append(Finding(f"{len(empty)} captions are empty, the first of {empty[0]}", True))
+    if wordless:
+        findings.append(Finding(f"{len(wordless)} captions hold no word, the first is {wordless[0]}", True))
+    if cut:
+        findings.append(
+            Finding(f"{len(cut)} captions are cut at {text_length} tokens, the first is {cut[0]}", False)
+        )
+    if shared:
+        known = " (known of RSTPReid)" if splits.name == "RSTPReid" else ""
+        findings.append(
+            Finding(
+                f'{len(shared)} captions belong to several persons{known}, the first is "{shared[0][:60]}"',
+                False,
+            )
+        )
+    return findings
+
+
+def check_pictures(splits, progress=True):
+    """Decode every image; find unreadable ones and the same picture under two names in different splits."""
+    from tqdm import tqdm
+
+    from datasets.transforms import read_image
+
+    def look(path):
+        try:
+            read_image(path)
+            return path, hashlib.sha256(Path(path).read_bytes()).hexdigest(), None
+        except InputError as error:
+            return path, None, str(error)
+
+    owner = {path: name for name, split in _splits(splits).items() for path in split.image_paths}
+    unreadable, pictures = [], defaultdict(list)
+    with ThreadPoolExecutor() as pool:
+        looked = tqdm(
+            pool.map(look, owner),
+            total=len(owner),
+            desc="decoding",
+            unit="img",
+            disable=None if progress else True,
+        )
+        for path, digest, error in looked:
+            if error:
+                unreadable.append(error)
+            else:
+                pictures[digest].append(path)
+    findings = [Finding(error, True) for error in unreadable[:10]]
+    if len(unreadable) > 10:
+        findings.append(Finding(f"{len(unreadable) - 10} more images cannot be read", True))
+    same = [paths for paths in pictures.values() if len({owner[path] for path in paths}) > 1]
+    if same:
+        findings.append(
+            Finding(
+                f"{len(same)} pictures stand in two splits under two names, e.g. {same[0][0]} and {same[0][1]}",
+                True,
+            )
+        )
+    return findings
+
+
+def check_dataset(dataset_name, root_dir, decode=False, text_length=77):
+    """(Splits, [Finding, …]). Raises InputError where the annotation cannot be read at all."""
+    splits = read_splits(dataset_name, root_dir, images_must_exist=False)
+    findings = []
+    absent = missing_images([path for split in _splits(splits).values() for path in split.image_paths])
+    if absent:
+        folders = Counter(str(Path(path).parent) for path in absent)
+        most, number = folders.most_common(1)[0]
+        whole = "" if Path(most).is_dir() else ", a folder that does not exist"
+        findings.append(
+            Finding(
+                f"{len(absent)} images are missing, the first is {min(absent)}; {number} of them in "
+                f"{most}{whole}: "
+                "is the archive unpacked whole?",
+                True,
+            )
+        )
+    findings += check_counts(splits) + check_images_once(splits) + check_captions(splits, text_length)
+    if decode and not absent:
+        findings += check_pictures(splits)
+    return splits, findings
+
+
+@reports_errors
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        prog="python -m datasets.check",
+        description="Check a data set before training: annotation, ids, images, captions.",
+        epilog="Exit status: 0 nothing is wrong, 1 something is, 2 the data set cannot be read at all.",
+    )
+    parser.add_argument("--dataset_name", choices=SOURCES, default="CUHK-PEDES")
+    parser.add_argument("--root_dir", default="./data", help="folder that holds the data sets' folders")
+    parser.add_argument("--decode", action="store_true", help="decode every image too: minutes on a full set")
+    parser.add_argument("--text_length", type=int, default=77, help="tokens at which captions are cut")
+    parser.add_argument("--debug", action="store_true", help="print the traceback of an input error too")
+    args = parser.parse_args(argv)
+    splits, findings = check_dataset(args.dataset_name, args.root_dir, args.decode, args.text_length)
+    print(annotation_file(args.dataset_name, args.root_dir))
+    print(statistics_table(splits))
+    for finding in sorted(findings, key=lambda finding: not finding.fault):
+        print(f"{'FAULT' if finding.fault else 'note '} {finding.what}")
+    faults = sum(finding.fault for finding in findings)
+    looked = "every image decoded" if args.decode else "images looked up, not decoded (--decode does)"
+    print(f"{faults} faults, {len(findings) - faults} notes; {looked}")
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
