@@ -151,7 +151,7 @@ def check_pictures(splits, progress=True):
     if same:
         findings.append(
             Finding(
-                f"{len(same)} pictures stand in two splits under two names, e.g. {same[0][0]} and {same[0][1]}",
+                f"{len(same)} pictures stand in two splits, e.g. {same[0][0]} and {same[0][1]}",
                 True,
             )
         )
@@ -186,7 +186,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(
         prog="python -m datasets.check",
         description="Check a data set before training: annotation, ids, images, captions.",
-        epilog="Exit status: 0 nothing is wrong, 1 something is, 2 the data set cannot be read at all.",
+        epilog="Exit status: 0 nothing is wrong, 1 something is, 2 the data set cannot be read.",
     )
     parser.add_argument("--dataset_name", choices=SOURCES, default="CUHK-PEDES")
     parser.add_argument("--root_dir", default="./data", help="folder that holds the data sets' folders")
