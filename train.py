@@ -62,14 +62,14 @@ def train(args, checkpoint=None):
     from processor.trainer import Meters, NotFinite, train_one_epoch
     from solver import build_lr_scheduler, build_optimizer
     from utils.checkpoint import load_checkpoint, save_checkpoint
-    from utils.dist import out_of_memory, pick_device
+    from utils.dist import number_of_gpus, out_of_memory, pick_device
     from utils.run import RunFiles, Stopped, StopSignals, setup_logger
 
     device = pick_device(args.device)
     run = RunFiles(args)
     logger = setup_logger("IRRA")
     log = logger.getChild("train")
-    logger.info(f"Using {1 if device.type == 'cuda' else 0} GPUs")
+    logger.info(f"Using {number_of_gpus(device)} GPUs")
     logger.info(run.described(args))
     for note in args.notes:
         logger.info(note)

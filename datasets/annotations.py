@@ -169,15 +169,12 @@ def check_training_ids(dataset_name, pids, first, path):
     """Training pids must be 0 … K - 1: they index the classifier's rows."""
     if not pids:
         return
-    expected = set(range(max(pids) + 1))
-    missing, below = sorted(expected - pids), sorted(pids - expected)
     last = max(pids) + first
-    if missing or below:
-        found = (
-            f"{len(missing)} are missing, e.g. {missing[0] + first}"
-            if missing
-            else f"{below[0] + first} occurs"
-        )
+    missing = max(pids) + 1 - sum(pid >= 0 for pid in pids)  # counted, not listed: a mistyped id may be huge
+    if missing or min(pids) < 0:
+        found = f"{min(pids) + first} occurs"
+        if missing:
+            found = f"{missing} are missing, e.g. {next(n for n in range(len(pids) + 1) if n not in pids) + first}"
         raise InputError(
             f"{dataset_name}: training ids must be {first}..{last} without a gap, but {found} ({path.name})"
         )
@@ -192,7 +189,7 @@ def missing_images(image_paths):
     for directory, paths in by_folder.items():
         try:
             present = set(os.listdir(directory))
-        except OSError:
+        except (OSError, ValueError):  # ValueError: a name that no file can have
             present = set()
         missing += [path for path in paths if os.path.basename(path) not in present]
     return missing

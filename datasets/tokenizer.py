@@ -93,8 +93,8 @@ class SimpleTokenizer:
 
     def decode(self, ids):
         characters = "".join(self.decoder[int(i)] for i in ids)
-        data = bytearray(self.byte_decoder[c] for c in characters.replace("</w>", " "))
-        return data.decode("utf-8", errors="replace")
+        data = bytearray(self.byte_decoder[c] for c in characters)
+        return data.decode("utf-8", errors="replace").replace("</w>", " ")
 
 
 def clean(text):

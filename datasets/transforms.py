@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from utils.errors import InputError
 
@@ -23,9 +23,10 @@ def read_image(path):
             return image.convert("RGB")
     except FileNotFoundError:
         raise InputError(f"no image at {path}") from None
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # each of PIL's decoders raises its own kinds; the file is no picture
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(
-            f"the image {path} cannot be read ({error}): replace it or take its record out"
+            f"the image {path} cannot be read ({reason}): replace it or take its record out"
         ) from None
 
 

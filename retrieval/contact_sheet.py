@@ -3,43 +3,110 @@
 import textwrap
 from typing import NamedTuple
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from utils.errors import InputError
 
-GREEN, RED, INK, PAPER = (34, 160, 70), (205, 50, 45), (30, 30, 30), (255, 255, 255)
+GREEN, RED, GREY, INK, PAPER = (34, 160, 70), (205, 50, 45), (190, 190, 190), (30, 30, 30), (255, 255, 255)
 CELL = (96, 256)  # width, height of an image
-BORDER, GAP, MARGIN, TEXT = 5, 10, 18, 46
+BORDER, GAP, MARGIN, TEXT, FOOT = 5, 10, 18, 46, 20
+BETWEEN = 16  # more space between two queries than between two lines of one
+ACROSS = 12  # images side by side; more go below
 
 
 class Found(NamedTuple):
     image_path: str
     similarity: float
-    right: bool
+    right: bool | None  # None: nobody knows, as in a folder of one's own; the frame is grey
 
 
 def draw_contact_sheet(rows, path):
     """rows: [(sentence, [Found, …] best first), …]. Writes a picture to path; its suffix names the format."""
     if not rows:
         raise InputError("there is no query to draw")
-    most = max(len(found) for _, found in rows)
-    width = 2 * MARGIN + most * (CELL[0] + 2 * BORDER + GAP) - GAP
-    row_height = TEXT + CELL[1] + 2 * BORDER + 20 + GAP
-    sheet = Image.new("RGB", (width, 2 * MARGIN + len(rows) * row_height - GAP), PAPER)
-    draw = ImageDraw.Draw(sheet)
-    font, small = ImageFont.load_default(16), ImageFont.load_default(12)
-    for number, (sentence, found) in enumerate(rows):
-        y = MARGIN + number * row_height
-        lines = textwrap.wrap(sentence, width=int((width - 2 * MARGIN) / 7.6))[:2]
-        draw.multiline_text((MARGIN, y), "\n".join(lines), INK, font)
-        for place, hit in enumerate(found):
-            x = MARGIN + place * (CELL[0] + 2 * BORDER + GAP)
-            box = (x, y + TEXT, x + CELL[0] + 2 * BORDER, y + TEXT + CELL[1] + 2 * BORDER)
-            draw.rectangle(box, fill=GREEN if hit.right else RED)
-            with Image.open(hit.image_path) as image:
-                sheet.paste(ImageOps.fit(image.convert("RGB"), CELL), (x + BORDER, y + TEXT + BORDER))
-            draw.text((x, box[3] + 4), f"{place + 1}   {hit.similarity:.3f}", INK, small)
+    save_picture(contact_sheet(rows), path)
+
+
+def save_picture(picture, path):
     try:
-        sheet.save(path)
+        picture.save(path)
     except (OSError, ValueError) as error:
         raise InputError(f"cannot write the picture {path}: {error}") from None
+
+
+def contact_sheet(rows):
+    """The same as a PIL picture."""
+    most = max(min(len(found), ACROSS) for _, found in rows)
+    width = max(2 * MARGIN + most * (CELL[0] + 2 * BORDER + GAP) - GAP, 480)
+    line = CELL[1] + 2 * BORDER + FOOT + GAP
+    heights = [TEXT + max(1, -(-len(found) // ACROSS)) * line + BETWEEN for _, found in rows]
+    sheet = Image.new("RGB", (width, 2 * MARGIN + sum(heights) - GAP - BETWEEN), PAPER)
+    draw, font, small = ImageDraw.Draw(sheet), font_of(16), font_of(12)
+    y = MARGIN
+    for (sentence, found), height in zip(rows, heights, strict=True):
+        draw.multiline_text((MARGIN, y), wrapped(sentence, width - 2 * MARGIN), INK, font)
+        for place, hit in enumerate(found):
+            x = MARGIN + place % ACROSS * (CELL[0] + 2 * BORDER + GAP)
+            top = y + TEXT + place // ACROSS * line
+            frame = {True: GREEN, False: RED, None: GREY}[hit.right]
+            draw_framed(sheet, draw, (x, top), hit.image_path, frame, whole=hit.right is None)
+            draw.text((x, top + CELL[1] + 2 * BORDER + 4), f"{place + 1}   {hit.similarity:.3f}", INK, small)
+        y += height
+    return sheet
+
+
+def font_of(size):
+    try:
+        return ImageFont.truetype("DejaVuSans.ttf", size)  # it knows Greek and Cyrillic too
+    except OSError:
+        return ImageFont.load_default(size)
+
+
+def wrapped(sentence, width, lines=2):
+    """A sentence on at most two lines of about `width` pixels."""
+    parts = textwrap.wrap(sentence, width=int(width / 8.2))
+    return "\n".join([*parts[: lines - 1], " ".join(parts[lines - 1 :])[: int(width / 8.2)]][:lines])
+
+
+def draw_framed(sheet, draw, corner, image_path, frame, whole=False):
+    """An image in its frame, filling it or whole; one that went away since it was found leaves it empty."""
+    x, y = corner
+    draw.rectangle((x, y, x + CELL[0] + 2 * BORDER, y + CELL[1] + 2 * BORDER), fill=frame)
+    try:
+        with Image.open(image_path) as image:
+            picture = ImageOps.exif_transpose(image).convert("RGB")
+        picture = ImageOps.pad(picture, CELL, color=PAPER) if whole else ImageOps.fit(picture, CELL)
+    except OSError:
+        picture = Image.new("RGB", CELL, PAPER)
+    sheet.paste(picture, (x + BORDER, y + BORDER))
+
+
+# ---- queries of a data set's split ----
+
+
+def query_rows(features, indices, images, captions, queries):
+    """Rows for contact_sheet: of each query number its sentence and what was found, best first.
+
+    features: processor.evaluator.Features. indices: [Q, k], a Ranking's. images, captions: the loaders' data
+    sets, with image_paths and pids, captions and pids.
+    """
+    rows = []
+    for query in queries:
+        best = indices[query].tolist()
+        similarity = (features.image[best] @ features.text[query]).tolist()
+        right = [images.pids[i] == captions.pids[query] for i in best]
+        found = [Found(images.image_paths[i], s, r) for i, s, r in zip(best, similarity, right, strict=True)]
+        rows.append((captions.captions[query], found))
+    return rows
+
+
+def spread(total, number=6):
+    """`number` query numbers spread evenly over a split: the same ones at each evaluation."""
+    return [step * total // min(number, total) for step in range(min(number, total))]
+
+
+def retrieval_picture(features, indices, images, captions, number=4):
+    """What a few fixed queries find, for TensorBoard: uint8 [H, W, 3]. Arguments as in query_rows."""
+    rows = query_rows(features, indices, images, captions, spread(len(captions), number))
+    return np.asarray(contact_sheet(rows))

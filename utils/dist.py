@@ -28,6 +28,10 @@ def pick_precision(name, device):
     return name or ("fp16" if device.type == "cuda" else "fp32")
 
 
+def number_of_gpus(device):
+    return 1 if device.type == "cuda" else 0
+
+
 @contextmanager
 def out_of_memory(device, batch_size):
     """Turn running out of memory into a sentence that says what to lower."""

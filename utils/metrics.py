@@ -6,7 +6,8 @@ import torch
 
 from utils.errors import InputError
 
-CHUNK = 1 << 21  # similarities held at once
+CHUNK = 1 << 20  # similarities held at once
+MANY = 256  # from so many matches on a sort of the row is quicker than a comparison for each
 
 
 class Ranking(NamedTuple):
@@ -65,10 +66,11 @@ def rank_by(similarity_of, q_pids, g_pids, max_rank=10):
         begin = torch.searchsorted(sorted_g, pids)
         number = torch.searchsorted(sorted_g, pids, right=True) - begin  # (q,) matches of each query
         slots = torch.arange(max(int(number.max()), 1), device=pids.device)
-        present = slots < number[:, None]  # (q, M)
-        matches = order[(begin[:, None] + slots).clamp(max=G - 1)]  # gallery indices, where present
-        ranks, best, ties = ranks_of(similarity, matches, present, min(max_rank, G))
-        share = torch.where(present, (slots + 1) / ranks.double(), 0)
+        matches = order[
+            (begin[:, None] + slots).clamp(max=G - 1)
+        ]  # gallery indices, the first `number` count
+        ranks, best, ties = ranks_of(similarity, matches, number, min(max_rank, G))
+        share = torch.where(slots < number[:, None], (slots + 1) / ranks.double(), 0)
         last = ranks.gather(1, (number - 1).clamp(min=0)[:, None])[:, 0]
         precisions.append(share.sum(1) / number.clamp(min=1))
         inps.append(torch.where(number > 0, number / last.double(), 0))
@@ -87,44 +89,71 @@ def rank_by(similarity_of, q_pids, g_pids, max_rank=10):
     )
 
 
-def ranks_of(similarity, matches, present, k):
+def ranks_of(similarity, matches, number, k):
     """Ranks, ascending, of each query's matches among its gallery, without sorting it.
 
-    similarity: [q, G]. matches, present: [q, M] gallery indices and which of them count. The rank of a match
-    is 1 + the number of images that score above it; rows with ties are sorted, stably. Absent slots are last.
-    Returns ranks [q, M], the k best indices [q, k], number of tied rows.
+    similarity: [q, G]. matches: [q, M] gallery indices, of which the first number[q] count. The rank of a
+    match is the number of images that score at least as much; rows with ties are sorted, stably.
+    Returns ranks [q, M], 1 where there is no match; the k best indices [q, k]; the number of tied rows.
     """
-    q, G = similarity.shape
-    if similarity.isnan().any():
+    if similarity.sum().isnan() and similarity.isnan().any():  # a sum is quick; of inf and -inf it is NaN too
         raise InputError(
             "the similarities hold NaN: the features of this model are not numbers, so nothing can be ranked"
         )
-    scores = similarity.gather(1, matches).masked_fill(~present, -torch.inf)
+    q, G = similarity.shape
+    slots = torch.arange(matches.shape[1], device=matches.device)
+    scores = similarity.gather(1, matches).masked_fill(slots >= number[:, None], -torch.inf)
     scores, _ = scores.sort(dim=1, descending=True)  # (q, M): the best match first
-    # one threshold counts what is above a score, one just below it also counts what equals it
-    below = torch.nextafter(scores, torch.full_like(scores, -torch.inf))
-    thresholds = torch.stack([scores, below], dim=2).flatten(1).flip(1).contiguous()  # ascending
-    bucket = torch.searchsorted(
-        thresholds, similarity.contiguous(), out_int32=True
-    )  # thresholds below each value
-    width = thresholds.shape[1] + 1
-    bucket += torch.arange(0, q * width, width, dtype=torch.int32, device=bucket.device)[:, None]
-    histogram = torch.bincount(bucket.flatten(), minlength=q * width).view(q, width)
-    above = histogram.flip(1).cumsum(1)[:, :-1].view(q, -1, 2)  # (q, M, 2): strictly above, at or above
-    ranks = 1 + above[:, :, 0]
-    equal = above[:, :, 1] - above[:, :, 0]
-
-    values, best = similarity.topk(min(k + 1, G), dim=1)
-    tied = (values[:, 1:] == values[:, :-1]).any(1)
-    tied |= (
-        (equal != 1) & (torch.arange(scores.shape[1], device=scores.device) < present.sum(1, keepdim=True))
-    ).any(1)
-    best = best[:, :k]
-    for row in tied.nonzero()[:, 0].tolist():
+    best, tied = k_best(similarity, k)
+    many = number > MANY
+    ranks = torch.ones_like(matches)
+    flags = similarity.new_empty(q, -(-G // 8) * 8, dtype=torch.bool)  # one buffer for every comparison
+    for slot in range(min(int(number.max()), MANY)):
+        rows = ((number > slot) & ~many).nonzero()[:, 0]
+        part = similarity if len(rows) == q else similarity[rows]
+        score = scores[rows, slot, None]
+        ranks[rows, slot] = count(torch.ge, part, score, flags)
+        tied[rows] |= ranks[rows, slot] != count(torch.gt, part, score, flags) + 1
+    for row in (tied | many).nonzero()[:, 0].tolist():
         order = similarity[row].argsort(descending=True, stable=True)
         best[row] = order[:k]
         position = torch.empty_like(order)
         position[order] = torch.arange(1, G + 1, device=order.device)
-        found, _ = position[matches[row][present[row]]].sort()
-        ranks[row, : len(found)] = found
+        ranks[row, : number[row]], _ = position[matches[row, : number[row]]].sort()
     return ranks, best, tied.sum()
+
+
+def k_best(similarity, k):
+    """Indices [q, k] of the largest of each row, best first, and the rows [q] in which two of the largest tie.
+
+    Looks for them only in the k + 1 blocks with the largest maxima, each a share of the columns.
+    """
+    q, G = similarity.shape
+    k_and_next = min(k + 1, G)
+    width = max(int((G / k_and_next) ** 0.5), 1)  # of a block: as many blocks as places in the blocks chosen
+    blocks = G // width
+    whole = similarity[:, : width * blocks].view(q, width, blocks) if similarity.is_contiguous() else None
+    if whole is None or blocks <= k_and_next:
+        values, best = similarity.topk(k_and_next, dim=1)
+    else:
+        chosen = whole.amax(1).topk(k_and_next, dim=1).indices  # (q, k + 1)
+        columns = chosen[:, :, None] + blocks * torch.arange(width, device=chosen.device)
+        rest = torch.arange(width * blocks, G, device=chosen.device).expand(q, -1)
+        columns = torch.cat([columns.flatten(1), rest], dim=1)
+        values, place = similarity.gather(1, columns).topk(k_and_next, dim=1)
+        best = columns.gather(1, place)
+    return best[:, :k], (values[:, 1:] == values[:, :-1]).any(1)
+
+
+def count(compare, values, threshold, flags):
+    """How many of each row of values [q, G] compare(value, threshold [q, 1]). flags: room for the answers.
+
+    Adds eight answers, bytes of 0 and 1, as one word, and at most 255 words, so that no byte runs over: many
+    times faster than a sum of truth values.
+    """
+    G = values.shape[1]
+    flags = flags[: len(values)]
+    flags[:, G:] = False
+    compare(values, threshold, out=flags[:, :G])
+    sums = [words.sum(1) for words in flags.view(torch.int64).split(255, dim=1)]
+    return torch.stack(sums, dim=1).view(torch.uint8).sum(1, dtype=torch.int64)

@@ -53,22 +53,20 @@ def number(kind, wanted, valid):
     def parse(text):
         try:
             value = kind(text)
+            exact = (
+                kind is float or isinstance(text, str) or value == text
+            )  # a YAML file's 2.5 is no whole number
         except (TypeError, ValueError, OverflowError):
             value = None
-        if (
-            value is None
-            or isinstance(text, bool)
-            or (kind is int and value != float(text))
-            or not valid(value)
-        ):
+        if value is None or isinstance(text, bool) or not exact or not valid(value):
             raise argparse.ArgumentTypeError(f'"{text}" is not {wanted}')
         return value
 
     return parse
 
 
-count = number(int, "a whole number of at least 1", lambda n: n >= 1)
-count_or_0 = number(int, "a whole number of at least 0", lambda n: n >= 0)
+count = number(int, "a whole number of at least 1", lambda n: 1 <= n < 2**63)
+count_or_0 = number(int, "a whole number of at least 0", lambda n: 0 <= n < 2**64)
 whole = number(int, "a whole number", lambda n: True)
 real = number(float, "a number", math.isfinite)
 positive = number(float, "a number above 0", lambda x: math.isfinite(x) and x > 0)
@@ -364,6 +362,12 @@ def read_yaml(path):
         where = f", line {at.line + 1}" if at else ""
         problem = getattr(error, "problem", None) or "it does not parse"
         raise InputError(f"{path}{where} is not a YAML file of plain options: {problem}") from None
+    except (
+        ValueError,
+        LookupError,
+        TypeError,
+    ) as error:  # what a value such as `2023-13-45` or `!!bool x` raises
+        raise InputError(f"{path} holds a value that is no plain option: {error}") from None
     except RecursionError:
         raise InputError(f"{path} is nested too deeply to be a file of options") from None
     if not isinstance(options, dict) or not all(isinstance(key, str) for key in options):
@@ -428,7 +432,7 @@ def get_args(argv=None):
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     parser = train_parser()
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first = Parser(prog=parser.prog, add_help=False)
     first.add_argument("--config_file")
     try:
         config_file = None if {"-h", "--help"} & set(argv) else first.parse_known_args(argv)[0].config_file
