@@ -1,0 +1,147 @@
+"""A trained run as two functions: sentences to features, pictures to features."""
+
+import functools
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from datasets.tokenizer import EOT, SimpleTokenizer, tokenize
+from datasets.transforms import normalise, resize
+from model.build import build_trained_model
+from utils.checkpoint import load_checkpoint
+from utils.dist import pick_device
+from utils.errors import InputError
+
+
+class Encoders:
+    """model: an IRRA on its device. Features are L2-normalised fp32 numpy arrays [n, D]."""
+
+    def __init__(self, model, img_size, text_length, device, fingerprint):
+        self.model, self.device = model.eval(), device
+        self.img_size, self.text_length = tuple(img_size), text_length
+        self.fingerprint = fingerprint  # as fingerprint_of gives it
+        self.tokenizer = tokenizer()
+        self.width = model.base_model.text_projection.shape[1]
+
+    def token_count(self, sentence):
+        """Tokens of a sentence with the two at its ends; more than text_length are cut."""
+        return 2 + len(self.tokenizer.encode(sentence))
+
+    def tokens(self, sentence):
+        """(1, L) ids, cut after the sentence's end: the encoder is causal and never looked further."""
+        ids = tokenize(sentence, self.tokenizer, self.text_length)
+        return ids[None, : 1 + int(ids.argmax())].to(self.device)
+
+    @torch.inference_mode()
+    def text_features(self, sentences):
+        """[n, D]. Sentence by sentence: a query's answer does not depend on what else is asked."""
+        features = [F.normalize(self.model.encode_text(self.tokens(text)), dim=1) for text in sentences]
+        return torch.cat(features).cpu().numpy()
+
+    @torch.inference_mode()
+    def image_features(self, pictures):
+        """[n, D] of uint8 tensors [3, H, W], as `pixels` gives them."""
+        images = normalise(torch.stack(pictures).to(self.device, non_blocking=True))
+        return F.normalize(self.model.encode_image(images), dim=1).cpu().numpy()
+
+    def pixels(self, path):
+        return resize(open_picture(path), self.img_size)
+
+    def encode_files(self, paths, batch_size=64, workers=4):
+        """Yields (paths, features [n, D], {path: reason} of those that cannot be read), batch by batch.
+
+        The next batch is read while this one is encoded.
+        """
+        batches = [paths[start : start + batch_size] for start in range(0, len(paths), batch_size)]
+        with ThreadPoolExecutor(workers) as pool:
+            coming = [pool.submit(self._read, path) for path in batches[0]] if batches else []
+            for number, batch in enumerate(batches):
+                reading = coming
+                after = batches[number + 1] if number + 1 < len(batches) else []
+                coming = [pool.submit(self._read, path) for path in after]
+                results = [future.result() for future in reading]
+                good = [(p, r) for p, r in zip(batch, results, strict=True) if isinstance(r, torch.Tensor)]
+                bad = {p: r for p, r in zip(batch, results, strict=True) if isinstance(r, str)}
+                features = self.image_features([r for _, r in good]) if good else np.zeros((0, self.width))
+                if not np.isfinite(features).all():
+                    raise InputError(
+                        "the features of this model are not numbers, so nothing can be searched with it"
+                    )
+                yield [p for p, _ in good], features.astype(np.float32, copy=False), bad
+
+    def _read(self, path):
+        try:
+            return self.pixels(path)
+        except InputError as error:
+            return str(error)
+
+
+@functools.cache
+def tokenizer():
+    return SimpleTokenizer()  # a tenth of a second and more: one serves all
+
+
+def open_run(args):
+    """Encoders of the run that a tool's options name (utils.tool_options.tool_args)."""
+    checkpoint = Path(args.checkpoint or Path(args.run_dir) / "best.pth")
+    weights = load_checkpoint(checkpoint)["model"]
+    model = build_trained_model(args, weights, checkpoint)
+    fingerprint = fingerprint_of(weights, args.img_size, args.stride_size)
+    return Encoders(model, args.img_size, args.text_length, pick_device(args.device), fingerprint)
+
+
+def fingerprint_of(weights, img_size, stride_size):
+    """Changes with the encoders' weights and with how they are applied, and with nothing else.
+
+    weights: a checkpoint's, so that it is the same on every device and in every precision.
+    """
+    digest = hashlib.blake2b(f"{list(img_size)} {stride_size}".encode(), digest_size=16)
+    for name in sorted(name for name in weights if name.startswith("base_model.")):
+        digest.update(f"{name} {list(weights[name].shape)}".encode())
+        digest.update(weights[name].contiguous().numpy())
+    return digest.hexdigest()
+
+
+def open_picture(path):
+    """RGB picture of any file that Pillow reads, turned upright as its EXIF data asks for."""
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except FileNotFoundError:
+        raise InputError(f"no picture at {shown(path)}") from None
+    except IsADirectoryError:
+        raise InputError(f"{shown(path)} is a folder, not a picture") from None
+    except UnidentifiedImageError:
+        raise InputError(f"{shown(path)} is not a picture that Pillow can read") from None
+    except Exception as error:  # whatever a decoder trips over, the file is no whole picture
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise InputError(f"the picture {shown(path)} cannot be read ({reason})") from None
+
+
+def shown(path):
+    """A path that can be printed, whatever bytes the file system holds."""
+    return str(path).encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+def checked_sentence(sentence, what="the query"):
+    if not sentence.strip():
+        raise InputError(f"{what} is empty: describe a person in a sentence")
+    return sentence.strip()
+
+
+def cut_notice(encoders, sentence):
+    """One line about a sentence that is longer than the model reads, or None."""
+    tokens = encoders.token_count(sentence)
+    if tokens <= encoders.text_length:
+        return None
+    if EOT in encoders.tokenizer.encode(sentence)[: encoders.text_length - 2]:
+        return None
+    return (
+        f'"{sentence[:40].rstrip()}…" has {tokens} tokens, and the model reads {encoders.text_length}: '
+        "the rest is cut off"
+    )

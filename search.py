@@ -1,0 +1,97 @@
+"""Find persons in a folder of pictures: `python search.py --config_file RUN --gallery FOLDER --query "…"`."""
+
+import json
+import sys
+from pathlib import Path
+
+from utils.errors import InputError, reports_errors
+from utils.tool_options import search_args
+
+
+@reports_errors
+def main(argv=None):
+    args = search_args(argv)
+    sentences = args.query + read_sentences(args.query_file)
+
+    from retrieval.contact_sheet import Found, draw_contact_sheet
+    from retrieval.encoders import checked_sentence, cut_notice, open_picture, open_run, shown
+    from retrieval.gallery import open_gallery
+    from utils.extras import extra
+
+    extra("faiss")
+    sentences = [
+        checked_sentence(sentence, f"query {number}") for number, sentence in enumerate(sentences, start=1)
+    ]
+    for path in args.image:
+        open_picture(path)  # before the gallery is encoded: that may take long
+    encoders = open_run(args)
+    for sentence in sentences:
+        if notice := cut_notice(encoders, sentence):
+            say(notice)
+    index = open_gallery(encoders, args, say)
+
+    queries = [("query", sentence) for sentence in sentences] + [("image", path) for path in args.image]
+    if not queries:
+        say("no --query, --query_file or --image was given: the index is ready for one")
+    answers = index.search(encoders.text_features(sentences), args.top_k) if sentences else []
+    if args.image:
+        pixels = [encoders.pixels(path) for path in args.image]
+        answers += index.search(encoders.image_features(pixels), args.top_k)
+    answers = [[(similarity, str(Path(index.gallery) / path)) for similarity, path in a] for a in answers]
+
+    if args.json:
+        print(json.dumps([as_record(*query, answer) for query, answer in zip(queries, answers, strict=True)]))
+    else:
+        for (_, query), answer in zip(queries, answers, strict=True):
+            print(f"{shown(query)}\n{table(answer, shown)}")
+    if args.save and queries:
+        rows = [
+            (
+                query if kind == "query" else f"similar to {shown(query)}",
+                [Found(p, s, None) for s, p in answer],
+            )
+            for (kind, query), answer in zip(queries, answers, strict=True)
+        ]
+        draw_contact_sheet(rows, args.save)
+        say(f"the result is drawn in {args.save}")
+
+
+def say(line):
+    """What is not the result itself: to stderr, so that --json can be piped."""
+    print(line, file=sys.stderr)
+
+
+def read_sentences(path):
+    if path is None:
+        return []
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except OSError as error:
+        raise InputError(f"--query_file {path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise InputError(f"--query_file {path} is not a text file in UTF-8") from None
+    sentences = [line for line in lines if line.strip()]
+    if not sentences:
+        raise InputError(f"--query_file {path} holds no sentence: one a line is wanted")
+    return sentences
+
+
+def as_record(kind, query, answer):
+    results = [
+        {"rank": rank, "similarity": round(similarity, 6), "file": path}
+        for rank, (similarity, path) in enumerate(answer, start=1)
+    ]
+    return {kind: query, "results": results}
+
+
+def table(answer, shown):
+    from prettytable import PrettyTable
+
+    table = PrettyTable(["rank", "similarity", "file"], align="l")
+    for rank, (similarity, path) in enumerate(answer, start=1):
+        table.add_row([rank, f"{similarity:.4f}", shown(path)])
+    return table
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
