@@ -9,6 +9,7 @@ from torch import nn
 from model import objectives
 from model.clip_model import LayerNorm, QuickGELU, Transformer, attend
 from model.clip_resnet import ModifiedResNet
+from utils.dist import gather, total
 from utils.errors import InputError
 
 
@@ -104,32 +105,40 @@ class IRRA(nn.Module):
 
     def forward(self, batch):
         """A training batch to named numbers: <name>_loss for each loss asked for, weighted, and img_acc,
-        txt_acc, mlm_acc, temperature. batch: pids, images, caption_ids; with mlm also mlm_ids, mlm_labels."""
+        txt_acc, mlm_acc, temperature. batch: pids, images, caption_ids; with mlm also mlm_ids, mlm_labels.
+
+        Under torchrun the batch is this process's share, and the numbers are those of the whole batch.
+        """
+        image_features, text_features, masked = self.encode(batch)
+        report = self.compare(image_features, text_features, batch["pids"])
+        if masked:
+            report.update(self.fill_in(*masked))
+        return report
+
+    def encode(self, batch):
+        """(B, D) and (B, D) fp32 features, and with mlm the (n, V) scores and (n,) labels of masked words."""
         if "text_length" not in batch:
             batch = {**batch, **self.plan(batch)}
-        pids, caption_ids = batch["pids"], batch["caption_ids"]
-        mlm = "mlm" in self.loss_names
-        with self.autocast(pids.device):
+        caption_ids, mlm = batch["caption_ids"], "mlm" in self.loss_names
+        with self.autocast(caption_ids.device):
             image_tokens = self.base_model.encode_image(batch["images"], class_only=not mlm)  # (B, N, D)
-            image_features = pooled(image_tokens)  # (B, D) fp32
             if mlm and batch["same_caption"]:
                 masked_tokens = text_tokens = self.base_model.encode_text(caption_ids)  # (B, L, D)
             else:
                 caption_ids = caption_ids[:, : batch["text_length"]]
                 text_tokens = self.base_model.encode_text(caption_ids)
                 masked_tokens = self.base_model.encode_text(batch["mlm_ids"]) if mlm else None
-            text_features = at_eot(text_tokens, caption_ids)  # (B, D) fp32
-
-            report = {"temperature": self.temperature}
-            if "id" in self.loss_names:
-                dtype = self.classifier.weight.dtype
-                image_logits = self.classifier(image_features.to(dtype)).float()  # (B, K)
-                text_logits = self.classifier(text_features.to(dtype)).float()
+            masked = None
             if mlm:
-                scores, labels = self.predict_masked(
+                masked = self.predict_masked(
                     masked_tokens, image_tokens, batch["mlm_labels"], batch["mlm_at"], batch["mlm_rows"]
                 )
+        return pooled(image_tokens), at_eot(text_tokens, caption_ids), masked
 
+    def compare(self, image_features, text_features, pids):
+        """The losses and accuracies that need features only, over the whole batch of all processes."""
+        image_features, text_features, pids = gather(image_features), gather(text_features), gather(pids)
+        report = {"temperature": self.temperature}
         if "itc" in self.loss_names:
             report["itc_loss"] = objectives.compute_itc(image_features, text_features, self.logit_scale)
         if "sdm" in self.loss_names:
@@ -137,15 +146,26 @@ class IRRA(nn.Module):
         if "cmpm" in self.loss_names:
             report["cmpm_loss"] = objectives.compute_cmpm(image_features, text_features, pids)
         if "id" in self.loss_names:
-            report["id_loss"] = (
-                objectives.compute_id(image_logits, text_logits, pids) * self.loss_weights["id"]
-            )
+            image_logits, text_logits = self.classify(image_features), self.classify(text_features)
+            id_loss = objectives.compute_id(image_logits, text_logits, pids)
+            report["id_loss"] = id_loss * self.loss_weights["id"]
             report["img_acc"] = accuracy(image_logits, pids)
             report["txt_acc"] = accuracy(text_logits, pids)
-        if mlm:
-            report["mlm_loss"] = objectives.compute_mlm(scores, labels) * self.loss_weights["mlm"]
-            report["mlm_acc"] = accuracy(scores, labels)
         return report
+
+    def classify(self, features):
+        """(B, D) features to (B, K) logits, fp32; the classifier sees them in its own precision."""
+        with self.autocast(features.device):
+            return self.classifier(features.to(self.classifier.weight.dtype)).float()
+
+    def fill_in(self, scores, labels, count=None):
+        """The loss and accuracy of masked words over all processes. count: labels of the whole batch, where
+        scores (n, V) and labels (n,) are only a part of it."""
+        if count is None:
+            count = total(torch.tensor(float(len(labels)), device=labels.device))
+        loss = total(objectives.compute_mlm(scores, labels, count)) * self.loss_weights["mlm"]
+        right = total((scores.detach().argmax(dim=1) == labels).float().sum())
+        return {"mlm_loss": loss, "mlm_acc": right / count.clamp(min=1)}
 
     def predict_masked(self, text, image, labels, at, rows):
         """Scores over the vocabulary, fp32, and labels, at the n labelled positions only: (n, V), (n,).
@@ -173,8 +193,8 @@ def at_eot(text_tokens, ids):
 
 @torch.no_grad()
 def accuracy(logits, labels):
-    """Share of rows of [n, classes] whose largest entry is the label; 0 without rows."""
-    return (logits.argmax(dim=1) == labels).float().sum() / max(len(labels), 1)
+    """Share of rows of [B, classes] whose largest entry is the label."""
+    return (logits.argmax(dim=1) == labels).float().mean()
 
 
 @torch.no_grad()

@@ -64,10 +64,11 @@ def compute_id(image_logits, text_logits, pids):
     return (F.cross_entropy(image_logits, pids) + F.cross_entropy(text_logits, pids)) / 2
 
 
-def compute_mlm(scores, labels):
+def compute_mlm(scores, labels, count=None):
     """Masked language modelling. scores: [n, V]. labels: [n], 0 where nothing was masked; those are ignored.
 
+    count: what the sum is divided by, where these are a part of a batch with that many labels.
     A batch without a label gives 0, not 0/0.
     """
     total = F.cross_entropy(scores, labels, ignore_index=0, reduction="sum")
-    return total / (labels != 0).sum().clamp(min=1)
+    return total / ((labels != 0).sum() if count is None else count).clamp(min=1)
