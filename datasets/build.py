@@ -1,10 +1,12 @@
 """From options to loaders."""
 
 import logging
+from multiprocessing import get_all_start_methods
 
 from torch.utils.data import DataLoader
 
 from datasets.annotations import annotation_file, log_statistics, read_splits
+from datasets.image_cache import open_images
 from datasets.image_text import CaptionDataset, ImageDataset, PairDataset, finish
 from datasets.sampler import IdentityOrder, RandomOrder
 from utils.dist import pick_device
@@ -24,7 +26,7 @@ class TrainLoader(DataLoader):
         self._device = device
 
     def __iter__(self):
-        for batch in super().__iter__():
+        for batch in one_sentence_errors(super().__iter__()):
             boxes = batch.pop("boxes")
             yield {**batch, "images": finish(batch["images"], self._device, boxes)}
 
@@ -41,8 +43,16 @@ class ImageLoader(DataLoader):
         self._device = device
 
     def __iter__(self):
-        for pids, images in super().__iter__():
+        for pids, images in one_sentence_errors(super().__iter__()):
             yield pids, finish(images, self._device)
+
+
+def one_sentence_errors(batches):
+    """An InputError out of a loading process comes with that process's traceback around it: taken off."""
+    try:
+        yield from batches
+    except InputError as error:
+        raise InputError(str(error).rstrip().rpartition("InputError: ")[2]) from None
 
 
 def build_dataloader(args):
@@ -56,24 +66,41 @@ def build_dataloader(args):
     device = pick_device(getattr(args, "device", "auto"))
     training = getattr(args, "training", True)
     evaluated = args.val_dataset if training else getattr(args, "split", "test")
-    loaders = eval_loaders(args, splits, evaluated, device)
+    images = images_of(args, splits, evaluated, training)
+    loaders = eval_loaders(args, splits, evaluated, device, images)
     if training:
-        return train_loader(args, splits, device), *loaders, splits.num_classes
+        return train_loader(args, splits, device, images), *loaders, splits.num_classes
     return *loaders, splits.num_classes
+
+
+def images_of(args, splits, evaluated, training):
+    """--image_cache: what gives the pixels of the images that are trained on and evaluated."""
+    paths = list(split_named(splits, evaluated).image_paths)
+    if training:
+        paths += splits.train_split.image_paths
+    where = getattr(args, "image_cache", "off")
+    return open_images(where, paths, args.img_size, splits.name, args.num_workers)
 
 
 def workers(args, device):
     """DataLoader's arguments for --num_workers loading processes."""
     if not args.num_workers:
         return {"pin_memory": device.type == "cuda"}
+    # images in memory are for all processes to share, which only those that are forked do
+    fork = getattr(args, "image_cache", "off") == "ram" and "fork" in get_all_start_methods()
     return {
         "num_workers": args.num_workers,
         "prefetch_factor": 4,
         "pin_memory": device.type == "cuda",
+        "multiprocessing_context": "fork" if fork else None,
     }
 
 
-def train_loader(args, splits, device):
+def split_named(splits, name):
+    return {"train": splits.train_split, "test": splits.test, "val": splits.val}[name]
+
+
+def train_loader(args, splits, device, images):
     where = annotation_file(splits.name, args.root_dir)
     if not splits.train:
         raise InputError(f"{where} has no captions in the train split: there is nothing to train on")
@@ -85,7 +112,7 @@ def train_loader(args, splits, device):
     clean_captions = getattr(args, "clean_captions", False)
     seed = getattr(args, "seed", 1)
     dataset = PairDataset(
-        splits.train, args.img_size, args.text_length, seed, args.img_aug, masking, clean_captions
+        splits.train, args.img_size, args.text_length, seed, args.img_aug, masking, clean_captions, images
     )
     logger.info(f"using {args.sampler} sampler")
     if masking:
@@ -117,8 +144,8 @@ def as_it_is(batch):
     return batch
 
 
-def eval_loaders(args, splits, name, device):
-    split = {"train": splits.train_split, "test": splits.test, "val": splits.val}[name]
+def eval_loaders(args, splits, name, device, images):
+    split = split_named(splits, name)
     if not split.image_pids or not split.captions:
         others = ", ".join(n for n in ("test", "val", "train") if n != name)
         raise InputError(
@@ -127,7 +154,7 @@ def eval_loaders(args, splits, name, device):
             f"in the {name} split: choose another one (--val_dataset or --split: {others})"
         )
     images = ImageLoader(
-        ImageDataset(split.image_pids, split.image_paths, args.img_size),
+        ImageDataset(split.image_pids, split.image_paths, args.img_size, images),
         batch_size=args.test_batch_size,
         device=device,
         **workers(args, device),

@@ -1,11 +1,14 @@
 """Samples and batches. A training sample's randomness is a function of (seed, epoch, sample)."""
 
-import torch
-from torch.utils.data import Dataset
+import math
 
+import torch
+from torch.utils.data import Dataset, get_worker_info
+
+from datasets.image_cache import DecodedImages
 from datasets.sampler import mixed
 from datasets.tokenizer import mask_tokens, tokenize_all
-from datasets.transforms import augment, erase, normalise, read_image, resize
+from datasets.transforms import draw_augmentation, erase, normalise, place
 
 
 class PairDataset(Dataset):
@@ -13,13 +16,23 @@ class PairDataset(Dataset):
 
     samples: list of annotations.TrainSample. masking: (mask_rate, unchanged_rate), or None for no masked ids.
     clean_captions: keep caption_ids unmasked; else they are the masked ids, as published.
+    images: where pixels come from, if not from decoding the file: see datasets.image_cache.
     """
 
     def __init__(
-        self, samples, img_size, text_length, seed, img_aug=False, masking=None, clean_captions=False
+        self,
+        samples,
+        img_size,
+        text_length,
+        seed,
+        img_aug=False,
+        masking=None,
+        clean_captions=False,
+        images=None,
     ):
         self.samples, self.img_size, self.seed, self.img_aug = samples, tuple(img_size), seed, img_aug
         self.masking, self.clean_captions = masking, clean_captions
+        self.images = DecodedImages(img_size) if images is None else images
         self.caption_ids = tokenize_all([sample.caption for sample in samples], text_length)
 
     def __len__(self):
@@ -29,45 +42,54 @@ class PairDataset(Dataset):
         """Batch of host tensors: uint8 images [B, 3, H, W] and the boxes [B, 4] that are yet to be erased."""
         generator = torch.Generator()
         samples = [self.samples[index] for _, index in keys]
-        images, boxes, noise = [], [], []
-        for (epoch, index), sample in zip(keys, samples, strict=True):
+        images = empty_images(len(keys), self.img_size)
+        boxes, noise = [], torch.empty(len(keys), 2, self.caption_ids.shape[1])
+        for row, ((epoch, index), sample) in enumerate(zip(keys, samples, strict=True)):
             # image and mask draw from two streams: --img_aug does not change the masks
             generator.manual_seed(mixed(self.seed, epoch, index, 0))
-            pixels, box = augment(
-                resize(read_image(sample.image_path), self.img_size), generator, self.img_aug
-            )
-            images.append(pixels)
+            flip, top, left, box = draw_augmentation(*self.img_size, generator, self.img_aug)
+            pixels = self.images[sample.image_path]
+            place(pixels.flip(-1).numpy() if flip else pixels.numpy(), top, left, images[row].numpy())
             boxes.append(box)
             if self.masking:
                 generator.manual_seed(mixed(self.seed, epoch, index, 1))
-                noise.append(torch.rand(2, self.caption_ids.shape[1], generator=generator))
+                noise[row].uniform_(generator=generator)
         batch = {
             "pids": torch.tensor([sample.pid for sample in samples]),
             "image_ids": torch.tensor([sample.image_id for sample in samples]),
-            "images": torch.stack(images),
+            "images": images,
             "caption_ids": self.caption_ids[[index for _, index in keys]],
             "boxes": torch.tensor(boxes),
         }
         if self.masking:
-            batch["mlm_ids"], batch["mlm_labels"] = mask_tokens(
-                batch["caption_ids"], torch.stack(noise), *self.masking
-            )
+            batch["mlm_ids"], batch["mlm_labels"] = mask_tokens(batch["caption_ids"], noise, *self.masking)
             if not self.clean_captions:
                 batch["caption_ids"] = batch["mlm_ids"].clone()  # the published masking works in place
         return batch
 
 
-class ImageDataset(Dataset):
-    """Gallery: (pid, uint8 image [3, H, W])."""
+def empty_images(number, img_size):
+    """Room for uint8 images [number, 3, H, W]; in a loading process, where the main one can read it."""
+    shape = (number, 3, *img_size)
+    if get_worker_info() is None:
+        return torch.empty(shape, dtype=torch.uint8)
+    # as PyTorch's default_collate makes it: the batch is handed over without another copy
+    shared = torch.UntypedStorage._new_shared(math.prod(shape), device="cpu")
+    return torch.empty(0, dtype=torch.uint8).set_(shared, 0, shape)
 
-    def __init__(self, pids, image_paths, img_size):
-        self.pids, self.image_paths, self.img_size = pids, image_paths, tuple(img_size)
+
+class ImageDataset(Dataset):
+    """Gallery: (pid, uint8 image [3, H, W]). images: as for PairDataset."""
+
+    def __init__(self, pids, image_paths, img_size, images=None):
+        self.pids, self.image_paths = pids, image_paths
+        self.images = DecodedImages(img_size) if images is None else images
 
     def __len__(self):
         return len(self.pids)
 
     def __getitem__(self, index):
-        return self.pids[index], resize(read_image(self.image_paths[index]), self.img_size)
+        return self.pids[index], self.images[self.image_paths[index]]
 
 
 class CaptionDataset(Dataset):

@@ -13,6 +13,10 @@ MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's
 STD = (0.26862954, 0.26130258, 0.27577711)
 PAD = 10
 ERASE_SHARE, ERASE_SCALE, ERASE_RATIO = 0.5, (0.02, 0.4), (0.3, 3.3)
+FLOAT, INTEGER = (
+    torch.empty(1),
+    torch.empty(1, dtype=torch.int64),
+)  # room for a drawn number: quicker than anew
 LOG_RATIO = torch.tensor(ERASE_RATIO).log().tolist()  # in fp32, as torchvision takes it
 
 
@@ -20,7 +24,8 @@ def read_image(path):
     """RGB picture of a file. One that cannot be decoded is an error that names it; it is not tried again."""
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
+            image.load()
+            return image if image.mode == "RGB" else image.convert("RGB")
     except FileNotFoundError:
         raise InputError(f"no image at {path}") from None
     except Exception as error:  # each of PIL's decoders raises its own kinds; the file is no picture
@@ -34,7 +39,7 @@ def resize(image, size):
     """A PIL picture to uint8 [3, H, W]; bilinear as PIL does it. size: (H, W)."""
     if image.size != (size[1], size[0]):
         image = image.resize((size[1], size[0]), Image.Resampling.BILINEAR)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+    return torch.from_numpy(np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1)))
 
 
 def normalise(pixels):
@@ -50,38 +55,58 @@ def augment(pixels, generator, img_aug):
     Draws from the generator in torchvision's order (RandomHorizontalFlip, RandomCrop, RandomErasing), so that
     one seed gives what the published chain of transforms gives.
     """
-    _, H, W = pixels.shape
-    if torch.rand(1, generator=generator) < 0.5:
-        pixels = pixels.flip(-1)
+    flip, top, left, box = draw_augmentation(*pixels.shape[1:], generator, img_aug)
+    return shifted(pixels.flip(-1) if flip else pixels, top, left), box
+
+
+def draw_augmentation(H, W, generator, img_aug):
+    """What `augment` does to one sample: (flip, top, left of the crop, box to erase)."""
+    flip = uniform(generator) < 0.5
     if not img_aug:
-        return pixels, (0, 0, 0, 0)
-    top = int(torch.randint(0, 2 * PAD + 1, (1,), generator=generator)) - PAD
-    left = int(torch.randint(0, 2 * PAD + 1, (1,), generator=generator)) - PAD
-    return shifted(pixels, top, left), erase_box(H, W, generator)
+        return flip, 0, 0, (0, 0, 0, 0)
+    top, left = below(2 * PAD + 1, generator) - PAD, below(2 * PAD + 1, generator) - PAD
+    return flip, top, left, erase_box(H, W, generator)
+
+
+def uniform(generator, low=0.0, high=1.0):
+    """The number that torch.empty(1).uniform_(low, high) draws; torch.rand(1) is that of 0 and 1."""
+    return FLOAT.uniform_(low, high, generator=generator).item()
+
+
+def below(limit, generator):
+    """The number that torch.randint(0, limit, (1,)) draws."""
+    return INTEGER.random_(0, limit, generator=generator).item()
 
 
 def shifted(pixels, top, left):
     """The window of pixels' own size at (top, left), black outside: pad and crop in one copy."""
-    _, H, W = pixels.shape
-    out = torch.zeros_like(pixels)
-    y0, y1, x0, x1 = max(top, 0), min(top, 0) + H, max(left, 0), min(left, 0) + W
-    out[:, y0 - top : y1 - top, x0 - left : x1 - left] = pixels[:, y0:y1, x0:x1]
+    out = torch.empty_like(pixels, memory_format=torch.contiguous_format)
+    place(pixels.numpy(), top, left, out.numpy())
     return out
+
+
+def place(pixels, top, left, out):
+    """`shifted`, of arrays, into out."""
+    H, W = pixels.shape[1:]
+    y0, y1, x0, x1 = max(top, 0), min(top, 0) + H, max(left, 0), min(left, 0) + W
+    if top or left:
+        out[:] = 0
+    out[:, y0 - top : y1 - top, x0 - left : x1 - left] = pixels[:, y0:y1, x0:x1]
 
 
 def erase_box(H, W, generator):
     """Rectangle of RandomErasing (arXiv 1708.04896) as torchvision draws it."""
     nothing = (0, 0, 0, 0)
-    if torch.rand(1, generator=generator) >= ERASE_SHARE:
+    if uniform(generator) >= ERASE_SHARE:
         return nothing
     for _ in range(10):
-        area = H * W * torch.empty(1).uniform_(*ERASE_SCALE, generator=generator).item()
-        ratio = torch.exp(torch.empty(1).uniform_(*LOG_RATIO, generator=generator)).item()
+        area = H * W * uniform(generator, *ERASE_SCALE)
+        ratio = (
+            torch.tensor([uniform(generator, *LOG_RATIO)]).exp().item()
+        )  # in fp32, as torchvision takes it
         h, w = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if h < H and w < W:
-            top = int(torch.randint(0, H - h + 1, (1,), generator=generator))
-            left = int(torch.randint(0, W - w + 1, (1,), generator=generator))
-            return top, left, h, w
+            return below(H - h + 1, generator), below(W - w + 1, generator), h, w
     return nothing
 
 

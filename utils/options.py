@@ -283,6 +283,12 @@ def train_parser():
         "--num_workers", default=8, type=count_or_0, help="loading processes; the batches do not depend on it"
     )
     add(
+        "--image_cache",
+        default="off",
+        metavar="DIR|ram|off",
+        help="decode each image once and keep its pixels (147 kB at 384x128) in a file in DIR, or in memory",
+    )
+    add(
         "--test",
         dest="training",
         action="store_false",
@@ -313,6 +319,12 @@ def test_parser():
     add("--i2t", action="store_true", help="image-to-text too")
     add("--test_batch_size", default=argparse.SUPPRESS, type=count, help="batch of images or captions")
     add("--num_workers", default=argparse.SUPPRESS, type=count_or_0, help="loading processes")
+    add(
+        "--image_cache",
+        default="off",
+        metavar="DIR|ram|off",
+        help="where decoded images are kept",
+    )
     add(
         "--device",
         default="auto",

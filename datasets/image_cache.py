@@ -1,0 +1,256 @@
+"""Where an image's pixels come from: decoded from its file each time, or once and then kept (--image_cache).
+
+A kept image is what decoding and resizing gave, uint8 [3, H, W]. On disk they lie one behind the other in one
+file, DIR/<data set>_<H>x<W>.pixels, after an index of path, file size and time of change of each image: an
+image that changed is decoded anew, and a file that is cut short or of another kind is written anew.
+"""
+
+import json
+import logging
+import math
+import os
+import shutil
+import warnings
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from datasets.transforms import read_image, resize
+from utils.errors import InputError
+
+logger = logging.getLogger("IRRA.dataset")
+MAGIC = "IRRA images 1"
+PAGE = 4096
+
+
+class DecodedImages:
+    """images[path] -> uint8 tensor [3, H, W], decoded and resized each time."""
+
+    def __init__(self, img_size):
+        self.img_size = tuple(img_size)
+
+    def __getitem__(self, path):
+        return resize(read_image(path), self.img_size)
+
+
+class KeptImages:
+    """images[path] -> uint8 tensor [3, H, W], not to be written to.
+
+    pixels: array [n, 3, H, W]. rows: {absolute path: row}.
+    """
+
+    def __init__(self, pixels, rows):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that the array is read-only
+            self.pixels = torch.from_numpy(pixels)
+        self.rows = dict(rows)
+
+    def __getitem__(self, path):
+        row = self.rows.get(path)
+        if row is None:
+            row = self.rows[path] = self.rows[os.path.abspath(path)]
+        return self.pixels[row]
+
+
+class CacheFile(KeptImages):
+    """KeptImages of a memory-mapped file; pickles as its name. identities: {path: [size, time of change]}."""
+
+    def __init__(self, file):
+        """Raises ValueError or OSError where the file is not a whole cache."""
+        with open(file, "rb") as opened:
+            magic, _, start = opened.readline(64).decode("ascii").rpartition(" ")
+            if magic != MAGIC:
+                raise ValueError("this is no image cache")
+            start = int(start)
+            index = json.loads(opened.read(start - opened.tell()))
+        shape = (len(index["images"]), 3, *index["img_size"])
+        if not shape[0] or os.path.getsize(file) != start + math.prod(shape):
+            raise ValueError("it is cut short")
+        self.file, self.img_size = file, tuple(index["img_size"])
+        self.identities = {path: identity for path, *identity in index["images"]}
+        pixels = np.memmap(file, np.uint8, "r", start, shape)
+        super().__init__(pixels, {path: row for row, path in enumerate(self.identities)})
+
+    def __reduce__(self):
+        return CacheFile, (self.file,)
+
+
+def open_images(where, paths, img_size, name, num_workers=0):
+    """What gives the pixels of image files. where: "off", "ram", or a folder for the cache file.
+
+    Decodes what is not kept yet in num_workers processes, with a progress bar. InputError: no room.
+    """
+    paths = list(dict.fromkeys(map(os.path.abspath, paths)))
+    if where == "off":
+        return DecodedImages(img_size)
+    if where == "ram":
+        return keep_in_memory(paths, img_size, num_workers)
+    H, W = img_size
+    return keep_in_file(Path(where) / f"{name}_{H}x{W}.pixels", paths, img_size, num_workers)
+
+
+def keep_in_memory(paths, img_size, num_workers):
+    shape = (len(paths), 3, *img_size)
+    if math.prod(shape) > available_memory():
+        raise InputError(
+            f"--image_cache ram: {len(paths)} images take {gigabytes(math.prod(shape))}, but only "
+            f"{gigabytes(available_memory())} of memory are free; give a folder instead"
+        )
+    pixels = np.empty(shape, np.uint8)
+    for row, image in enumerate(decoded(paths, img_size, num_workers)):
+        pixels[row] = image
+    logger.info(f"image cache: {len(paths)} images in memory ({gigabytes(pixels.nbytes)})")
+    return KeptImages(pixels, {path: row for row, path in enumerate(paths)})
+
+
+def available_memory():
+    """Bytes, or infinity where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return math.inf
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), math.inf)
+
+
+def keep_in_file(file, paths, img_size, num_workers):
+    wanted = {path: identity(path) for path in paths}
+
+    def holds(cache):
+        return cache is not None and all(cache.identities.get(path) == wanted[path] for path in wanted)
+
+    cache = read_cache(file, img_size)
+    if not holds(cache):
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with one_at_a_time(file.with_suffix(".lock")):
+                cache = read_cache(file, img_size)  # another run may have written it meanwhile
+                if not holds(cache):
+                    write_cache(file, cache, wanted, img_size, num_workers)
+                    cache = CacheFile(file)
+        except OSError as error:
+            size = PAGE + sum(map(len, wanted)) + len(wanted) * 3 * math.prod(img_size)
+            raise InputError(
+                f"--image_cache: {file} cannot be written ({error.strerror or error}): it needs "
+                f"{gigabytes(size)}, or give ram or off"
+            ) from None
+    logger.info(f"image cache: {len(cache.rows)} images in {file} ({gigabytes(cache.pixels.nbytes)})")
+    return cache
+
+
+def identity(path):
+    """[size, time of change] of a file: when either differs, it is another image."""
+    stat = os.stat(path)
+    return [stat.st_size, stat.st_mtime_ns]
+
+
+def read_cache(file, img_size):
+    """The CacheFile, or None where there is none that is whole and of this image size."""
+    try:
+        cache = CacheFile(file)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        logger.info(f"image cache: {file} is written anew ({error})")
+        return None
+    return cache if cache.img_size == tuple(img_size) else None
+
+
+def write_cache(file, old, wanted, img_size, num_workers):
+    """Write the file whole and beside, then rename it: a run that reads the old one keeps it.
+
+    Goes on keeping what another run or split wanted, as long as the image is still the same.
+    """
+    identities = dict(old.identities) if old else {}
+    kept = [path for path, known in identities.items() if still_is(path, known)]
+    new = [path for path in wanted if wanted[path] != identities.get(path)]
+    kept = [path for path in kept if wanted.get(path, identities[path]) == identities[path]]
+    images = [[path, *identities[path]] for path in kept] + [[path, *wanted[path]] for path in new]
+    index = json.dumps({"img_size": list(img_size), "images": images}).encode()
+    start = -(-(len(index) + 64) // PAGE) * PAGE
+    size = start + len(images) * 3 * math.prod(img_size)
+    free = shutil.disk_usage(file.parent).free
+    if size > free:
+        raise InputError(
+            f"--image_cache: {file} needs {gigabytes(size)}, but only {gigabytes(free)} are free there; give "
+            "another folder, ram or off"
+        )
+    unfinished = beside(file)
+    try:
+        with open(unfinished, "wb") as out:
+            out.write(f"{MAGIC} {start}\n".encode())
+            out.write(index.ljust(start - out.tell()))
+            for path in kept:
+                out.write(old[path].numpy())
+            for image in decoded(new, img_size, num_workers):
+                out.write(image.numpy())
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(unfinished, file)
+    finally:
+        Path(unfinished).unlink(missing_ok=True)
+    logger.info(f"image cache: {len(new)} images decoded, {len(kept)} kept")
+
+
+def beside(file):
+    return file.with_name(f".{file.name}.{os.getpid()}")
+
+
+def still_is(path, known):
+    try:
+        return identity(path) == known
+    except OSError:
+        return False
+
+
+@contextmanager
+def one_at_a_time(path):
+    """Holds a lock, where the system has locks; the lock goes with the process that holds it."""
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        yield
+        return
+    with open(path, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.info("image cache: another run is writing it; waiting for that")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:  # a file system without locks: two runs then write the same twice
+            pass
+        yield
+
+
+class Files(Dataset):
+    def __init__(self, paths, img_size):
+        self.paths, self.images = paths, DecodedImages(img_size)
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, index):
+        try:
+            return self.images[self.paths[index]]
+        except InputError as error:  # raised in the main process, not with a worker's traceback around it
+            return error
+
+
+def decoded(paths, img_size, num_workers):
+    """The pixels of each path, in order, decoded in num_workers processes, behind a progress bar."""
+    from tqdm import tqdm
+
+    batches = DataLoader(Files(paths, img_size), batch_size=32, num_workers=num_workers, collate_fn=list)
+    with tqdm(total=len(paths), desc="image cache", unit="img", leave=False, disable=None) as bar:
+        for batch in batches:
+            for image in batch:
+                if isinstance(image, InputError):
+                    raise image
+                yield image
+            bar.update(len(batch))
+
+
+def gigabytes(size):
+    return f"{size / 1e9:.2f} GB"
