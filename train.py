@@ -63,7 +63,7 @@ def train(args, checkpoint=None):
     from solver import build_lr_scheduler, build_optimizer
     from utils.checkpoint import load_checkpoint, save_checkpoint
     from utils.dist import number_of_gpus, out_of_memory, pick_device
-    from utils.run import RunFiles, Stopped, StopSignals, setup_logger
+    from utils.run import RunFiles, Stopped, StopSignals, leave_signals_to_parent, setup_logger
 
     device = pick_device(args.device)
     run = RunFiles(args)
@@ -73,10 +73,13 @@ def train(args, checkpoint=None):
     logger.info(run.described(args))
     for note in args.notes:
         logger.info(note)
+    state = load_checkpoint(checkpoint) if checkpoint else None  # a bad one is found before data and model
     # for the new layers' weights; order, augmentation and masks have streams of their own
     torch.manual_seed(args.seed)
 
     train_loader, img_loader, txt_loader, num_classes = build_dataloader(args)
+    for loader in (train_loader, img_loader):
+        loader.worker_init_fn = leave_signals_to_parent
     model = build_model(args, num_classes)
     logger.info(f"Total params: {sum(p.numel() for p in model.parameters()) / 1e6:.0f}M")
     optimizer = build_optimizer(args, model)
@@ -84,7 +87,14 @@ def train(args, checkpoint=None):
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
     done = {"epoch": 0, "iteration": 0, "best_R1": -1.0, "best_epoch": 0, "meters": {}, "seed": args.seed}
     if checkpoint:
-        done.update(restore(parts, load_checkpoint(checkpoint), checkpoint))
+        done.update(restore(parts, state, checkpoint))
+        del state
+        if done["epoch"] >= args.num_epoch:
+            log.info(
+                f"{checkpoint} has all {args.num_epoch} epochs: nothing is left to do (best R1: "
+                f"{done['best_R1']} at epoch {done['best_epoch']})"
+            )
+            return
         log.info(
             f"resumed from {checkpoint}: {done['epoch']} epochs and {done['iteration']} iterations are done"
         )

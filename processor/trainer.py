@@ -54,10 +54,12 @@ def train_one_epoch(
         if after_step:
             after_step(step, meters)
     watch.look()
-    if step > start:
+    speed = ""
+    if step > start:  # else it was stopped after its last batch, and this is the rest of it
         seconds = (time.time() - began) / (step - start)
-        speed = (batch_size or len(on_host["pids"])) / seconds
-        logger.info(f"Epoch {epoch} done. Time per batch: {seconds:.3f}[s] Speed: {speed:.1f}[samples/s]")
+        images = (batch_size or len(on_host["pids"])) / seconds
+        speed = f" Time per batch: {seconds:.3f}[s] Speed: {images:.1f}[samples/s]"
+    logger.info(f"Epoch {epoch} done.{speed}")
     return meters.averages()
 
 

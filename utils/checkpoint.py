@@ -19,6 +19,8 @@ def save_checkpoint(path, parts, **values):
         try:
             torch.save({**state, **values}, file)
         except RuntimeError as error:  # what PyTorch's zip writer makes of a full disk
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
             raise OSError(None, str(error).splitlines()[0]) from error
 
 

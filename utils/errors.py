@@ -1,13 +1,22 @@
 """What goes wrong through input ends in one sentence: what, where, what to do next."""
 
+import errno
 import functools
 import os
 import sys
 import traceback
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+
 
 class InputError(Exception):
     """Something the user can mend; its text is the whole message."""
+
+    def __init__(self, message=""):
+        if "Original Traceback" in message:  # so PyTorch raises a loading process's error again
+            self.__cause__ = RuntimeError(message)  # for --debug
+            message = message.rsplit("InputError: ", 1)[-1].strip()
+        super().__init__(message)
 
 
 def reports_errors(main):
@@ -29,5 +38,15 @@ def reports_errors(main):
         except BrokenPipeError:  # `python test.py … | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1
+        except OSError as error:  # of a log or TensorBoard's file; checkpoints say more (utils.files)
+            if error.errno not in NO_ROOM:
+                raise
+            where = f" to {error.filename}" if error.filename else ""
+            print(
+                f"error: cannot write{where}: {error.strerror}; make room there and start again (a training "
+                "goes on from its last checkpoint with --resume)",
+                file=sys.stderr,
+            )
+            return 2
 
     return run

@@ -24,12 +24,20 @@ def whole_file(path, needed=None):
         os.replace(beside, path)
         sync_folder(path.parent)
     except OSError as error:
-        room = f" ({needed / 2**20:.1f} MiB are needed)" if needed else ""
+        room = f" ({max(needed / 2**20, 0.1):.1f} MiB are needed)" if needed else ""
         raise InputError(
             f"cannot write {path}{room}: {error.strerror or error}; what was there before is untouched"
         ) from None
     finally:
-        beside.unlink(missing_ok=True)
+        remove(beside)
+
+
+def remove(path):
+    """Delete a file if it is there and can be deleted: an error on the way is not the one to tell of."""
+    try:
+        path.unlink()
+    except OSError:  # not there; or in a read-only place, or below a file where a folder should be
+        pass
 
 
 def sync_folder(folder):
@@ -63,7 +71,7 @@ def link_or_copy(source, target):
         with open(source, "rb") as original, whole_file(target, os.path.getsize(source)) as file:
             shutil.copyfileobj(original, file, 1 << 22)
     finally:
-        beside.unlink(missing_ok=True)
+        remove(beside)
 
 
 def remove_leftovers(folder):

@@ -104,6 +104,13 @@ class StopSignals:
             signal.signal(number, handler)
 
 
+def leave_signals_to_parent(worker):
+    """A loading process's start: it gets a terminal's Ctrl-C and a batch system's SIGTERM too, and must go on
+    loading while its parent finishes the batch. It ends when its parent does."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
 class BarHandler(logging.StreamHandler):
     """Log lines on a terminal, written above the progress bar instead of through it."""
 
@@ -112,6 +119,15 @@ class BarHandler(logging.StreamHandler):
         if bar is None:
             return super().emit(record)
         bar.tqdm.write(self.format(record), file=self.stream)
+
+
+class LogFile(logging.FileHandler):
+    """A full disk ends the run with the sentence of utils.errors, not with a traceback for each line."""
+
+    def handleError(self, record):
+        if isinstance(sys.exc_info()[1], OSError):
+            raise
+        super().handleError(record)
 
 
 def setup_logger(name):
@@ -133,7 +149,7 @@ def keep_log(logger, path):
     """From here on the log also goes to a file, appended, with what was said before."""
     terminal, held = logger.handlers
     try:
-        file = logging.FileHandler(path, encoding="utf-8")
+        file = LogFile(path, encoding="utf-8")
     except (
         OSError
     ) as error:  # a published run may lie in a read-only place: the table still reaches the terminal

@@ -1,0 +1,244 @@
+"""A run that is stopped and resumed ends as one that never was: weights, log and best R1, bit for bit."""
+
+import hashlib
+import re
+import shutil
+import signal
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from datasets.build import build_dataloader
+from tests.children import differ, draw, end, only_run, progress_lines, run, start, words
+from utils.options import get_args
+
+STOPPED = 3
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return draw(tmp_path_factory.mktemp("drawn"))
+
+
+@pytest.fixture(scope="module")
+def unbroken(data, tmp_path_factory):
+    """unbroken(*options): the folder of a run with these options that nothing interrupted."""
+    runs = {}
+
+    def run_of(*options):
+        if options not in runs:
+            logs = tmp_path_factory.mktemp("unbroken")
+            assert run(words(data, logs, *options), logs / "output") == 0
+            runs[options] = only_run(logs)
+        return runs[options]
+
+    return run_of
+
+
+def curves(folder):
+    """{tag: [(step, value), …]} as TensorBoard shows them."""
+    events = EventAccumulator(str(folder)).Reload()
+    return {
+        tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]
+    }
+
+
+def assert_same(broken, whole):
+    assert differ(broken / "last.pth", whole / "last.pth") == []
+    assert differ(broken / "best.pth", whole / "best.pth") == []
+    assert progress_lines(broken) == progress_lines(whole)
+    assert curves(broken) == curves(whole)
+
+
+IN_A_BATCH, AT_THE_LAST_BATCH, BETWEEN_EPOCHS = (
+    "Epoch[2] Iteration[4",
+    "Epoch[2] Iteration[6",
+    "Results - Epoch: 2",
+)
+MASKED_WORDS = ("--loss_names", "sdm+mlm+id")
+CASES = {  # options of both runs, where the signal comes, which one, options beside --resume
+    "in a batch": ((), IN_A_BATCH, signal.SIGTERM, ()),
+    "in a batch, masked words": (MASKED_WORDS, IN_A_BATCH, signal.SIGINT, ()),
+    "after the epoch's last batch": ((), AT_THE_LAST_BATCH, signal.SIGTERM, ()),
+    "between epochs": ((), BETWEEN_EPOCHS, signal.SIGTERM, ()),
+    "in a batch, Ctrl-C while two processes load": (("--num_workers", "2"), IN_A_BATCH, signal.SIGINT, ()),
+    "in a batch, SIGTERM while two processes load": (("--num_workers", "2"), IN_A_BATCH, signal.SIGTERM, ()),
+    "between epochs while two processes load": (("--num_workers", "2"), BETWEEN_EPOCHS, signal.SIGTERM, ()),
+    "other loading processes afterwards": ((), IN_A_BATCH, signal.SIGTERM, ("--num_workers", "1")),
+    "identity sampler": (("--sampler", "identity"), "Epoch[2] Iteration[2", signal.SIGTERM, ()),
+}
+
+
+@pytest.mark.parametrize("options, text, number, beside", CASES.values(), ids=CASES)
+def test_a_stopped_run_ends_as_an_unbroken_one(options, text, number, beside, data, unbroken, tmp_path):
+    output = tmp_path / "output"
+    assert run(words(data, tmp_path, *options), output, (text, number)) == STOPPED
+    said = output.read_text()
+    assert said.count("finishing the batch") == 1 and "Traceback" not in said
+    folder = only_run(tmp_path)
+    state = torch.load(folder / "last.pth", weights_only=True)
+    reached = {IN_A_BATCH: (1, 4), AT_THE_LAST_BATCH: (1, 6), BETWEEN_EPOCHS: (2, 0)}.get(text, (1, 2))
+    assert (state["epoch"], state["iteration"]) == reached
+
+    assert run(["--resume", "--output_dir", tmp_path, *beside], output) == 0
+    assert only_run(tmp_path) == folder  # no second run folder
+    whole = unbroken(*(option for option in options if option not in ("--num_workers", "2")))
+    assert_same(folder, whole)
+    if beside:
+        assert (
+            "num_workers was 0 when this run was stopped and is 1 now"
+            in (folder / "train_log.txt").read_text()
+        )
+
+
+def test_a_run_may_be_stopped_again_and_again(data, unbroken, tmp_path):
+    """Each time from another place, by its folder or its file, and with saves within the epoch between."""
+    output = tmp_path / "output"
+    begin = words(data, tmp_path, "--save_period", "1")
+    assert run(begin, output, ("Epoch[1] Iteration[2", signal.SIGTERM)) == STOPPED
+    folder = only_run(tmp_path)
+    resume = ["--resume", "--resume_ckpt_file"]
+    assert run([*resume, folder], output, ("Epoch[1] Iteration[4", signal.SIGINT)) == STOPPED
+    assert run([*resume, folder / "last.pth"], output, ("Epoch[3] Iteration[6", signal.SIGINT)) == STOPPED
+    assert run([*resume, folder], output) == 0
+    assert_same(folder, unbroken())
+
+
+def test_a_second_signal_ends_it_at_once_and_the_last_save_goes_on(data, unbroken, tmp_path):
+    output = tmp_path / "output"
+    process = start(
+        words(data, tmp_path, "--save_period", "2"), output, ("finishing the batch", signal.SIGINT)
+    )  # the second comes when the first is answered
+    while process.is_alive() and "Epoch[2] Iteration[2" not in output.read_text():
+        process.join(0.001)
+    process_group_signal(process)
+    assert end(process) == 130 and output.read_text().splitlines()[-1] == "interrupted"
+    assert run(["--resume", "--output_dir", tmp_path], output) == 0
+    whole, folder = unbroken(), only_run(tmp_path)
+    assert differ(folder / "last.pth", whole / "last.pth") == []
+    assert curves(folder) == curves(whole)
+
+
+def process_group_signal(process):
+    import os
+
+    os.killpg(process.pid, signal.SIGINT)
+
+
+def test_resume_takes_the_newest_run_of_that_name(data, train_script, tmp_path, monkeypatch):
+    folder = tmp_path / "CUHK-PEDES"
+    for name in ("20260101_000000_a", "20260102_000000_b", "20260103_000000_a", "20260104_000000_a_b"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "last.pth").touch()
+    (folder / "20260105_000000_a").mkdir()  # killed before anything was saved
+
+    def found(*argv):
+        return train_script.checkpoint_to_resume(get_args(["--output_dir", str(tmp_path), *argv])).parent.name
+
+    assert found("--resume", "--name", "a") == "20260103_000000_a"
+    assert found("--resume", "--name", "b") == "20260102_000000_b"
+    assert found("--resume", "--name", "a_b") == "20260104_000000_a_b"
+    for named in (folder / "20260102_000000_b", folder / "20260102_000000_b" / "last.pth"):
+        assert found("--resume", "--resume_ckpt_file", str(named)) == "20260102_000000_b"
+
+
+@pytest.mark.parametrize("argv", [["--name", "nobody"], ["--resume_ckpt_file", "nowhere/last.pth"]])
+def test_nothing_to_resume_is_one_sentence(argv, train_script, tmp_path, capsys):
+    assert train_script.main(["--resume", "--output_dir", str(tmp_path), *argv]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(
+        r"error: (nothing to resume: no run named nobody|no checkpoint at nowhere/last.pth) .*", line
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_finished_run_says_so_and_stays_as_it_is(unbroken, train_script, capsys):
+    folder = unbroken()
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert train_script.main(["--resume", "--resume_ckpt_file", str(folder)]) == 0
+    assert "has all 3 epochs: nothing is left to do (best R1: " in capsys.readouterr().out
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_differing_options_are_named_and_win(data, unbroken, tmp_path):
+    output = tmp_path / "output"
+    assert run(words(data, tmp_path), output, (IN_A_BATCH, signal.SIGTERM)) == STOPPED
+    more = ["--num_epoch", "4", "--lr", "0.002", "--log_period", "3"]
+    assert run(["--resume", "--output_dir", tmp_path, *more], output) == 0
+    log = (only_run(tmp_path) / "train_log.txt").read_text()
+    for sentence in ("num_epoch was 3", "lr was 0.001", "log_period was 2"):
+        assert sentence + " when this run was stopped and is " in log
+    assert log.count(" when this run was stopped and is ") == 3
+    assert "Epoch 4 done" in log and "Iteration[3/6]" in log
+
+
+def test_the_best_R1_survives(data, unbroken, tmp_path):
+    """A later epoch must beat the best before the stop, not just the first after it."""
+    output = tmp_path / "output"
+    assert run(words(data, tmp_path), output, ("Epoch[3] Iteration[2", signal.SIGTERM)) == STOPPED
+    folder, whole = only_run(tmp_path), torch.load(unbroken() / "last.pth", weights_only=True)
+    stopped = torch.load(folder / "last.pth", weights_only=True)
+    assert stopped["best_R1"] > 0 and stopped["best_epoch"] in (1, 2)
+    assert run(["--resume", "--output_dir", tmp_path], output) == 0
+    last = torch.load(folder / "last.pth", weights_only=True)
+    assert (last["best_R1"], last["best_epoch"]) == (whole["best_R1"], whole["best_epoch"])
+    best = torch.load(folder / "best.pth", weights_only=True)
+    assert best["epoch"] == whole["best_epoch"]
+    assert f"best R1: {whole['best_R1']} at epoch {whole['best_epoch']}" in output.read_text()
+
+
+def test_keep_leaves_the_newest_numbered_checkpoints(data, tmp_path):
+    assert run(words(data, tmp_path, "--keep", "2"), tmp_path / "output") == 0
+    folder = only_run(tmp_path)
+    assert sorted(path.name for path in folder.glob("epoch_*")) == ["epoch_002.pth", "epoch_003.pth"]
+    assert differ(folder / "epoch_003.pth", folder / "last.pth") == []
+    assert torch.load(folder / "epoch_002.pth", weights_only=True)["epoch"] == 2
+
+
+def test_a_numbered_checkpoint_can_be_resumed_too(data, unbroken, tmp_path):
+    output = tmp_path / "output"
+    assert run(words(data, tmp_path, "--keep", "9"), output) == 0
+    folder = only_run(tmp_path)
+    assert run(["--resume", "--resume_ckpt_file", folder / "epoch_001.pth"], output) == 0
+    whole = unbroken()
+    assert differ(folder / "last.pth", whole / "last.pth") == []
+    assert curves(folder) == curves(whole)  # the second writing of epochs 2 and 3 replaces the first
+
+
+def test_a_moved_run_is_resumed_where_it_lies_now(data, unbroken, tmp_path):
+    output = tmp_path / "output"
+    assert run(words(data, tmp_path / "old"), output, (IN_A_BATCH, signal.SIGTERM)) == STOPPED
+    shutil.move(tmp_path / "old", tmp_path / "new")
+    assert run(["--resume", "--output_dir", tmp_path / "new"], output) == 0
+    assert_same(only_run(tmp_path / "new"), unbroken())
+    assert not (tmp_path / "old").exists()
+
+
+# ---- batches ----
+
+
+def batch_hashes(data, epoch, start, *options):
+    args = get_args([str(word) for word in words(data, "nowhere", "--loss_names", "sdm+mlm+id", *options)])
+    loader = build_dataloader(args)[0]
+    hashes = []
+    for number in range(1, epoch + 1):  # the same loader through all epochs, as in training
+        loader.set_epoch(number, start if number == epoch else 0)
+        for batch in loader:
+            digest = hashlib.sha256()
+            for key in sorted(batch):
+                digest.update(key.encode() + batch[key].numpy().tobytes())
+            hashes.append((number, digest.hexdigest()))
+    return [digest for number, digest in hashes if number == epoch]
+
+
+@pytest.mark.parametrize("sampler", ["random", "identity"])
+def test_batches_do_not_depend_on_loading_processes_or_on_a_stop(sampler, data):
+    options = ("--sampler", sampler)
+    whole = batch_hashes(data, 2, 0, *options)
+    assert len(set(whole)) == len(whole) >= 4
+    assert whole != batch_hashes(data, 1, 0, *options)
+    for workers in ("1", "3"):
+        assert batch_hashes(data, 2, 0, *options, "--num_workers", workers) == whole
+    for workers in ("0", "3"):
+        assert batch_hashes(data, 2, 3, *options, "--num_workers", workers) == whole[3:]
