@@ -108,5 +108,5 @@ def spread(total, number=6):
 
 def retrieval_picture(features, indices, images, captions, number=4):
     """What a few fixed queries find, for TensorBoard: uint8 [H, W, 3]. Arguments as in query_rows."""
-    rows = query_rows(features, indices, images, captions, spread(len(captions), number))
+    rows = query_rows(features, indices, images, captions, spread(len(captions.captions), number))
     return np.asarray(contact_sheet(rows))

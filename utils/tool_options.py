@@ -92,7 +92,7 @@ def search_parser():
     parser = Parser(
         prog="search.py",
         description="Find persons in a folder of pictures by a sentence. The folder is encoded once; next "
-        f"time only new and changed pictures are. Without a query it only brings the index up to date. {SPECIAL}",
+        f"time only new and changed pictures are. Without a query it just does that. {SPECIAL}",
         epilog=EXIT_STATUS,
     )
     add_run(parser)

@@ -1,0 +1,101 @@
+"""Curves: CMC of a run, and what the event files of one or several runs hold. Needs matplotlib."""
+
+from pathlib import Path
+
+from utils.errors import InputError
+from utils.extras import extra
+
+ORDER = (  # tags as train.py writes them; others come after
+    *("loss", "sdm_loss", "itc_loss", "cmpm_loss", "id_loss", "mlm_loss", "img_acc", "txt_acc", "mlm_acc"),
+    *(
+        "t2i/R1",
+        "t2i/R5",
+        "t2i/R10",
+        "t2i/mAP",
+        "t2i/mINP",
+        "i2t/R1",
+        "i2t/R5",
+        "i2t/R10",
+        "i2t/mAP",
+        "i2t/mINP",
+    ),
+    *("lr", "temperature"),
+)
+
+
+def new_figure(width, height):
+    """A figure that never opens a window."""
+    return extra("matplotlib.figure").Figure(figsize=(width, height), layout="constrained")
+
+
+def save_figure(figure, path):
+    try:
+        figure.savefig(path, dpi=120)
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot write the picture {path}: {error}") from None
+
+
+def draw_cmc(curves, title, path):
+    """curves: {label: values in %, of rank 1, 2, …}."""
+    figure = new_figure(6, 4.2)
+    axes = figure.add_subplot()
+    for label, values in curves.items():
+        ranks = range(1, len(values) + 1)
+        axes.plot(ranks, values, marker="o", markersize=3, label=f"{label}, R1 {values[0]:.1f} %")
+    axes.set(xlabel="rank", ylabel="queries with a match by then, %", title=title, ylim=(0, 102))
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+    save_figure(figure, path)
+
+
+def read_scalars(run):
+    """{tag: (epochs, values)} of a run folder's event files."""
+    run = Path(run)
+    run = run.parent if run.is_file() else run
+    if not run.is_dir():
+        raise InputError(f"no run folder at {run}")
+    if not list(run.glob("events.out.tfevents.*")):
+        raise InputError(f"{run} holds no event files (events.out.tfevents.…): is it the folder of a run?")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run), size_guidance={"scalars": 0, "images": 1})
+    events.Reload()
+    found = {}
+    for tag in events.Tags()["scalars"]:
+        points = events.Scalars(tag)
+        found[tag] = ([point.step for point in points], [point.value for point in points])
+    if not found:
+        raise InputError(f"the event files in {run} hold no curve yet: no epoch has ended")
+    return found
+
+
+def draw_curves(runs, path):
+    """Every curve that one of the run folders has, a panel each, a line a run. Returns the tags drawn."""
+    scalars = {label: read_scalars(run) for label, run in labelled(runs).items()}
+    tags = {tag for curves in scalars.values() for tag in curves}
+    tags = [tag for tag in ORDER if tag in tags] + sorted(tags - set(ORDER))
+    columns = min(4, len(tags))
+    rows = -(-len(tags) // columns)
+    figure = new_figure(3.4 * columns, 2.5 * rows + 0.4)
+    for number, tag in enumerate(tags, start=1):
+        axes = figure.add_subplot(rows, columns, number)
+        for colour, (label, curves) in enumerate(scalars.items()):
+            if tag in curves:
+                axes.plot(*curves[tag], marker=".", markersize=4, color=f"C{colour}", label=label)
+        axes.set_title(tag, fontsize=10)
+        axes.set_xlabel("epoch", fontsize=8)
+        axes.tick_params(labelsize=8)
+        axes.grid(alpha=0.3)
+    handles = {label: None for label in scalars}
+    for axes in figure.axes:
+        handles.update({line.get_label(): line for line in axes.get_lines()})
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(3, len(handles)))
+    save_figure(figure, path)
+    return tags
+
+
+def labelled(runs):
+    """{label: folder}: a run's folder name, or the whole path where two have one name."""
+    runs = [Path(run).parent if Path(run).is_file() else Path(run) for run in runs]
+    names = [run.resolve().name for run in runs]
+    return {name if names.count(name) == 1 else str(run): run for name, run in zip(names, runs, strict=True)}

@@ -1,0 +1,263 @@
+"""visualize.py: the queries, curves and word maps that it draws are those of the run."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from processor.evaluator import Features
+from retrieval.contact_sheet import retrieval_picture, spread
+from retrieval.queries import choose, outcomes
+from tests.conftest import load_script
+from tests.tiny_run import make_run, missing
+
+needs_matplotlib = missing("matplotlib", "matplotlib")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("visualize")
+    make_run(folder)
+    return folder
+
+
+@pytest.fixture
+def visualize(home, tmp_path, capsys):
+    script = load_script("visualize")
+
+    def call(*words, run=home / "run"):
+        words = [*map(str, words), "--output", str(tmp_path / "out")]
+        status = script.main([*(["--config_file", str(run), "--device", "cpu"] if run else []), *words])
+        out, err = capsys.readouterr()
+        return status, [line for line in out.splitlines() if line.endswith(".png")], err
+
+    return call
+
+
+def image_of(home, number=0):
+    return sorted((home / "data" / "CUHK-PEDES" / "imgs").rglob("*.jpg"))[number]
+
+
+# ---- single queries ----
+
+
+def hand_made():
+    """Three queries over four images of persons 1, 1, 2, 3; the similarities stand in the features."""
+    similarity = torch.tensor(
+        [
+            [0.9, 0.1, 0.5, 0.2],  # person 1: first
+            [0.8, 0.1, 0.3, 0.7],  # person 2: third
+            [0.1, 0.2, 0.3, 0.9],  # person 3: first, with the larger margin
+            [0.1, 0.2, 0.3, 0.4],  # person 9: not there
+        ]
+    )
+    return Features(similarity, torch.tensor([1, 2, 3, 9]), torch.eye(4), torch.tensor([1, 1, 2, 3]))
+
+
+def test_outcomes_of_a_hand_made_split():
+    outcome = outcomes(hand_made())
+    assert outcome.first_rank.tolist() == [1, 3, 1, 5]
+    assert outcome.margin[:3].tolist() == pytest.approx([0.4, -0.5, 0.6])
+
+
+def test_the_worst_the_best_and_the_random_ones_are_chosen_each_once():
+    outcome = outcomes(hand_made())
+    assert choose(outcome, best=2) == [2, 0]
+    assert choose(outcome, worst=2) == [3, 1]
+    assert sorted(choose(outcome, best=4, worst=4, random=4)) == [0, 1, 2, 3]
+    assert choose(outcome, random=2, seed=5) == choose(outcome, random=2, seed=5)
+
+
+def test_first_ranks_give_the_cmc_of_the_table(home):
+    from utils.metrics import rank_features
+
+    torch.manual_seed(0)
+    text, image = torch.randn(40, 8), torch.randn(30, 8)
+    pids = torch.randint(0, 6, (40,)), torch.randint(0, 6, (30,))
+    cmc = rank_features(text, image, *pids, 10).cmc
+    ranks = outcomes(Features(text, pids[0], image, pids[1])).first_rank
+    assert cmc.tolist() == pytest.approx([100 * float((ranks <= k).double().mean()) for k in range(1, 11)])
+
+
+def test_one_picture_for_each_asked_query(visualize, tmp_path):
+    status, written, _ = visualize("--queries", "0,3", "--best", 1, "--worst", 1)
+    assert status == 0 and 2 <= len(written) <= 4
+    names = [path.rsplit("/")[-1] for path in written]
+    assert names[:2] == ["query_test_00000.png", "query_test_00003.png"]
+    for path in written:
+        width, height = Image.open(path).size
+        assert width > 1000 and height > 500  # ten images side by side, two rows of them
+
+
+def test_a_query_that_does_not_exist_is_one_sentence(visualize):
+    status, _, err = visualize("--queries", "0,9999")
+    assert status == 2 and "no query 9999" in err and len(err.strip().splitlines()) == 1
+
+
+def test_the_board_gets_a_picture_of_the_same_queries_each_time(home):
+    class Images:
+        image_paths, pids = [str(image_of(home, n)) for n in range(4)], [1, 1, 2, 3]
+
+    class Captions:
+        captions, pids = ["one", "two", "three", "four"], [1, 2, 3, 9]
+
+    features = hand_made()
+    indices = (features.text @ features.image.t()).argsort(dim=1, descending=True)
+    picture = retrieval_picture(features, indices, Images, Captions, number=2)
+    assert picture.dtype == np.uint8 and picture.ndim == 3 and picture.shape[2] == 3
+    assert np.array_equal(picture, retrieval_picture(features, indices, Images, Captions, number=2))
+    assert spread(100, 4) == [0, 25, 50, 75] and spread(2, 4) == [0, 1]
+
+
+# ---- curves ----
+
+
+@needs_matplotlib
+def test_cmc_curve_is_drawn_and_matplotlib_is_needed_only_then(visualize, monkeypatch):
+    import sys
+
+    status, written, _ = visualize("--cmc")
+    assert status == 0 and written[0].endswith("cmc_test.png") and Image.open(written[0]).size[0] > 300
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    status, written, err = visualize("--cmc")
+    assert status == 2 and "matplotlib" in err and "requirements-search.txt" in err
+    assert visualize("--queries", "0")[0] == 0
+
+
+def write_events(folder, values, tag="loss"):
+    from torch.utils.tensorboard import SummaryWriter
+
+    board = SummaryWriter(folder)
+    for epoch, value in enumerate(values, start=1):
+        board.add_scalar(tag, value, epoch)
+    board.close()
+
+
+def test_curves_hold_what_the_event_files_hold(tmp_path):
+    from retrieval.curves import read_scalars
+
+    write_events(tmp_path / "run", [3.0, 2.0, 1.5])
+    write_events(tmp_path / "run", [10.0, 40.0], "t2i/R1")  # a second file, as a resumed run has
+    scalars = read_scalars(tmp_path / "run")
+    assert scalars["loss"] == ([1, 2, 3], [3.0, 2.0, 1.5])
+    assert scalars["t2i/R1"] == ([1, 2], [10.0, 40.0])
+
+
+@needs_matplotlib
+def test_several_runs_share_one_plot(visualize, tmp_path):
+    from retrieval.curves import draw_curves, labelled
+
+    write_events(tmp_path / "a" / "run", [3.0, 2.0])
+    write_events(tmp_path / "b" / "run", [4.0, 1.0])
+    assert list(labelled([tmp_path / "a" / "run", tmp_path / "b" / "run"])) == [
+        str(tmp_path / "a" / "run"),
+        str(tmp_path / "b" / "run"),
+    ]
+    assert draw_curves([tmp_path / "a" / "run", tmp_path / "b" / "run"], tmp_path / "c.png") == ["loss"]
+    status, written, _ = visualize("--curves", tmp_path / "a" / "run", tmp_path / "b" / "run", run=None)
+    assert status == 0 and written[0].endswith("curves.png")
+
+
+@needs_matplotlib
+def test_a_folder_without_events_is_one_sentence(visualize, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for folder, words in ((tmp_path / "empty", "no event files"), (tmp_path / "none", "no run folder")):
+        status, _, err = visualize("--curves", folder, run=None)
+        assert status == 2 and words in err
+
+
+# ---- where the words look ----
+
+
+@pytest.fixture(scope="module")
+def encoders(home):
+    from retrieval.encoders import open_run
+    from utils.tool_options import tool_args, visualize_parser
+
+    return open_run(tool_args(visualize_parser(), ["--config_file", str(home / "run"), "--device", "cpu"]))
+
+
+def test_words_keep_their_tokens(encoders):
+    from retrieval.relevance import words_of
+
+    words = words_of("A woman in a T-shirt,  brown trousers.", encoders.tokenizer, 77)
+    ids = encoders.tokens("A woman in a T-shirt,  brown trousers.")[0].tolist()
+    said = [(word, encoders.tokenizer.decode([ids[p] for p in places])) for word, places in words]
+    assert [word for word, _ in said] == ["a", "woman", "in", "a", "t-shirt,", "brown", "trousers."]
+    assert said[4][1].split() == ["t", "shirt"] and said[6][1].strip() == "trousers"
+    assert words_of("a woman & a man", encoders.tokenizer, 77)[2][0] == "&"
+    assert [word for word, _ in words_of("one two three four", encoders.tokenizer, 5)] == [
+        "one",
+        "two",
+        "three",
+    ]
+
+
+def test_maps_are_the_cross_attention_that_pytorch_computes(home, encoders):
+    from datasets.transforms import normalise
+    from retrieval.encoders import open_picture
+    from retrieval.relevance import word_maps
+
+    path, sentence = image_of(home), "a man with a multicoloured rucksack"
+    maps = word_maps(encoders, sentence, open_picture(path))
+    model = encoders.model
+    ids = torch.zeros(1, 77, dtype=torch.long)
+    ids[:, : encoders.tokens(sentence).shape[1]] = encoders.tokens(sentence)
+    with torch.no_grad():
+        text = model.ln_pre_t(model.base_model.encode_text(ids))
+        image = model.ln_pre_i(model.base_model.encode_image(normalise(encoders.pixels(path)[None])))
+        _, weights = model.cross_attn(text, image, image)  # (1, L, N), PyTorch's own, mean over heads
+    pieces = [len(encoders.tokenizer.encode(word)) for word in sentence.split()]
+    assert max(pieces) > 1  # a word of several pieces is among them
+    start = 1
+    for (word, found), number, said in zip(maps, pieces, sentence.split(), strict=True):
+        expected = weights[0, start : start + number, 1:].sum(0)
+        assert word == said and found.shape == (6, 2)  # 96x32 pixels, patches of 16
+        assert np.allclose(found.flatten(), expected / expected.sum(), atol=1e-6)
+        assert math.isclose(found.sum(), 1, rel_tol=1e-5)
+        start += number
+
+
+def test_a_heat_map_is_light_where_the_weight_is(home):
+    from retrieval.encoders import open_picture
+    from retrieval.relevance import heat
+
+    weights = np.full((6, 2), 0.01)
+    weights[4, 1] = 1
+    drawn = np.asarray(heat(open_picture(image_of(home)), weights / weights.sum()), float).sum(axis=2)
+    y, x = np.unravel_index(drawn.argmax(), drawn.shape)
+    assert 4 / 6 <= y / drawn.shape[0] <= 5 / 6 and x / drawn.shape[1] >= 0.5
+
+
+def test_words_over_an_image_are_drawn(visualize, home):
+    status, written, _ = visualize("--words", "a woman in a red coat", "--image", image_of(home))
+    assert status == 0 and Image.open(written[0]).size[0] > 300
+
+
+def test_a_model_without_the_interaction_module_says_so(visualize, home, tmp_path):
+    run = make_run(tmp_path, "sdm+id")
+    status, _, err = visualize("--words", "a woman", "--image", image_of(home), run=run)
+    assert status == 2 and "without mlm" in err and len(err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        ((), "nothing to draw"),
+        (("--words", "a woman"), "go together"),
+        (("--words", " ", "--image", "IMAGE"), "--words is empty"),
+        (("--words", "a woman", "--image", "none.jpg"), "no picture at none.jpg"),
+    ],
+)
+def test_bad_input_is_one_sentence(visualize, home, words, said):
+    words = [str(image_of(home)) if word == "IMAGE" else word for word in words]
+    status, _, err = visualize(*words)
+    assert status == 2 and said in err and len(err.strip().splitlines()) == 1
+
+
+def test_without_a_run_only_curves_can_be_drawn(visualize):
+    status, _, err = visualize("--cmc", run=None)
+    assert status == 2 and "--config_file RUN is missing" in err

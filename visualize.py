@@ -1,0 +1,100 @@
+"""Pictures of a run: `python visualize.py --config_file RUN --worst 20 --cmc`, and see --help."""
+
+from pathlib import Path
+
+from utils.errors import InputError, reports_errors
+from utils.tool_options import visualize_args
+
+
+@reports_errors
+def main(argv=None):
+    args = visualize_args(argv)
+    folder = Path(args.output or (Path(args.run_dir) / "pictures" if args.run_dir else "."))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make the folder {folder}: {error.strerror} (see --output)") from None
+    written = []
+    if args.curves:
+        written += curves(args, folder)
+    if args.words is not None:
+        written += words(args, folder)
+    if args.cmc or args.queries or args.worst or args.best or args.random:
+        written += split_pictures(args, folder)
+    for path in written:
+        print(path)
+
+
+def curves(args, folder):
+    from retrieval.curves import draw_curves
+
+    draw_curves(args.curves, folder / "curves.png")
+    return [folder / "curves.png"]
+
+
+def words(args, folder):
+    from retrieval.contact_sheet import save_picture
+    from retrieval.encoders import checked_sentence, cut_notice, open_picture, open_run
+    from retrieval.relevance import draw_word_maps, word_maps
+
+    sentence, picture = checked_sentence(args.words, "--words"), open_picture(args.image)
+    encoders = open_run(args)
+    if notice := cut_notice(encoders, sentence):
+        print(notice)
+    path = folder / f"words_{Path(args.image).stem}.png"
+    save_picture(draw_word_maps(picture, word_maps(encoders, sentence, picture)), path)
+    return [path]
+
+
+def split_pictures(args, folder):
+    """The CMC curve and the pictures of single queries: they share the features of the split."""
+    from datasets import build_dataloader
+    from processor.evaluator import encode
+    from retrieval.contact_sheet import query_rows, save_picture
+    from retrieval.curves import draw_cmc
+    from retrieval.encoders import open_run
+    from retrieval.queries import choose, draw_query, outcomes
+    from utils.extras import extra
+    from utils.metrics import rank_features
+    from utils.run import setup_logger
+
+    if args.cmc:
+        extra("matplotlib")  # before the split is encoded
+    setup_logger("IRRA")
+    img_loader, txt_loader, _ = build_dataloader(args)
+    images, captions = img_loader.dataset, txt_loader.dataset
+    if args.queries and max(args.queries) >= len(captions):
+        raise InputError(
+            f"--queries: there is no query {max(args.queries)}, the {args.split} split has {len(captions)}, "
+            "from 0"
+        )
+    encoders = open_run(args)
+    features = encode(encoders.model, img_loader, txt_loader, encoders.device, progress=True)
+    text, text_pids, image, image_pids = features
+    written = []
+    if args.cmc:
+        reach = min(50, len(image))
+        t2i = rank_features(text, image, text_pids, image_pids, reach).cmc.tolist()
+        i2t = rank_features(image, text, image_pids, text_pids, min(50, len(text))).cmc.tolist()
+        path = folder / f"cmc_{args.split}.png"
+        title = f"{args.name} on {args.dataset_name}, {args.split} split"
+        draw_cmc({"text to image": t2i, "image to text": i2t}, title, path)
+        written.append(path)
+    if not (args.queries or args.best or args.worst or args.random):
+        return written
+    outcome = outcomes(features)
+    queries = [*(args.queries or []), *choose(outcome, args.best, args.worst, args.random, args.seed)]
+    ranking = rank_features(text, image, text_pids, image_pids, 10)
+    for query in dict.fromkeys(queries):
+        ((sentence, found),) = query_rows(features, ranking.indices, images, captions, [query])
+        pid = captions.pids[query]
+        right = [path for path, owner in zip(images.image_paths, images.pids, strict=True) if owner == pid]
+        note = f"the first right one at rank {int(outcome.first_rank[query])}, query {query}, person {pid}"
+        path = folder / f"query_{args.split}_{query:05d}.png"
+        save_picture(draw_query(sentence, right, found, note), path)
+        written.append(path)
+    return written
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
