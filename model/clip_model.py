@@ -102,7 +102,7 @@ class VisionTransformer(nn.Module):
         """images: (B, 3, H, W), normalised. Returns every token (B, N, D), or (B, 1, D) with class_only."""
         x = self.conv1(images.to(self.conv1.weight.dtype))  # (B, width, rows, columns)
         x = x.flatten(2).transpose(1, 2)  # (B, N - 1, width)
-        class_embedding = self.class_embedding.to(x.dtype).expand(len(x), 1, -1)
+        class_embedding = self.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1)  # not len(x), which ONNX export would fix
         x = torch.cat([class_embedding, x], dim=1) + self.positional_embedding.to(x.dtype)
         x = self.transformer(self.ln_pre(x), class_token if class_only else None)
         return self.ln_post(x) @ self.proj

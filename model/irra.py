@@ -188,7 +188,7 @@ def pooled(image_tokens):
 
 def at_eot(text_tokens, ids):
     """(B, L, D) to (B, D), fp32: EOT has the largest id, and the first one counts."""
-    return text_tokens[torch.arange(len(ids), device=ids.device), ids.argmax(dim=-1)].float()
+    return text_tokens[torch.arange(ids.shape[0], device=ids.device), ids.argmax(dim=-1)].float()
 
 
 @torch.no_grad()

@@ -35,14 +35,10 @@ def number_list(text):
     return found
 
 
-def add_run(parser, positional=False, required=True):
-    """Which model: the options that every tool has."""
+def add_run(parser, required=True):
+    """Which model: the options that most tools have."""
     add = parser.add_argument_group("model").add_argument
-    what = "run's folder, or its configs.yaml"
-    if positional:
-        add("config_file", metavar="RUN", help=what)
-    else:
-        add("--config_file", required=required, metavar="RUN", help=what)
+    add("--config_file", required=required, metavar="RUN", help="run's folder, or its configs.yaml")
     add("--checkpoint", default=None, metavar="FILE", help="instead of the best.pth in the run's folder")
     for name in ("device", "precision"):
         option = test_parser().options()[name]
@@ -194,11 +190,12 @@ def export_parser():
         "checked against the run before it is said to be done.",
         epilog=EXIT_STATUS,
     )
-    add_run(parser, positional=True)
-    parser.add_argument("--format", required=True, type=one_of(*FORMATS), help=", ".join(FORMATS))
-    parser.add_argument(
-        "--output", default=None, metavar="FOLDER", help="default: export/FORMAT in the run's folder"
-    )
+    add = parser.add_argument
+    add("config_file", metavar="RUN", help="run's folder, or its configs.yaml")
+    add("--format", required=True, type=one_of(*FORMATS), help=", ".join(FORMATS))
+    add("--output", default=None, metavar="FOLDER", help="default: export/FORMAT in the run's folder")
+    add("--checkpoint", default=None, metavar="FILE", help="instead of the best.pth in the run's folder")
+    add("--debug", action="store_true", help="print the traceback of an input error too")
     return parser
 
 
@@ -258,4 +255,6 @@ def visualize_args(argv=None):
 
 
 def export_args(argv=None):
-    return tool_args(export_parser(), argv)
+    args = tool_args(export_parser(), argv)
+    args.device, args.precision = "cpu", "fp32"  # whatever the run was trained in
+    return args

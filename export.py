@@ -1,0 +1,22 @@
+"""A run's two encoders for other programs: `python export.py RUN --format safetensors|onnx|open_clip`."""
+
+from pathlib import Path
+
+from utils.errors import reports_errors
+from utils.tool_options import export_args
+
+
+@reports_errors
+def main(argv=None):
+    args = export_args(argv)
+
+    from retrieval.encoders import open_run
+    from retrieval.export import export
+
+    folder = Path(args.output or Path(args.run_dir) / "export" / args.format)
+    difference = export(open_run(args), args, args.format, folder)
+    print(f"{folder} is done; its features differ from the run's by {difference:.1e} at most")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
