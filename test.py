@@ -10,20 +10,27 @@ from utils.options import get_test_args, read_run_options
 @reports_errors
 def main(argv=None):
     args = get_test_args(argv)
+    from utils.dist import out_of_memory, pick_device, process_group
 
+    device = pick_device(args.device)
+    with process_group(device), out_of_memory(device, args.test_batch_size):
+        test(args, device)
+
+
+def test(args, device):
     from datasets import build_dataloader
     from model.build import build_trained_model
-    from processor.evaluator import chance, encode, evaluate, table
+    from processor.evaluator import chance, encode, evaluate, log_table
     from utils.checkpoint import load_checkpoint
-    from utils.dist import pick_device
+    from utils.dist import rank
     from utils.files import write_whole
     from utils.run import keep_log, setup_logger
 
     run = Path(args.run_dir)
     logger = setup_logger("IRRA")
-    keep_log(logger, run / "test_log.txt")
+    if rank() == 0:
+        keep_log(logger, run / "test_log.txt")
     logger.info(str({key: value for key, value in sorted(vars(args).items()) if key != "notes"}))
-    device = pick_device(args.device)
     checkpoint = Path(args.checkpoint or run / "best.pth")
     img_loader, txt_loader, _ = build_dataloader(args)
     state = load_checkpoint(checkpoint)
@@ -33,7 +40,9 @@ def main(argv=None):
     rows, ranking = evaluate(features, args.i2t)
     if args.chance:
         rows["chance"] = chance(features)
-    logger.getChild("eval").info(f"\n{table(rows)}")
+    log_table(rows)
+    if rank():  # several processes share the work; one writes
+        return
 
     results = {
         "dataset_name": args.dataset_name,
@@ -48,7 +57,7 @@ def main(argv=None):
     write_whole(target, json.dumps(results, indent=1) + "\n")
     logger.getChild("test").info(f"results are in {target}")
     if args.picture:
-        draw_queries(features, ranking, img_loader.dataset, txt_loader.dataset, args.picture)
+        draw_queries(features, ranking, img_loader, txt_loader.dataset, args.picture)
         logger.getChild("test").info(f"queries and their ten best images are drawn in {args.picture}")
 
 
@@ -58,17 +67,20 @@ def results_name(args, run):
     return "results.json" if own else f"results_{args.dataset_name}_{args.split}.json"
 
 
-def draw_queries(features, ranking, images, captions, path, number=6):
+def draw_queries(features, ranking, img_loader, captions, path, number=6):
     """Some queries, spread evenly over the split, with what was found for each."""
     from retrieval.contact_sheet import Found, draw_contact_sheet
 
-    rows = []
+    images, rows = img_loader.dataset, []
+    gallery = [row for row in range(len(images)) if row not in img_loader.left_out]
     for step in range(min(number, len(captions))):
         query = step * len(captions) // min(number, len(captions))
         best = ranking.indices[query].tolist()
         similarity = (features.image[best] @ features.text[query]).tolist()
-        right = [images.pids[i] == captions.pids[query] for i in best]
-        found = [Found(images.image_paths[i], s, r) for i, s, r in zip(best, similarity, right, strict=True)]
+        found = [
+            Found(images.image_paths[gallery[i]], s, images.pids[gallery[i]] == captions.pids[query])
+            for i, s in zip(best, similarity, strict=True)
+        ]
         rows.append((captions.captions[query], found))
     draw_contact_sheet(rows, path)
 

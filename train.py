@@ -12,26 +12,36 @@ def main(argv=None):
     args = get_args(argv)  # before PyTorch is loaded: --help and a mistyped option answer at once
     if not args.training:
         raise InputError("--test: evaluating a run is the work of test.py --config_file RUN/configs.yaml")
-    checkpoint = None
-    if args.resume:
-        checkpoint = checkpoint_to_resume(args)
+    from utils.dist import pick_device, process_group
+
+    checkpoint = checkpoint_to_resume(args)
+    if checkpoint:
         args = options_to_resume(args, checkpoint, sys.argv[1:] if argv is None else argv)
-    return train(args, checkpoint)
+    device = pick_device(args.device)
+    with process_group(device):
+        return train(args, device, checkpoint)
 
 
 def checkpoint_to_resume(args):
-    """The file that --resume_ckpt_file names, or the last.pth of the newest run of this name."""
-    if args.resume_ckpt_file:
+    """What --resume goes on with: the file that --resume_ckpt_file names, or the last.pth of the newest run
+    of this name. After a restart by torchrun the run that it restarts, if that had begun. Else None."""
+    from utils.dist import launch_time, restarted
+
+    if args.resume and args.resume_ckpt_file:
         path = Path(args.resume_ckpt_file)
         return path / "last.pth" if path.is_dir() else path
+    if not (args.resume or restarted()):
+        return None
     folder = Path(args.output_dir) / args.dataset_name
     runs = [path for path in sorted(folder.glob("*/last.pth")) if path.parent.name[16:] == args.name]
-    if not runs:
+    if not args.resume:
+        runs = [path for path in runs if path.parent.stat().st_mtime >= launch_time()]
+    elif not runs:
         raise InputError(
             f"nothing to resume: no run named {args.name} with a last.pth in {folder} (see "
             f"--resume_ckpt_file)"
         )
-    return runs[-1]
+    return runs[-1] if runs else None
 
 
 def options_to_resume(args, checkpoint, argv):
@@ -45,27 +55,22 @@ def options_to_resume(args, checkpoint, argv):
     for key, value in vars(saved).items():
         if key not in ("resume", "resume_ckpt_file", "output_dir", "config_file", "notes", "debug"):
             if getattr(args, key) != value:
-                args.notes.append(
-                    f"{key} was {value} when this run was stopped and is {getattr(args, key)} now"
-                )
+                args.notes.append(f"{key} was {value} before and is {getattr(args, key)} from here on")
     args.run_dir = str(checkpoint.parent)
     return args
 
 
-def train(args, checkpoint=None):
+def train(args, device, checkpoint=None):
     import torch
-    from torch.utils.tensorboard import SummaryWriter
 
     from datasets import build_dataloader
     from model import build_model
-    from processor.evaluator import encode, evaluate, table
-    from processor.trainer import Meters, NotFinite, train_one_epoch
+    from processor.trainer import NotFinite
     from solver import build_lr_scheduler, build_optimizer
-    from utils.checkpoint import load_checkpoint, save_checkpoint
-    from utils.dist import number_of_gpus, out_of_memory, pick_device
+    from utils.checkpoint import load_checkpoint
+    from utils.dist import number_of_gpus, out_of_memory
     from utils.run import RunFiles, Stopped, StopSignals, leave_signals_to_parent, setup_logger
 
-    device = pick_device(args.device)
     run = RunFiles(args)
     logger = setup_logger("IRRA")
     log = logger.getChild("train")
@@ -77,94 +82,101 @@ def train(args, checkpoint=None):
     # for the new layers' weights; order, augmentation and masks have streams of their own
     torch.manual_seed(args.seed)
 
-    train_loader, img_loader, txt_loader, num_classes = build_dataloader(args)
-    for loader in (train_loader, img_loader):
+    *loaders, num_classes = build_dataloader(args)
+    for loader in loaders:
         loader.worker_init_fn = leave_signals_to_parent
     model = build_model(args, num_classes)
     logger.info(f"Total params: {sum(p.numel() for p in model.parameters()) / 1e6:.0f}M")
     optimizer = build_optimizer(args, model)
-    scheduler = build_lr_scheduler(args, optimizer)
-    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+    parts = {"model": model, "optimizer": optimizer, "scheduler": build_lr_scheduler(args, optimizer)}
     done = {"epoch": 0, "iteration": 0, "best_R1": -1.0, "best_epoch": 0, "meters": {}, "seed": args.seed}
     if checkpoint:
         done.update(restore(parts, state, checkpoint))
         del state
+        best = f"best R1: {done['best_R1']} at epoch {done['best_epoch']}"
         if done["epoch"] >= args.num_epoch:
-            log.info(
-                f"{checkpoint} has all {args.num_epoch} epochs: nothing is left to do (best R1: "
-                f"{done['best_R1']} at epoch {done['best_epoch']})"
-            )
+            log.info(f"{checkpoint} has all {args.num_epoch} epochs: nothing is left to do ({best})")
             return
         log.info(
             f"resumed from {checkpoint}: {done['epoch']} epochs and {done['iteration']} iterations are done"
         )
-    run.open(args, logger)
-    board = SummaryWriter(run.folder, purge_step=done["epoch"] + 1 if checkpoint else None)
+    run.open(args, logger, first_epoch=done["epoch"] + 1)
+    try:
+        with StopSignals(log) as stop, out_of_memory(device, args.batch_size):
+            if not checkpoint:
+                run.save(
+                    "last.pth", parts, **done
+                )  # from here on there is something to resume, and room for it
+            log.info("start training")
+            fit(args, device, loaders, parts, done, run, stop)
+    except Stopped as reason:
+        log.info(f"{reason}; all is saved, and --resume --resume_ckpt_file {run.folder} goes on from there")
+        return STOPPED
+    except NotFinite as error:
+        raise InputError(f"{error}. The batch is described in {run.keep_evidence(error.evidence)}") from None
+    finally:
+        run.close()
+        for loader in loaders[:2]:
+            for reason in loader.left_out.values():
+                log.warning(f"was left out: {reason}")
+    log.info(f"best R1: {done['best_R1']} at epoch {done['best_epoch']}")
 
-    def save(name, **more):
-        save_checkpoint(run.folder / name, parts, num_epoch=args.num_epoch, **more)
+
+def fit(args, device, loaders, parts, done, run, stop):
+    """The epochs that are not done yet: train, evaluate, keep the best and the last."""
+    from processor.evaluator import encode, evaluate, log_table
+    from processor.trainer import Meters, train_one_epoch
+    from utils.dist import any_process, replicate, world_size
+    from utils.run import Stopped
+
+    train_loader, img_loader, txt_loader = loaders
+    model = replicate(parts["model"], device, args.micro_batch)
 
     def after_step(step, meters):
-        if stop.asked or (args.save_period and step % args.save_period == 0):
-            save("last.pth", **{**done, "iteration": step, "meters": meters.state_dict()})
-        if stop.asked:
+        # several processes ask one another now and then only: that makes an accelerator wait
+        stopped = any_process(stop.asked, device) if world_size() == 1 or step % 10 == 0 else False
+        if stopped or (args.save_period and step % args.save_period == 0):
+            run.save("last.pth", parts, **{**done, "iteration": step, "meters": meters.state_dict()})
+        if stopped:
             raise Stopped(f"stopped in epoch {done['epoch'] + 1} after iteration {step}")
 
-    with StopSignals(log) as stop, out_of_memory(device, args.batch_size):
-        try:
-            if not checkpoint:
-                save("last.pth", **done)  # from here on there is something to resume, and room on the disk
-            log.info("start training")
-            for epoch in range(done["epoch"] + 1, args.num_epoch + 1):
-                start, meters = done["iteration"], Meters.from_state(done["meters"])
-                train_loader.set_epoch(epoch, start)
-                averages = train_one_epoch(
-                    model,
-                    train_loader,
-                    optimizer,
-                    device,
-                    epoch,
-                    args.log_period,
-                    args.batch_size,
-                    start,
-                    meters,
-                    args.max_grad_norm,
-                    after_step,
-                )
-                board.add_scalar("lr", scheduler.get_last_lr()[0], epoch)
-                for name, value in averages.items():
-                    if value > 0:  # as published: an accuracy of 0 leaves no point
-                        board.add_scalar(name, value, epoch)
-                scheduler.step()
-                done.update(epoch=epoch, iteration=0, meters={})
+    for epoch in range(done["epoch"] + 1, args.num_epoch + 1):
+        start, meters = done["iteration"], Meters.from_state(done["meters"])
+        train_loader.set_epoch(epoch, start)
+        averages = train_one_epoch(
+            model,
+            train_loader,
+            parts["optimizer"],
+            device,
+            epoch,
+            log_period=args.log_period,
+            batch_size=args.batch_size,
+            start=start,
+            meters=meters,
+            max_grad_norm=args.max_grad_norm,
+            after_step=after_step,
+            micro_batch=args.micro_batch,
+        )
+        run.board(epoch, lr=parts["scheduler"].get_last_lr()[0])
+        run.board(
+            epoch, **{name: value for name, value in averages.items() if value > 0}
+        )  # no zeros, as published
+        parts["scheduler"].step()
+        done.update(epoch=epoch, iteration=0, meters={})
 
-                if epoch % args.eval_period == 0:
-                    log.info(f"Validation Results - Epoch: {epoch}")
-                    rows, _ = evaluate(encode(model, img_loader, txt_loader, device))
-                    logger.getChild("eval").info(f"\n{table(rows)}")
-                    for name, value in rows["t2i"].items():
-                        board.add_scalar(f"t2i/{name}", value, epoch)
-                    if rows["t2i"]["R1"] > done["best_R1"]:
-                        done.update(best_R1=rows["t2i"]["R1"], best_epoch=epoch)
-                        log.info(f"Saving checkpoint to {run.folder / 'best.pth'}")
-                        save("best.pth", iteration=0, epoch=epoch)
-                save("last.pth", **done)
-                run.keep_numbered(epoch, args.keep)
-                board.flush()
-                if stop.asked and epoch < args.num_epoch:
-                    raise Stopped(f"stopped after epoch {epoch}")
-        except Stopped as reason:
-            log.info(
-                f"{reason}; all is saved, and --resume --resume_ckpt_file {run.folder} goes on from there"
-            )
-            return STOPPED
-        except NotFinite as error:
-            raise InputError(
-                f"{error}. The batch is described in {run.keep_evidence(error.evidence)}"
-            ) from None
-        finally:
-            board.close()
-    log.info(f"best R1: {done['best_R1']} at epoch {done['best_epoch']}")
+        if epoch % args.eval_period == 0:
+            run.log.info(f"Validation Results - Epoch: {epoch}")
+            rows, _ = evaluate(encode(parts["model"], img_loader, txt_loader, device))
+            log_table(rows)
+            run.board(epoch, **{f"t2i/{name}": value for name, value in rows["t2i"].items()})
+            if rows["t2i"]["R1"] > done["best_R1"]:
+                done.update(best_R1=rows["t2i"]["R1"], best_epoch=epoch)
+                run.log.info(f"Saving checkpoint to {run.folder / 'best.pth'}")
+                run.save("best.pth", parts, iteration=0, epoch=epoch)
+        run.save("last.pth", parts, **done)
+        run.keep_numbered(epoch, args.keep)
+        if epoch < args.num_epoch and any_process(stop.asked, device):
+            raise Stopped(f"stopped after epoch {epoch}")
 
 
 def restore(parts, state, source):
@@ -182,9 +194,8 @@ def restore(parts, state, source):
     load_weights(parts["model"], state["model"], source)
     parts["optimizer"].load_state_dict(state["optimizer"])
     parts["scheduler"].load_state_dict(state["scheduler"])
-    return {
-        key: state[key] for key in ("epoch", "iteration", "best_R1", "best_epoch", "meters") if key in state
-    }
+    kept = ("epoch", "iteration", "best_R1", "best_epoch", "meters")
+    return {key: state[key] for key in kept if key in state}
 
 
 if __name__ == "__main__":

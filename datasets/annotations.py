@@ -174,7 +174,8 @@ def check_training_ids(dataset_name, pids, first, path):
     if missing or min(pids) < 0:
         found = f"{min(pids) + first} occurs"
         if missing:
-            found = f"{missing} are missing, e.g. {next(n for n in range(len(pids) + 1) if n not in pids) + first}"
+            example = next(n for n in range(len(pids) + 1) if n not in pids)
+            found = f"{missing} are missing, e.g. {example + first}"
         raise InputError(
             f"{dataset_name}: training ids must be {first}..{last} without a gap, but {found} ({path.name})"
         )

@@ -8,8 +8,8 @@ from torch.utils.data import DataLoader
 from datasets.annotations import annotation_file, log_statistics, read_splits
 from datasets.image_cache import open_images
 from datasets.image_text import CaptionDataset, ImageDataset, PairDataset, finish
-from datasets.sampler import IdentityOrder, RandomOrder
-from utils.dist import pick_device
+from datasets.sampler import BatchShares, IdentityOrder, RandomOrder, Share
+from utils.dist import pick_device, world_size
 from utils.errors import InputError
 
 logger = logging.getLogger("IRRA.dataset")
@@ -18,21 +18,28 @@ logger = logging.getLogger("IRRA.dataset")
 class TrainLoader(DataLoader):
     """Batches are dicts on the host, but for `images`, which are normalised floats on the device.
 
-    Ids stay on the host, where the model plans its work on them; the training loop moves them.
+    Ids stay on the host, where the model plans its work on them; the training loop moves them. Under torchrun
+    a batch is this process's share, and `batch_size` says how many samples all have together.
     """
 
     def __init__(self, *args, device, **kwargs):
         super().__init__(*args, **kwargs)
-        self._device = device
+        self._device, self.left_out = device, {}
 
     def __iter__(self):
-        for batch in one_sentence_errors(super().__iter__()):
-            boxes = batch.pop("boxes")
+        for size, batch in zip(self.batch_sampler.sizes(), super().__iter__(), strict=True):
+            boxes, left_out = batch.pop("boxes"), batch.pop("left_out")
+            for path, reason in left_out.items():
+                if path not in self.left_out:
+                    logger.warning(f"left out: {reason}")
+                self.left_out[path] = reason
+            if world_size() > 1:
+                batch["batch_size"] = size
             yield {**batch, "images": finish(batch["images"], self._device, boxes)}
 
     def set_epoch(self, epoch, start=0):
         """start: how many batches of the epoch an interrupted run has had."""
-        self.sampler.set_epoch(epoch, start * self.batch_size)
+        self.batch_sampler.set_epoch(epoch, start)
 
 
 class ImageLoader(DataLoader):
@@ -40,19 +47,16 @@ class ImageLoader(DataLoader):
 
     def __init__(self, *args, device, **kwargs):
         super().__init__(*args, **kwargs)
-        self._device = device
+        self._device, self.left_out = device, {}
 
     def __iter__(self):
-        for pids, images in one_sentence_errors(super().__iter__()):
-            yield pids, finish(images, self._device)
-
-
-def one_sentence_errors(batches):
-    """An InputError out of a loading process comes with that process's traceback around it: taken off."""
-    try:
-        yield from batches
-    except InputError as error:
-        raise InputError(str(error).rstrip().rpartition("InputError: ")[2]) from None
+        for pids, images, left_out in super().__iter__():
+            for row, reason in left_out.items():
+                if row not in self.left_out:
+                    logger.warning(f"left out: {reason}")
+                self.left_out[row] = reason
+            if len(pids):
+                yield pids, finish(images, self._device)
 
 
 def build_dataloader(args):
@@ -112,7 +116,15 @@ def train_loader(args, splits, device, images):
     clean_captions = getattr(args, "clean_captions", False)
     seed = getattr(args, "seed", 1)
     dataset = PairDataset(
-        splits.train, args.img_size, args.text_length, seed, args.img_aug, masking, clean_captions, images
+        splits.train,
+        args.img_size,
+        args.text_length,
+        seed,
+        args.img_aug,
+        masking,
+        clean_captions,
+        images,
+        skip_bad=getattr(args, "on_bad_image", "stop") == "skip",
     )
     logger.info(f"using {args.sampler} sampler")
     if masking:
@@ -130,12 +142,10 @@ def train_loader(args, splits, device, images):
         sampler = RandomOrder(len(dataset), seed)
     return TrainLoader(
         dataset,
-        batch_size=args.batch_size,
-        sampler=sampler,
+        batch_sampler=BatchShares(sampler, args.batch_size),
         collate_fn=as_it_is,
         device=device,
-        persistent_workers=args.num_workers
-        > 0,  # the epoch comes with each key, so workers need not start anew
+        persistent_workers=args.num_workers > 0,  # the epoch comes with each key: workers need not start anew
         **workers(args, device),
     )
 
@@ -153,15 +163,19 @@ def eval_loaders(args, splits, name, device, images):
             f"{'images' if not split.image_pids else 'captions'} "
             f"in the {name} split: choose another one (--val_dataset or --split: {others})"
         )
+    skip_bad = getattr(args, "on_bad_image", "stop") == "skip"
     images = ImageLoader(
-        ImageDataset(split.image_pids, split.image_paths, args.img_size, images),
+        ImageDataset(split.image_pids, split.image_paths, args.img_size, images, skip_bad),
         batch_size=args.test_batch_size,
+        sampler=Share(len(split.image_pids)),
+        collate_fn=as_it_is,
         device=device,
         **workers(args, device),
     )
     captions = DataLoader(
         CaptionDataset(split.caption_pids, split.captions, args.text_length),
         batch_size=args.test_batch_size,
+        sampler=Share(len(split.captions)),
         pin_memory=device.type == "cuda",
     )
     return images, captions

@@ -9,6 +9,7 @@ from datasets.image_cache import DecodedImages
 from datasets.sampler import mixed
 from datasets.tokenizer import mask_tokens, tokenize_all
 from datasets.transforms import draw_augmentation, erase, normalise, place
+from utils.errors import InputError
 
 
 class PairDataset(Dataset):
@@ -17,6 +18,7 @@ class PairDataset(Dataset):
     samples: list of annotations.TrainSample. masking: (mask_rate, unchanged_rate), or None for no masked ids.
     clean_captions: keep caption_ids unmasked; else they are the masked ids, as published.
     images: where pixels come from, if not from decoding the file: see datasets.image_cache.
+    skip_bad: leave out a sample whose image cannot be read, and name it in `left_out`, instead of an error.
     """
 
     def __init__(
@@ -29,7 +31,9 @@ class PairDataset(Dataset):
         masking=None,
         clean_captions=False,
         images=None,
+        skip_bad=False,
     ):
+        self.skip_bad = skip_bad
         self.samples, self.img_size, self.seed, self.img_aug = samples, tuple(img_size), seed, img_aug
         self.masking, self.clean_captions = masking, clean_captions
         self.images = DecodedImages(img_size) if images is None else images
@@ -39,8 +43,12 @@ class PairDataset(Dataset):
         return len(self.samples)
 
     def __getitems__(self, keys):
-        """Batch of host tensors: uint8 images [B, 3, H, W] and the boxes [B, 4] that are yet to be erased."""
+        """Batch of host tensors: uint8 images [B, 3, H, W], the boxes [B, 4] that are yet to be erased, and
+        `left_out`, {path: why} of images that could not be read."""
         generator = torch.Generator()
+        paths = [self.samples[index].image_path for _, index in keys]
+        found, left_out = pixels_of(self.images, paths, self.skip_bad)
+        keys = [key for key, path in zip(keys, paths, strict=True) if path in found]
         samples = [self.samples[index] for _, index in keys]
         images = empty_images(len(keys), self.img_size)
         boxes, noise = [], torch.empty(len(keys), 2, self.caption_ids.shape[1])
@@ -48,24 +56,38 @@ class PairDataset(Dataset):
             # image and mask draw from two streams: --img_aug does not change the masks
             generator.manual_seed(mixed(self.seed, epoch, index, 0))
             flip, top, left, box = draw_augmentation(*self.img_size, generator, self.img_aug)
-            pixels = self.images[sample.image_path]
+            pixels = found[sample.image_path]
             place(pixels.flip(-1).numpy() if flip else pixels.numpy(), top, left, images[row].numpy())
             boxes.append(box)
             if self.masking:
                 generator.manual_seed(mixed(self.seed, epoch, index, 1))
                 noise[row].uniform_(generator=generator)
         batch = {
-            "pids": torch.tensor([sample.pid for sample in samples]),
-            "image_ids": torch.tensor([sample.image_id for sample in samples]),
+            "pids": torch.tensor([sample.pid for sample in samples], dtype=torch.long),
+            "image_ids": torch.tensor([sample.image_id for sample in samples], dtype=torch.long),
             "images": images,
             "caption_ids": self.caption_ids[[index for _, index in keys]],
-            "boxes": torch.tensor(boxes),
+            "boxes": torch.tensor(boxes, dtype=torch.long).reshape(-1, 4),
+            "left_out": left_out,
         }
         if self.masking:
             batch["mlm_ids"], batch["mlm_labels"] = mask_tokens(batch["caption_ids"], noise, *self.masking)
             if not self.clean_captions:
                 batch["caption_ids"] = batch["mlm_ids"].clone()  # the published masking works in place
         return batch
+
+
+def pixels_of(images, paths, skip_bad):
+    """({path: pixels}, {path: why}): what could be read and, with skip_bad, what could not."""
+    pixels, left_out = {}, {}
+    for path in paths:
+        try:
+            pixels[path] = images[path]
+        except InputError as error:
+            if not skip_bad:
+                raise
+            left_out[path] = str(error)
+    return pixels, left_out
 
 
 def empty_images(number, img_size):
@@ -79,17 +101,25 @@ def empty_images(number, img_size):
 
 
 class ImageDataset(Dataset):
-    """Gallery: (pid, uint8 image [3, H, W]). images: as for PairDataset."""
+    """Gallery. Asked for a list of rows, it gives pids [B], uint8 images [B, 3, H, W] and {row: why} of those
+    left out. images, skip_bad: as for PairDataset."""
 
-    def __init__(self, pids, image_paths, img_size, images=None):
-        self.pids, self.image_paths = pids, image_paths
+    def __init__(self, pids, image_paths, img_size, images=None, skip_bad=False):
+        self.pids, self.image_paths, self.img_size, self.skip_bad = pids, image_paths, img_size, skip_bad
         self.images = DecodedImages(img_size) if images is None else images
 
     def __len__(self):
         return len(self.pids)
 
-    def __getitem__(self, index):
-        return self.pids[index], self.images[self.image_paths[index]]
+    def __getitems__(self, rows):
+        paths = [self.image_paths[row] for row in rows]
+        found, bad = pixels_of(self.images, paths, self.skip_bad)
+        good = [(row, path) for row, path in zip(rows, paths, strict=True) if path in found]
+        images = empty_images(len(good), self.img_size)
+        for image, (_, path) in zip(images, good, strict=True):
+            image.copy_(found[path])
+        left_out = {row: bad[path] for row, path in zip(rows, paths, strict=True) if path in bad}
+        return torch.tensor([self.pids[row] for row, _ in good], dtype=torch.long), images, left_out
 
 
 class CaptionDataset(Dataset):

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch.utils.data import Sampler
 
+from utils.dist import share
+
 _GOLDEN, _MASK64 = 0x9E3779B97F4A7C15, (1 << 64) - 1
 
 
@@ -42,6 +44,47 @@ class EpochSampler(Sampler):
 
     def __len__(self):
         return max(len(self.order()) - self.start, 0)
+
+
+class Share(Sampler):
+    """This process's rows of a split, in order; together the processes have each row once."""
+
+    def __init__(self, size):
+        self.rows = range(size)[share(size)]
+
+    def __iter__(self):
+        return iter(self.rows)
+
+    def __len__(self):
+        return len(self.rows)
+
+
+class BatchShares(Sampler):
+    """Of each batch of an order, this process's share: together the processes see the batches that one would.
+
+    The last batch may leave a process without a sample; it gets an empty list, so that all take each step.
+    """
+
+    def __init__(self, order, batch_size):
+        self.order, self.batch_size = order, batch_size
+
+    def set_epoch(self, epoch, start=0):
+        """start: how many batches of the epoch an interrupted run has had."""
+        self.order.set_epoch(epoch, start * self.batch_size)
+
+    def sizes(self):
+        """Samples of each batch, in all processes together."""
+        left = len(self.order)
+        return [min(self.batch_size, left - start) for start in range(0, left, self.batch_size)]
+
+    def __iter__(self):
+        keys = iter(self.order)
+        for size in self.sizes():
+            batch = [next(keys) for _ in range(size)]
+            yield batch[share(size)]
+
+    def __len__(self):
+        return len(self.sizes())
 
 
 class RandomOrder(EpochSampler):

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from model.clip_model import CLIP
+from model.clip_model import CLIP, Transformer
 from model.irra import IRRA
 from model.pretrained import architecture, image_grid, load_clip, new_clip
 from utils.checkpoint import load_weights
@@ -18,7 +18,14 @@ def build_model(args, num_classes):
         args.pretrain_choice, args.img_size, args.stride_size, getattr(args, "clip_architecture", None)
     )
     check_text_length(args.text_length, clip)
-    return place(_with_heads(args, clip, losses(args), num_classes, args.cmt_depth), args)
+    model = place(_with_heads(args, clip, losses(args), num_classes, args.cmt_depth), args)
+    if getattr(args, "grad_checkpointing", False):
+        for module in model.modules():
+            if isinstance(module, Transformer):
+                module.checkpointing = True
+    if getattr(args, "compile", False):
+        model.compile_encoders()
+    return model
 
 
 def build_trained_model(args, weights, source):

@@ -9,18 +9,41 @@ from collections import OrderedDict
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+
+def at_least_fp32(x):
+    """x in fp32, as published; float64 stays, so that tests can compute in it."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 class LayerNorm(nn.LayerNorm):
     """Computes in fp32 whatever its input, and gives the input's type back."""
 
     def forward(self, x):
-        return super().forward(x.float()).type_as(x)
+        return super().forward(at_least_fp32(x)).type_as(x)
 
 
 class QuickGELU(nn.Module):
+    """x · σ(1.702 x)."""
+
     def forward(self, x):
-        return x * torch.sigmoid(1.702 * x)
+        return _QuickGELU.apply(x)
+
+
+class _QuickGELU(torch.autograd.Function):
+    """Keeps x alone for the backward pass: autograd would also keep the sigmoid, a fifth of a block."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return (1.702 * x).sigmoid_().mul_(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (x,) = ctx.saved_tensors
+        # the function is silu(1.702 x) / 1.702, so its slope at x is silu's at 1.702 x
+        return torch.ops.aten.silu_backward(gradient, 1.702 * x)
 
 
 def attend(attn, query, key, value, causal=False):
@@ -38,7 +61,7 @@ def attend(attn, query, key, value, causal=False):
         k, v = F.linear(key, attn.in_proj_weight[D:], attn.in_proj_bias[D:]).chunk(2, dim=-1)
     else:
         q, k, v = F.linear(query, wq, bq), F.linear(key, wk, bk), F.linear(value, wv, bv)
-    q, k, v = (x.view(B, -1, attn.num_heads, D // attn.num_heads).transpose(1, 2) for x in (q, k, v))
+    q, k, v = (x.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for x in (q, k, v))
     x = F.scaled_dot_product_attention(q, k, v, is_causal=causal)  # (B, heads, Q, D / heads)
     return attn.out_proj(x.transpose(1, 2).reshape(B, Q, D))
 
@@ -73,11 +96,16 @@ class Transformer(nn.Module):
     def __init__(self, width, layers, heads, causal=False):
         super().__init__()
         self.resblocks = nn.Sequential(*(ResidualAttentionBlock(width, heads, causal) for _ in range(layers)))
+        self.checkpointing = False  # --grad_checkpointing: keep a block's input only, compute the rest again
 
     def forward(self, x, pick=None):
         """pick: see ResidualAttentionBlock; it acts in the last block."""
         for block in self.resblocks[:-1]:
-            x = block(x)
+            x = (
+                checkpoint(block, x, use_reentrant=False)
+                if self.checkpointing and self.training
+                else block(x)
+            )
         return self.resblocks[-1](x, pick)
 
 
@@ -102,7 +130,9 @@ class VisionTransformer(nn.Module):
         """images: (B, 3, H, W), normalised. Returns every token (B, N, D), or (B, 1, D) with class_only."""
         x = self.conv1(images.to(self.conv1.weight.dtype))  # (B, width, rows, columns)
         x = x.flatten(2).transpose(1, 2)  # (B, N - 1, width)
-        class_embedding = self.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1)  # not len(x), which ONNX export would fix
+        class_embedding = self.class_embedding.to(x.dtype).expand(
+            x.shape[0], 1, -1
+        )  # not len(x), which ONNX export would fix
         x = torch.cat([class_embedding, x], dim=1) + self.positional_embedding.to(x.dtype)
         x = self.transformer(self.ln_pre(x), class_token if class_only else None)
         return self.ln_post(x) @ self.proj

@@ -7,10 +7,12 @@ import torch
 from torch import nn
 
 from model import objectives
-from model.clip_model import LayerNorm, QuickGELU, Transformer, attend
+from model.clip_model import LayerNorm, QuickGELU, Transformer, at_least_fp32, attend
 from model.clip_resnet import ModifiedResNet
 from utils.dist import gather, total
 from utils.errors import InputError
+
+LENGTH_STEP = 16  # clean captions are encoded at a length that is a multiple of this, or whole
 
 
 class IRRA(nn.Module):
@@ -33,6 +35,7 @@ class IRRA(nn.Module):
         self.logit_scale = 1 / temperature  # a constant, not a parameter
         self.register_buffer("temperature", torch.tensor(1 / self.logit_scale), persistent=False)  # to report
         self.autocast_dtype = None  # set by model.build for --precision bf16
+        self.compiled = None  # set by compile_encoders: training's encode_image and encode_text
         self.base_model = clip
         D = clip.text_projection.shape[1]
         if "id" in self.loss_names:
@@ -67,6 +70,26 @@ class IRRA(nn.Module):
         with self.autocast(ids.device):
             return at_eot(self.base_model.encode_text(ids), ids)
 
+    def compile_encoders(self, **options):
+        """Train with encoders that torch.compile makes; evaluation, whose sizes vary, goes without.
+
+        Functions are compiled, not modules: state-dict keys stay. Sizes that vary in training are marked, so
+        that nothing is compiled again. options: torch.compile's.
+        """
+        encode_image = torch.compile(self.base_model.encode_image, **options)
+        encode_text = torch.compile(self.base_model.encode_text, **options)
+
+        def image(images, class_only):
+            torch._dynamo.maybe_mark_dynamic(images, 0)  # the last batch of an epoch is smaller
+            return encode_image(images, class_only)
+
+        def text(ids):
+            ids = ids.clone()  # a cut view would make its stride another size that varies
+            torch._dynamo.maybe_mark_dynamic(ids, (0, 1))
+            return encode_text(ids)
+
+        self.compiled = image, text
+
     def autocast(self, device):
         if self.autocast_dtype is None:
             return nullcontext()
@@ -88,15 +111,17 @@ class IRRA(nn.Module):
         """What forward must know of a batch's ids to waste nothing; found on the host.
 
         same_caption: whether every loss sees the masked caption (then one text pass serves all).
-        text_length: up to the last EOT; a causal encoder does not see what follows.
+        text_length: up to the last EOT; a causal encoder does not see what follows. Rounded up, so that a GPU
+        meets few lengths.
         mlm_at (B, M): the positions with a label, filled up with others.
         mlm_rows (n,): where, in (B · M), there is a label.
         """
         ids, labels = batch["caption_ids"], batch.get("mlm_labels")
-        plan = {"text_length": min(int(ids.argmax(dim=1).max()) + 1, ids.shape[1])}
+        longest = max((ids.argmax(dim=1) + 1).tolist(), default=1)  # a process's share may be empty
+        plan = {"text_length": min(-(-longest // LENGTH_STEP) * LENGTH_STEP, ids.shape[1])}
         if labels is not None:
             labelled = labels != 0
-            most = max(int(labelled.sum(dim=1).max()), 1)
+            most = max(labelled.sum(dim=1).tolist(), default=1) or 1
             at = labelled.int().argsort(dim=1, descending=True, stable=True)[:, :most]
             plan["mlm_at"] = at
             plan["mlm_rows"] = labelled.gather(1, at).flatten().nonzero()[:, 0]
@@ -112,7 +137,8 @@ class IRRA(nn.Module):
         image_features, text_features, masked = self.encode(batch)
         report = self.compare(image_features, text_features, batch["pids"])
         if masked:
-            report.update(self.fill_in(*masked))
+            count = total(torch.full((), float(len(masked[1])), device=image_features.device))
+            report.update({name: total(part) for name, part in self.fill_in(*masked, count).items()})
         return report
 
     def encode(self, batch):
@@ -120,20 +146,28 @@ class IRRA(nn.Module):
         if "text_length" not in batch:
             batch = {**batch, **self.plan(batch)}
         caption_ids, mlm = batch["caption_ids"], "mlm" in self.loss_names
+        plain = self.base_model.encode_image, self.base_model.encode_text
+        encode_image, encode_text = self.compiled or plain
         with self.autocast(caption_ids.device):
-            image_tokens = self.base_model.encode_image(batch["images"], class_only=not mlm)  # (B, N, D)
+            image_tokens = encode_image(batch["images"], class_only=not mlm)  # (B, N, D)
             if mlm and batch["same_caption"]:
-                masked_tokens = text_tokens = self.base_model.encode_text(caption_ids)  # (B, L, D)
+                masked_tokens = text_tokens = encode_text(caption_ids)  # (B, L, D)
             else:
                 caption_ids = caption_ids[:, : batch["text_length"]]
-                text_tokens = self.base_model.encode_text(caption_ids)
-                masked_tokens = self.base_model.encode_text(batch["mlm_ids"]) if mlm else None
+                text_tokens = encode_text(caption_ids)
+                masked_tokens = encode_text(batch["mlm_ids"]) if mlm else None
             masked = None
             if mlm:
                 masked = self.predict_masked(
                     masked_tokens, image_tokens, batch["mlm_labels"], batch["mlm_at"], batch["mlm_rows"]
                 )
         return pooled(image_tokens), at_eot(text_tokens, caption_ids), masked
+
+    def features(self, batch):
+        """The two features that encode gives, without what only masked words need. batch: planned."""
+        return self.encode_image(batch["images"]), self.encode_text(
+            batch["caption_ids"][:, : batch["text_length"]]
+        )
 
     def compare(self, image_features, text_features, pids):
         """The losses and accuracies that need features only, over the whole batch of all processes."""
@@ -156,15 +190,13 @@ class IRRA(nn.Module):
     def classify(self, features):
         """(B, D) features to (B, K) logits, fp32; the classifier sees them in its own precision."""
         with self.autocast(features.device):
-            return self.classifier(features.to(self.classifier.weight.dtype)).float()
+            return at_least_fp32(self.classifier(features.to(self.classifier.weight.dtype)))
 
-    def fill_in(self, scores, labels, count=None):
-        """The loss and accuracy of masked words over all processes. count: labels of the whole batch, where
-        scores (n, V) and labels (n,) are only a part of it."""
-        if count is None:
-            count = total(torch.tensor(float(len(labels)), device=labels.device))
-        loss = total(objectives.compute_mlm(scores, labels, count)) * self.loss_weights["mlm"]
-        right = total((scores.detach().argmax(dim=1) == labels).float().sum())
+    def fill_in(self, scores, labels, count):
+        """What these masked words add to the batch's mlm loss and accuracy. scores: (n, V). labels: (n,).
+        count: the labels of the whole batch, of which these may be a part."""
+        loss = objectives.compute_mlm(scores, labels, count) * self.loss_weights["mlm"]
+        right = (scores.detach().argmax(dim=1) == labels).float().sum()
         return {"mlm_loss": loss, "mlm_acc": right / count.clamp(min=1)}
 
     def predict_masked(self, text, image, labels, at, rows):
@@ -178,17 +210,17 @@ class IRRA(nn.Module):
 
         x = self.cross_former(text, image, pick)  # (B, M, D)
         x = x.flatten(0, 1)[rows]  # (n, D)
-        return self.mlm_head(x).float(), labels.gather(1, at).flatten()[rows]
+        return at_least_fp32(self.mlm_head(x)), labels.gather(1, at).flatten()[rows]
 
 
 def pooled(image_tokens):
     """The class token of (B, N, D), or a ResNet's pooled (B, D) itself; fp32."""
-    return (image_tokens[:, 0] if image_tokens.ndim == 3 else image_tokens).float()
+    return at_least_fp32(image_tokens[:, 0] if image_tokens.ndim == 3 else image_tokens)
 
 
 def at_eot(text_tokens, ids):
     """(B, L, D) to (B, D), fp32: EOT has the largest id, and the first one counts."""
-    return text_tokens[torch.arange(ids.shape[0], device=ids.device), ids.argmax(dim=-1)].float()
+    return at_least_fp32(text_tokens[torch.arange(ids.shape[0], device=ids.device), ids.argmax(dim=-1)])
 
 
 @torch.no_grad()

@@ -6,7 +6,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from utils.metrics import rank_features
+from utils.dist import gather, share, total, world_size
+from utils.metrics import Ranking, rank_by, rank_features
 
 FIGURES = ("R1", "R5", "R10", "mAP", "mINP")
 logger = logging.getLogger("IRRA.eval")
@@ -26,23 +27,33 @@ def encode(model, img_loader, txt_loader, device, progress=False):
     """Features of a split. The model is put in eval mode and back."""
     was_training = model.training
     model.eval()
-    captions = [(pids, ids) for pids, ids in txt_loader]
-    text = encode_captions(model, torch.cat([ids for _, ids in captions]), len(captions[0][1]), device)
-    pids, image = [], []
-    for batch_pids, images in bar(img_loader, "images", progress):
-        pids.append(batch_pids)
+    none = torch.empty(0, dtype=torch.long)  # a process's share may be empty
+    captions = list(txt_loader)
+    text_pids = torch.cat([none, *(pids for pids, _ in captions)])
+    text = encode_captions(model, [ids for _, ids in captions], device)
+    image_pids, image = [none], [no_features(model, device)]
+    for pids, images in bar(img_loader, "images", progress):
+        image_pids.append(pids)
         image.append(F.normalize(model.encode_image(images.to(device)), dim=1))
     model.train(was_training)
-    return Features(text, torch.cat([p for p, _ in captions]), torch.cat(image), torch.cat(pids))
+    image_pids, text_pids = (gather(pids.to(device)).cpu() for pids in (torch.cat(image_pids), text_pids))
+    return Features(gather(text), text_pids, gather(torch.cat(image)), image_pids)
 
 
-def encode_captions(model, ids, batch_size, device):
-    """(Q, L) ids to (Q, D): in order of length, each batch cut after its longest caption. The text encoder is
-    causal and reads at EOT, so what follows EOT never mattered."""
+def no_features(model, device):
+    return torch.empty(0, model.base_model.text_projection.shape[1], device=device)
+
+
+def encode_captions(model, batches, device):
+    """Batches of (B, L) ids to (Q, D): in order of length, each batch cut after its longest caption. The text
+    encoder is causal and reads at EOT, so what follows EOT never mattered."""
+    if not batches:
+        return no_features(model, device)
+    ids = torch.cat(batches)
     length = ids.argmax(dim=1) + 1
     order = length.argsort(stable=True)
     parts = []
-    for rows in order.split(batch_size):
+    for rows in order.split(len(batches[0])):
         part = ids[rows, : int(length[rows].max())].to(device)
         parts.append(F.normalize(model.encode_text(part), dim=1))
     text = torch.cat(parts)
@@ -60,9 +71,9 @@ def bar(loader, what, progress):
 def evaluate(features, i2t=False, max_rank=10):
     """{"t2i": figures} and with i2t {"i2t": figures}, dicts of R1 R5 R10 mAP mINP in %; and t2i's ranking."""
     text, text_pids, image, image_pids = features
-    rankings = {"t2i": rank_features(text, image, text_pids, image_pids, max_rank)}
+    rankings = {"t2i": rank_share(text, image, text_pids, image_pids, max_rank)}
     if i2t:
-        rankings["i2t"] = rank_features(image, text, image_pids, text_pids, max_rank)
+        rankings["i2t"] = rank_share(image, text, image_pids, text_pids, max_rank)
     for task, ranking in rankings.items():
         if ranking.unmatched:
             logger.warning(
@@ -75,6 +86,23 @@ def evaluate(features, i2t=False, max_rank=10):
     return {task: figures(ranking) for task, ranking in rankings.items()}, rankings["t2i"]
 
 
+def rank_share(query, gallery, q_pids, g_pids, max_rank):
+    """utils.metrics.rank_features, each process ranking its share of the queries."""
+    rows = share(len(query))
+    number = rows.stop - rows.start
+    if not number:  # fewer queries than processes: this one ranks one too, and it does not count
+        rows = slice(0, 1)
+    part = rank_features(query[rows], gallery, q_pids[rows], g_pids, max_rank)
+    if world_size() == 1:
+        return part
+    return Ranking(
+        *(total(figure * number / len(query)) for figure in (part.cmc, part.mAP, part.mINP)),
+        indices=gather(part.indices[:number]),
+        unmatched=int(total(torch.tensor(part.unmatched * (number > 0), device=query.device))),
+        tied=int(total(torch.tensor(part.tied * (number > 0), device=query.device))),
+    )
+
+
 def figures(ranking):
     cmc = ranking.cmc.tolist()
     return dict(zip(FIGURES, (cmc[0], cmc[4], cmc[9], float(ranking.mAP), float(ranking.mINP)), strict=True))
@@ -82,8 +110,6 @@ def figures(ranking):
 
 def chance(features, repeats=20, seed=0):
     """Figures of a random order, averaged over some."""
-    from utils.metrics import rank_by
-
     generator = torch.Generator().manual_seed(seed)
     q_pids, g_pids = features.text_pids, features.image_pids
     drawn = [
@@ -97,6 +123,10 @@ def chance(features, repeats=20, seed=0):
         for _ in range(repeats)
     ]
     return {name: sum(figure[name] for figure in drawn) / repeats for name in FIGURES}
+
+
+def log_table(rows):
+    logger.info(f"\n{table(rows)}")
 
 
 def table(rows):

@@ -5,6 +5,8 @@ import time
 
 import torch
 
+from processor.micro_batch import backward_in_parts
+from utils.dist import rank, unwrapped
 from utils.errors import InputError
 
 logger = logging.getLogger("IRRA.train")
@@ -23,31 +25,38 @@ def train_one_epoch(
     meters=None,
     max_grad_norm=None,
     after_step=None,
+    micro_batch=None,
 ):
     """One pass over the loader, whose batches model.forward takes. Returns the epoch's averages by name.
 
     start, meters: the steps of this epoch that an interrupted run has done, and its Meters.
     after_step: called with (step, meters) after each step; may raise to leave.
-    Raises NotFinite, before the step is taken, when the loss or a gradient is not a number.
+    micro_batch: samples that have activations at a time; the losses are those of the whole batch all the
+    same. Raises NotFinite, before the step is taken, when the loss or a gradient is not a number.
     """
     model.train()
     meters = meters or Meters()
     watch = FiniteWatch(model, optimizer, epoch, period=1 if device.type == "cpu" else log_period)
     steps, began, step = start + len(loader), time.time(), start
     for step, batch in enumerate(progress_bar(loader, epoch, batch_size), start=start + 1):
-        on_host, batch = batch, {**batch, **model.plan(batch)}
-        batch = {key: on_device(value, device) for key, value in batch.items()}
-
-        report = model(batch)
-        loss = sum(value for name, value in report.items() if "loss" in name)
+        parts = [
+            {key: on_device(value, device) for key, value in {**part, **unwrapped(model).plan(part)}.items()}
+            for part in cut(batch, micro_batch)
+        ]
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        watch.before_step(step, loss, report, on_host)
+        if micro_batch:
+            report = backward_in_parts(unwrapped(model), parts)
+            loss = total_loss(report)
+        else:
+            report = model(parts[0])
+            loss = total_loss(report)
+            loss.backward()
+        watch.before_step(step, loss, report, batch)
         if max_grad_norm:
             torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
         optimizer.step()
 
-        meters.update({"loss": loss, **report}, len(on_host["pids"]))
+        meters.update({"loss": loss, **report}, batch.get("batch_size", len(batch["pids"])))
         if step % log_period == 0:
             lr = optimizer.param_groups[0]["lr"]
             logger.info(f"Epoch[{epoch}] Iteration[{step}/{steps}], {meters.shown()}, Base Lr: {lr:.2e}")
@@ -57,10 +66,23 @@ def train_one_epoch(
     speed = ""
     if step > start:  # else it was stopped after its last batch, and this is the rest of it
         seconds = (time.time() - began) / (step - start)
-        images = (batch_size or len(on_host["pids"])) / seconds
+        images = (batch_size or len(batch["pids"])) / seconds
         speed = f" Time per batch: {seconds:.3f}[s] Speed: {images:.1f}[samples/s]"
     logger.info(f"Epoch {epoch} done.{speed}")
     return meters.averages()
+
+
+def total_loss(report):
+    """The sum of every entry that is called a loss: a new one needs no edit here."""
+    return sum(value for name, value in report.items() if "loss" in name)
+
+
+def cut(batch, size):
+    """The batch in parts of `size` samples, or whole."""
+    B = len(batch["pids"])
+    starts = range(0, B, size or B)
+    rows = {key: value for key, value in batch.items() if isinstance(value, torch.Tensor)}
+    return [{key: value[start : start + (size or B)] for key, value in rows.items()} for start in starts]
 
 
 def on_device(value, device):
@@ -71,8 +93,9 @@ def progress_bar(loader, epoch, batch_size):
     """On a terminal: images a second and the time that remains in this epoch."""
     from tqdm import tqdm
 
+    hidden = None if rank() == 0 else True  # None: where there is no terminal
     return tqdm(
-        loader, desc=f"epoch {epoch}", unit="img", unit_scale=batch_size or 1, leave=False, disable=None
+        loader, desc=f"epoch {epoch}", unit="img", unit_scale=batch_size or 1, leave=False, disable=hidden
     )
 
 

@@ -1,4 +1,5 @@
-"""Where the work runs: the device, and the other processes of the run. The only place that names the accelerator.
+"""Where the work runs: the device, and the other processes of the run. The only place that names the
+accelerator.
 
 Several processes are started by torchrun. One process that was started alone is a group of one, and every
 function here then does nothing.
@@ -16,6 +17,23 @@ from utils.errors import InputError
 def launched():
     """Whether torchrun, or another launcher that speaks its language, started this process."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def restarted():
+    """Whether torchrun starts this process anew after one that ended badly."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
+def launch_time():
+    """When torchrun, this process's parent, was started, in seconds as time.time() counts; 0 where the system
+    does not say."""
+    try:
+        with open(f"/proc/{os.getppid()}/stat") as stat, open("/proc/stat") as system:
+            ticks = int(stat.read().rpartition(")")[2].split()[19])
+            boot = next(int(line.split()[1]) for line in system if line.startswith("btime"))
+    except OSError:
+        return 0.0
+    return boot + ticks / os.sysconf("SC_CLK_TCK") - 1  # the boot time is in whole seconds
 
 
 def rank():
@@ -40,7 +58,8 @@ def pick_device(name="auto"):
         index = index or 0
         if index >= torch.cuda.device_count():
             raise InputError(
-                f"--device {name}: GPU {index} is asked for, but there are {torch.cuda.device_count()}, from cuda:0"
+                f"--device {name}: GPU {index} is asked for, but there are {torch.cuda.device_count()}, from "
+                f"cuda:0"
             )
         if launched():
             torch.cuda.set_device(index)
@@ -90,8 +109,8 @@ def _first_line(error):
 
 
 class _Gather(torch.autograd.Function):
-    """Forward: the rows of all processes, in order of rank. Backward: the sum over processes of the gradients that
-    each computed for the rows of this one."""
+    """Forward: the rows of all processes, in order of rank. Backward: the sum over processes of the gradients
+    that each computed for the rows of this one."""
 
     @staticmethod
     def forward(ctx, rows):
@@ -131,7 +150,8 @@ class _Total(torch.autograd.Function):
 def gather(rows):
     """Rows of all processes [ΣB, …], in order of rank, with gradients; shares may differ in size.
 
-    A loss of gathered rows is the same number in each process, and DistributedDataParallel, which averages over
+    A loss of gathered rows is the same number in each process, and DistributedDataParallel, which averages
+    over
     processes, then gives the parameters the gradient that one process with the whole batch would give them.
     """
     return rows if world_size() == 1 else _Gather.apply(rows)
@@ -171,15 +191,29 @@ def barrier():
         dist.barrier()
 
 
-def replicate(model, device):
-    """The model as the processes train it together. Its state dict is that of `unwrapped(model)`."""
-    if not dist.is_initialized():
+def replicate(model, device, in_parts=False):
+    """The model as the processes train it together. Its state dict is that of `unwrapped(model)`.
+
+    in_parts: it is trained in micro-batches, whose gradients `average_gradients` brings together.
+    """
+    if not dist.is_initialized() or in_parts:
         return model
     if device.type == "cuda":
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return torch.nn.parallel.DistributedDataParallel(
         model, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True
     )
+
+
+def average_gradients(model):
+    """What DistributedDataParallel does at the end of a backward pass, where the model is not wrapped in
+    it."""
+    if world_size() == 1:
+        return
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= world_size()
 
 
 def unwrapped(model):

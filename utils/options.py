@@ -187,6 +187,11 @@ def train_parser():
         help="fp16: as published, the default on CUDA; bf16: autocast over fp32 weights, another recipe; "
         "fp32: the default on CPU",
     )
+    add(
+        "--compile",
+        action="store_true",
+        help="torch.compile the encoders for training: a minute or more at the start, then faster steps",
+    )
     add("--debug", action="store_true", help="print the traceback of an input error too")
     add(
         "--local_rank",
@@ -216,7 +221,12 @@ def train_parser():
         "--img_size", nargs=2, default=[384, 128], type=count, metavar=("H", "W"), help="image size in pixels"
     )
     add("--stride_size", default=16, type=count, help="stride of the patch embedding in pixels")
-    add("--text_length", default=77, type=count, help="caption length in tokens; longer captions are cut")
+    add(
+        "--text_length",
+        default=77,
+        type=number(int, "a whole number of at least 2", lambda n: 2 <= n < 2**31),
+        help="caption length in tokens; longer captions are cut",
+    )
     add("--vocab_size", default=49408, type=count, help="size of CLIP's vocabulary; no other one exists")
 
     add = parser.add_argument_group("losses").add_argument
@@ -278,6 +288,13 @@ def train_parser():
     add("--sampler", default="random", type=one_of(*SAMPLERS), help="order of the training samples")
     add("--num_instance", default=4, type=count, help="identity sampler: samples of each person in a batch")
     add("--batch_size", default=128, type=count, help="training batch; the recipe's is 64")
+    add(
+        "--micro_batch",
+        default=None,
+        type=count,
+        help="samples in memory at a time: the whole batch's losses all the same, in slower steps",
+    )
+    add("--grad_checkpointing", action="store_true", help="less memory, slower: compute activations twice")
     add("--test_batch_size", default=512, type=count, help="batch of images or captions in evaluation")
     add(
         "--num_workers", default=8, type=count_or_0, help="loading processes; the batches do not depend on it"
@@ -287,6 +304,12 @@ def train_parser():
         default="off",
         metavar="DIR|ram|off",
         help="decode each image once and keep its pixels (147 kB at 384x128) in a file in DIR, or in memory",
+    )
+    add(
+        "--on_bad_image",
+        default="stop",
+        type=one_of("stop", "skip"),
+        help="an image that cannot be read: stop and name it, or leave it out, count and list it",
     )
     add(
         "--test",
@@ -494,6 +517,13 @@ def reconcile(args):
             f"--sampler identity needs a --batch_size ({args.batch_size}) that --num_instance "
             f"({args.num_instance}) divides"
         )
+    if args.micro_batch and args.pretrain_choice in RESNETS:
+        raise InputError(
+            f"--micro_batch is exact for a ViT only: {args.pretrain_choice} normalises over the samples at "
+            f"hand"
+        )
+    if args.on_bad_image == "skip" and args.image_cache != "off":
+        raise InputError("--on_bad_image skip goes with --image_cache off: a cache is made of all images")
     if args.clip_architecture and args.pretrain_choice != "random":
         raise InputError(
             "--clip_architecture describes random weights: it goes with --pretrain_choice random"

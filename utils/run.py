@@ -8,6 +8,8 @@ import time
 from logging.handlers import MemoryHandler
 from pathlib import Path
 
+from utils.checkpoint import save_checkpoint
+from utils.dist import from_main, rank
 from utils.errors import InputError
 from utils.files import link_or_copy, remove_leftovers, write_whole
 
@@ -27,19 +29,26 @@ def new_run_folder(args):
 
 
 class RunFiles:
-    """The folder of a run: a new one, or that of the run which is resumed (args.run_dir)."""
+    """The folder of a run and what is written there: a new one, or that of the run which is resumed
+    (args.run_dir). Of several processes the main one writes."""
+
+    log = logging.getLogger("IRRA.train")
 
     def __init__(self, args):
         resumed = getattr(args, "run_dir", None)
         self.is_new = not resumed
-        self.folder = Path(resumed) if resumed else new_run_folder(args)
-        args.output_dir = str(self.folder)
+        self.folder = Path(resumed) if resumed else from_main(new_run_folder(args))
+        self.writes, self.events = rank() == 0, None
+        self.num_epoch, args.output_dir = args.num_epoch, str(self.folder)
 
     def described(self, args):
         return str({key: value for key, value in vars(args).items() if key not in ("notes", "run_dir")})
 
-    def open(self, args, logger):
-        """Make the folder, start its log and write configs.yaml: now that data and model have proved good."""
+    def open(self, args, logger, first_epoch=1):
+        """Make the folder, start its log, its events and configs.yaml: now that data and model have proved
+        good. Events of first_epoch and later, which an interrupted run has left, are taken back."""
+        if not self.writes:
+            return
         if self.is_new:
             try:
                 self.folder.mkdir(parents=True)
@@ -53,6 +62,25 @@ class RunFiles:
             remove_leftovers(self.folder)
         keep_log(logger, self.folder / "train_log.txt")
         self.save_configs(args)
+        from torch.utils.tensorboard import SummaryWriter  # takes a second to load
+
+        self.events = SummaryWriter(self.folder, purge_step=None if self.is_new else first_epoch)
+
+    def board(self, epoch, **values):
+        """Put named numbers on the TensorBoard."""
+        if self.events:
+            for name, value in values.items():
+                self.events.add_scalar(name, value, epoch)
+
+    def save(self, name, parts, **values):
+        """Write a checkpoint, whole or not at all; see utils.checkpoint."""
+        if self.writes:
+            save_checkpoint(self.folder / name, parts, num_epoch=self.num_epoch, **values)
+            self.events.flush()
+
+    def close(self):
+        if self.events:
+            self.events.close()
 
     def save_configs(self, args):
         """configs.yaml as the published test.py reads it: every option, plain lists, no Python tags."""
@@ -64,7 +92,7 @@ class RunFiles:
 
     def keep_numbered(self, epoch, keep):
         """Keep last.pth of the newest `keep` epochs as epoch_NNN.pth."""
-        if not keep:
+        if not keep or not self.writes:
             return
         link_or_copy(self.folder / "last.pth", self.folder / f"epoch_{epoch:03d}.pth")
         for path in sorted(self.folder.glob("epoch_[0-9]*.pth"))[:-keep]:
@@ -73,7 +101,8 @@ class RunFiles:
     def keep_evidence(self, evidence):
         """Write what is needed to look at a batch that failed; returns the file."""
         path = self.folder / "bad_batch.json"
-        write_whole(path, json.dumps(evidence, indent=1) + "\n")
+        if self.writes:
+            write_whole(path, json.dumps(evidence, indent=1) + "\n")
         return path
 
 
@@ -131,9 +160,10 @@ class LogFile(logging.FileHandler):
 
 
 def setup_logger(name):
-    """The logger `name`, to the terminal; what it says is also held back for keep_log."""
+    """The logger `name`, to the terminal; what it says is also held back for keep_log. Of several processes
+    the main one tells the story, the others speak of trouble only."""
     logger = logging.getLogger(name)
-    logger.setLevel(logging.INFO)
+    logger.setLevel(logging.INFO if rank() == 0 else logging.WARNING)
     logger.propagate = False
     for handler in logger.handlers[:]:
         logger.removeHandler(handler)
@@ -150,9 +180,7 @@ def keep_log(logger, path):
     terminal, held = logger.handlers
     try:
         file = LogFile(path, encoding="utf-8")
-    except (
-        OSError
-    ) as error:  # a published run may lie in a read-only place: the table still reaches the terminal
+    except OSError as error:  # a published run may lie in a read-only place: the terminal still has the table
         logger.warning(f"no log is kept at {path}: {error.strerror}")
         return
     file.setFormatter(terminal.formatter)

@@ -1,0 +1,47 @@
+"""Losses over a batch that does not fit into memory: GradCache, arXiv 2101.06983.
+
+Contrastive losses look at all pairs of a batch, so gradients of its parts cannot just be added up. But they
+depend on the samples through features only: first all features without activations, then the loss and its
+gradient for each feature, then each part again with activations, with that gradient put in.
+"""
+
+import torch
+
+from utils.dist import average_gradients, total, world_size
+
+
+def backward_in_parts(model, parts):
+    """Leave in the parameters' .grad what one backward pass of the whole batch would; returns its report.
+
+    model: an IRRA, not wrapped. parts: the batch in planned parts; one has activations at a time. Exact but
+    for rounding, since nothing in a ViT looks across a batch (a ResNet's normalisation does).
+    """
+    with torch.no_grad():
+        features = [model.features(part) for part in parts]
+    image, text = (torch.cat(side).requires_grad_() for side in zip(*features, strict=True))
+    report = model.compare(image, text, torch.cat([part["pids"] for part in parts]))
+    losses = [value for name, value in report.items() if "loss" in name]
+    if losses:
+        sum(losses).backward()  # the features' gradients, and the classifier's
+    mlm = "mlm" in model.loss_names
+    if mlm:
+        count = total(torch.tensor(float(sum(len(part["mlm_rows"]) for part in parts)), device=image.device))
+        words = []
+    sizes = [len(part["pids"]) for part in parts]
+    for part, image_grad, text_grad in zip(parts, grads(image, sizes), grads(text, sizes), strict=True):
+        image_features, text_features, masked = model.encode(part)
+        surrogate = (image_features * image_grad).sum() + (text_features * text_grad).sum()
+        if mlm:
+            words.append(model.fill_in(*masked, count))
+            surrogate = surrogate + world_size() * words[-1]["mlm_loss"]  # gradients are averaged below
+        surrogate.backward()
+    if mlm:
+        report.update({name: total(sum(w[name].detach() for w in words)) for name in words[0]})
+    average_gradients(model)
+    return {name: value.detach() for name, value in report.items()}
+
+
+def grads(features, sizes):
+    """What the losses ask of each part's features; zeros where no loss compares any (mlm alone)."""
+    gradient = torch.zeros_like(features) if features.grad is None else features.grad
+    return gradient.split(sizes)
