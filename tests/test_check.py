@@ -1,0 +1,247 @@
+"""python -m datasets.check: each fault is found, with its likely cause."""
+
+import json
+import re
+
+import pytest
+from PIL import Image
+
+from datasets.check import main
+from datasets.synthetic import make_dataset
+
+FILES = {"CUHK-PEDES": "reid_raw.json", "ICFG-PEDES": "ICFG-PEDES.json", "RSTPReid": "data_captions.json"}
+
+
+class Drawn:
+    """A small drawn data set whose records can be edited and checked."""
+
+    def __init__(self, root, name="CUHK-PEDES"):
+        self.root, self.name = root, name
+        self.folder = make_dataset(root, name, 3, 1, 2, 2, size=(64, 28))
+        self.annotation = self.folder / FILES[name]
+        self.records = json.loads(self.annotation.read_text())
+        self.path_key = "img_path" if name == "RSTPReid" else "file_path"
+
+    def image(self, number):
+        return self.folder / "imgs" / self.records[number][self.path_key]
+
+    def of(self, split):
+        return [record for record in self.records if record["split"] == split]
+
+    def check(self, capsys, *options):
+        """Exit status and what was printed: (FAULTs, notes, all the text)."""
+        self.annotation.write_text(json.dumps(self.records))
+        status = main(["--dataset_name", self.name, "--root_dir", str(self.root), *options])
+        said = capsys.readouterr()
+        assert "Traceback" not in said.err
+        lines = said.out.splitlines()
+        faults = [line[6:] for line in lines if line.startswith("FAULT ")]
+        notes = [line[6:] for line in lines if line.startswith("note  ")]
+        if status != 2:
+            assert lines[-1].startswith(f"{len(faults)} faults, {len(notes)} notes; ")
+        return status, faults, notes, said.out + said.err
+
+
+@pytest.fixture
+def drawn(tmp_path):
+    return Drawn(tmp_path)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_clean_set_has_no_fault(name, tmp_path, capsys):
+    drawn = Drawn(tmp_path, name)
+    status, faults, notes, text = drawn.check(capsys, "--decode")
+    assert status == 0 and faults == []
+    assert "every image decoded" in text
+    assert re.search(r"\| +train +\| +3 +\| +6 +\| +(6|12) +\|", text)  # ids, images, captions
+    assert len(notes) == 1 and notes[0].startswith(
+        "ids, images, captions are not the published ones: train (3, 6, "
+    )
+
+
+def test_missing_images_are_counted_and_their_folder_named(drawn, capsys):
+    drawn.image(0).unlink()
+    status, (fault,), _, _ = drawn.check(capsys)
+    assert status == 1
+    assert fault.startswith(f"1 images are missing, the first is {drawn.image(0)}; 1 of them in ")
+    assert "a folder that does not exist" not in fault
+
+
+def test_a_missing_folder_is_named_as_such(drawn, capsys):
+    """A mailed archive that lacks a part."""
+    folder = drawn.image(0).parent
+    inside = list(folder.iterdir())
+    for path in inside:
+        path.unlink()
+    folder.rmdir()
+    status, (fault,), _, _ = drawn.check(capsys, "--decode")
+    assert status == 1
+    assert fault == (
+        f"{len(inside)} images are missing, the first is {min(inside)}; {len(inside)} of them in {folder}, "
+        "a folder that does not exist: is the archive unpacked whole?"
+    )
+
+
+def test_an_image_in_two_splits(drawn, capsys):
+    shared = drawn.of("train")[0]["file_path"]
+    drawn.of("test")[0]["file_path"] = shared
+    status, (fault,), _, _ = drawn.check(capsys)
+    assert (
+        status == 1
+        and fault == f"1 images stand in more than one split, the first is {drawn.folder}/imgs/{shared}"
+    )
+
+
+def test_an_image_of_two_persons(drawn, capsys):
+    persons = {record["id"]: record for record in drawn.of("train")}
+    first, second = list(persons.values())[:2]
+    second["file_path"] = first["file_path"]
+    status, (fault,), _, _ = drawn.check(capsys)
+    assert status == 1
+    assert fault == f"1 images show two persons, the first is {drawn.folder}/imgs/{first['file_path']}"
+
+
+def test_the_same_picture_under_two_names_across_splits(drawn, capsys):
+    train, test = drawn.of("train")[0]["file_path"], drawn.of("test")[0]["file_path"]
+    (drawn.folder / "imgs" / test).write_bytes((drawn.folder / "imgs" / train).read_bytes())
+    assert drawn.check(capsys)[0] == 0  # only decoding reads the files
+    status, (fault,), _, _ = drawn.check(capsys, "--decode")
+    assert status == 1 and fault.startswith("1 pictures stand in two splits, e.g. ")
+    assert train in fault and test in fault
+
+
+@pytest.mark.parametrize("number", [1, 12])
+def test_unreadable_images_are_named_up_to_ten(number, tmp_path, capsys):
+    drawn = Drawn(tmp_path)
+    broken = [drawn.image(i) for i in range(number)]
+    for i, path in enumerate(broken):
+        path.write_bytes(path.read_bytes()[: 100 + i])
+    assert drawn.check(capsys)[0] == 0
+    status, faults, _, _ = drawn.check(capsys, "--decode")
+    assert status == 1
+    named = [path for path in broken if any(f"the image {path} cannot be read" in fault for fault in faults)]
+    assert len(named) == min(number, 10)
+    assert number <= 10 or faults[-1] == f"{number - 10} more images cannot be read"
+
+
+def test_empty_captions(drawn, capsys):
+    record = drawn.of("train")[0]
+    record["captions"][0] = " \t&nbsp;\n"
+    status, (fault,), _, _ = drawn.check(capsys)
+    assert status == 1
+    assert fault == f"1 captions are empty, the first of person {record['id']} of train"  # as in the file
+
+
+def test_captions_without_a_word(drawn, capsys):
+    drawn.of("test")[0]["captions"][0] = "12 !?"
+    status, (fault,), _, _ = drawn.check(capsys)
+    assert status == 1 and fault.startswith('1 captions hold no word, the first is "12 !?" (person ')
+
+
+def test_captions_that_are_cut(drawn, capsys):
+    drawn.of("test")[0]["captions"][0] = "red " * 75  # 75 tokens and two marks: just fits
+    drawn.of("test")[1]["captions"][0] = "blue " * 76
+    status, faults, notes, _ = drawn.check(capsys)
+    assert status == 0 and faults == []
+    (note,) = [note for note in notes if "cut" in note]
+    assert note.startswith('1 captions are cut at 77 tokens, the first is "blue blue ')
+    note = "\n".join(drawn.check(capsys, "--text_length", "20")[2])
+    assert "captions are cut at 20 tokens" in note
+
+
+@pytest.mark.parametrize("name", ["CUHK-PEDES", "RSTPReid"])
+def test_captions_shared_by_persons(name, tmp_path, capsys):
+    drawn = Drawn(tmp_path, name)
+    persons = list({record["id"]: record for record in drawn.of("train")}.values())
+    persons[1]["captions"][0] = persons[0]["captions"][0].upper() + "  "
+    status, faults, notes, _ = drawn.check(capsys)
+    assert status == 0 and faults == []
+    (note,) = [note for note in notes if "belong to several persons" in note]
+    assert note.startswith("1 captions belong to several persons")
+    assert ("known of RSTPReid" in note) == (name == "RSTPReid")
+
+
+def test_the_old_split_of_RSTPReid_is_recognised(tmp_path, capsys):
+    folder = tmp_path / "RSTPReid"
+    (folder / "imgs").mkdir(parents=True)
+    Image.new("RGB", (4, 8)).save(folder / "imgs" / "0.jpg")
+    splits = ["train"] * 3901 + ["val"] * 100 + ["test"] * 100
+    records = [
+        {"id": pid, "img_path": f"{pid}.jpg", "captions": ["a person", "somebody"], "split": split}
+        for pid, split in enumerate(splits)
+    ]
+    (folder / "data_captions.json").write_text(json.dumps(records))
+    for pid in range(1, len(splits)):
+        (folder / "imgs" / f"{pid}.jpg").hardlink_to(folder / "imgs" / "0.jpg")
+    status = main(["--dataset_name", "RSTPReid", "--root_dir", str(tmp_path)])
+    text = capsys.readouterr().out
+    assert status == 0
+    assert "train (3901, 3901, 7802), published (3701, 18505, 37010)" in text
+    assert "this is the old file, split 3901/100/100; ask its authors for the present one" in text
+
+
+def test_the_published_counts_are_no_finding(tmp_path, capsys):
+    """RSTPReid as it is published: 3701/200/200 persons, five images each, two captions an image."""
+    folder = tmp_path / "RSTPReid"
+    (folder / "imgs").mkdir(parents=True)
+    splits = ["train"] * 3701 + ["val"] * 200 + ["test"] * 200
+    records = [
+        {
+            "id": pid,
+            "img_path": f"{pid}_{i}.jpg",
+            "captions": [f"a person {pid}", f"man {pid}"],
+            "split": split,
+        }
+        for pid, split in enumerate(splits)
+        for i in range(5)
+    ]
+    (folder / "data_captions.json").write_text(json.dumps(records))
+    status = main(["--dataset_name", "RSTPReid", "--root_dir", str(tmp_path)])
+    text = capsys.readouterr().out
+    assert (
+        status == 1
+        and "20505 images are missing" in text
+        and "published (" not in text
+        and "not the published" not in text
+    )
+
+
+UNREADABLE = {  # what is done to the set, what the sentence says
+    "no annotation": (
+        lambda drawn: drawn.annotation.unlink(),
+        r"no annotation file at .*reid_raw.json.*Is --root_dir right\?",
+    ),
+    "no images": (
+        lambda drawn: (drawn.folder / "imgs").rename(drawn.folder / "images"),
+        r"no folder .*imgs: its images belong there",
+    ),
+    "half a file": (
+        lambda drawn: drawn.annotation.write_text(drawn.annotation.read_text()[:500]),
+        r"reid_raw.json is not JSON .*is the download complete\?",
+    ),
+    "the raw file alone": (
+        lambda drawn: drawn.annotation.rename(drawn.folder / "caption_all.json"),
+        "caption_all.json is the raw file; reid_raw.json, with the splits",
+    ),
+    "a key is missing": (
+        lambda drawn: drawn.annotation.write_text('[{"split": "train", "id": 1}]'),
+        'record 0 has no key "file_path"',
+    ),
+}
+
+
+@pytest.mark.parametrize("damage, message", UNREADABLE.values(), ids=UNREADABLE)
+def test_what_cannot_be_read_at_all_is_status_2(damage, message, drawn, capsys):
+    damage(drawn)
+    assert main(["--dataset_name", "CUHK-PEDES", "--root_dir", str(drawn.root)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(message, line)
+
+
+def test_several_findings_come_faults_first(drawn, capsys):
+    drawn.of("train")[0]["captions"] = [""]
+    drawn.of("test")[0]["captions"] = ["red " * 90]
+    drawn.image(0).unlink()
+    status, faults, notes, text = drawn.check(capsys)
+    assert status == 1 and len(faults) == 2 and len(notes) == 2
+    assert text.index("FAULT") < text.index("note ")
