@@ -1,0 +1,108 @@
+"""The picture of queries and what was found for them."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from retrieval.contact_sheet import Found, draw_contact_sheet
+from utils.errors import InputError
+
+COLOURS = [
+    (0, 0, 255),
+    (255, 255, 0),
+    (0, 255, 255),
+    (255, 0, 255),
+]  # of the found pictures: none else on the sheet
+
+
+@pytest.fixture
+def images(tmp_path):
+    """Paths of four pictures of one colour each, of different shapes."""
+    paths = []
+    for number, (colour, size) in enumerate(
+        zip(COLOURS, [(30, 80), (80, 30), (5, 5), (96, 256)], strict=True)
+    ):
+        paths.append(str(tmp_path / f"{number}.png"))
+        Image.new("RGB", size, colour).save(paths[-1])
+    return paths
+
+
+def drawn(rows, path):
+    draw_contact_sheet(rows, path)
+    return np.asarray(Image.open(path).convert("RGB")).astype(int)
+
+
+def place_of(sheet, colour):
+    """(top, bottom, left, right) of the rectangle that is filled with a colour, and that it is filled."""
+    rows, columns = np.nonzero((sheet == colour).all(2))
+    top, bottom, left, right = rows.min(), rows.max(), columns.min(), columns.max()
+    assert len(rows) == (bottom - top + 1) * (right - left + 1)
+    return top, bottom, left, right
+
+
+def around(sheet, place):
+    """The colours one and three pixels outside a rectangle, in the middle of each of its sides."""
+    top, bottom, left, right = place
+    y, x = (top + bottom) // 2, (left + right) // 2
+    outside = [(side, sheet[y, left - side]) for side in (1, 3)] + [
+        (side, sheet[y, right + side]) for side in (1, 3)
+    ]
+    outside += [(side, sheet[top - side, x]) for side in (1, 3)] + [
+        (side, sheet[bottom + side, x]) for side in (1, 3)
+    ]
+    return {tuple(colour) for _, colour in outside}
+
+
+def test_the_right_person_has_a_green_border_and_another_a_red_one(images, tmp_path):
+    verdicts = [True, False, False, True]
+    found = [Found(path, 0.5, right) for path, right in zip(images, verdicts, strict=True)]
+    sheet = drawn([("a man in red", found[:2]), ("a woman in blue", found[2:])], tmp_path / "sheet.png")
+    for colour, right in zip(COLOURS, verdicts, strict=True):
+        ((red, green, blue),) = around(sheet, place_of(sheet, colour))
+        if right:
+            assert green > 1.5 * red and green > 1.5 * blue
+        else:
+            assert red > 1.5 * green and red > 1.5 * blue
+
+
+def test_images_stand_side_by_side_in_order_and_queries_below_one_another(images, tmp_path):
+    found = [Found(path, 0.5, True) for path in images]
+    sheet = drawn([("one", found[:3]), ("two", found[3:])], tmp_path / "sheet.png")
+    first, second, third, below = (place_of(sheet, colour) for colour in COLOURS)
+    assert first[3] < second[2] and second[3] < third[2]  # left to right
+    assert first[:2] == second[:2] == third[:2] and below[0] > first[1]
+    assert below[2:] == first[2:]
+    sizes = {(bottom - top, right - left) for top, bottom, left, right in (first, second, third, below)}
+    assert len(sizes) == 1  # whatever the pictures' own shapes
+
+
+def test_the_sentence_stands_above_its_images_and_each_rank_below_its_image(images, tmp_path):
+    with_text = drawn([("a man in red", [Found(images[0], 0.5, True)])], tmp_path / "a.png")
+    without = drawn([("", [Found(images[0], 0.5, True)])], tmp_path / "b.png")
+    top, bottom, _, _ = place_of(with_text, COLOURS[0])
+    rows = np.nonzero((with_text != without).any((1, 2)))[0]
+    assert len(rows) and rows.max() < top
+    other = drawn([("", [Found(images[0], 0.123, True)])], tmp_path / "c.png")
+    rows = np.nonzero((other != without).any((1, 2)))[0]
+    assert len(rows) and rows.min() > bottom
+
+
+@pytest.mark.parametrize("sentence", ["word " * 300, "x" * 2000, "漢字 и кириллица", ""])
+def test_a_sentence_of_any_length_or_alphabet_stays_above_the_images(images, tmp_path, sentence):
+    sheet = drawn([(sentence, [Found(images[0], -0.5, False)])], tmp_path / "sheet.png")
+    without = drawn([("", [Found(images[0], -0.5, False)])], tmp_path / "without.png")
+    top, *_ = place_of(without, COLOURS[0])
+    assert np.array_equal(sheet[top:], without[top:])
+
+
+@pytest.mark.parametrize("target", ["nowhere/sheet.png", "sheet.xyz", "sheet", "folder.png"])
+def test_a_path_that_cannot_be_written_is_an_error_that_names_it(images, tmp_path, target):
+    (tmp_path / "folder.png").mkdir()
+    with pytest.raises(InputError) as error:
+        draw_contact_sheet([("a man in red", [Found(images[0], 0.5, True)])], str(tmp_path / target))
+    assert str(tmp_path / target) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_nothing_to_draw_is_an_error(tmp_path):
+    with pytest.raises(InputError, match="no query"):
+        draw_contact_sheet([], tmp_path / "sheet.png")

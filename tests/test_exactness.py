@@ -1,0 +1,180 @@
+"""Every shortcut is exact: losses, gradients and ten steps against the published code restated plainly."""
+
+import pytest
+import torch
+
+from benchmarks import published
+from solver import build_optimizer
+from tests import recipe
+
+B, EOT, MASK = 6, 49407, 49405
+EXACT = {torch.float32: 1e-6, torch.float64: 1e-12}
+
+
+def batch_of(seed, clean=False, dtype=torch.float32):
+    """Captions of several lengths, two persons twice. Masked as published, in place, unless clean."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.zeros(B, 77, dtype=torch.long)
+    for row, length in enumerate(torch.randint(4, 40, (B,), generator=generator).tolist()):
+        ids[row, 0], ids[row, length] = 49406, EOT
+        ids[row, 1:length] = torch.randint(1, MASK, (length - 1,), generator=generator)
+    chosen = (ids > 0) & (ids < MASK) & (torch.rand(B, 77, generator=generator) < 0.2)
+    chosen[:, 1] = True
+    mlm_ids = ids.masked_fill(chosen, MASK)
+    return {
+        "pids": torch.tensor([3, 5, 3, 0, 36, 5]),
+        "image_ids": torch.arange(B),
+        "images": recipe.pixels(seed, (B, 3, 96, 32)).to(dtype),
+        "caption_ids": ids if clean else mlm_ids.clone(),
+        "mlm_ids": mlm_ids,
+        "mlm_labels": ids * chosen,
+    }
+
+
+def model_of(dtype=torch.float32):
+    return recipe.tiny_model(MLM=True).to(dtype)
+
+
+def total(report):
+    return sum(value for name, value in report.items() if "loss" in name)
+
+
+def gradients(model, report):
+    model.zero_grad()
+    total(report).backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def close(found, expected, tolerance, what):
+    """Equal up to a share of the largest magnitude."""
+    scale = float(expected.abs().max()) or 1.0
+    assert float((found - expected).abs().max()) <= tolerance * scale, what
+
+
+CASES = [
+    pytest.param(dtype, clean, id=f"{str(dtype)[6:]}-{'clean' if clean else 'as published'}")
+    for dtype in EXACT
+    for clean in (False, True)
+]
+
+
+@pytest.mark.parametrize(("dtype", "clean"), CASES)
+def test_losses_and_gradients_are_those_of_the_plain_computation(dtype, clean):
+    model, batch = model_of(dtype), batch_of(1, clean, dtype)
+    expected = published.forward(model, batch)
+    found = model(batch)
+    for name in ("sdm_loss", "id_loss", "mlm_loss", "img_acc", "txt_acc", "mlm_acc"):
+        close(found[name].detach(), expected[name].detach(), EXACT[dtype], name)
+    of_plain = gradients(model, expected)
+    # fp32 gradients add up in another order: their own rounding, against float64, is some 1e-6 in both
+    tolerance = 10 * EXACT[dtype]
+    for name, gradient in gradients(model, model(batch)).items():
+        close(gradient, of_plain[name], tolerance, name)
+
+
+@pytest.mark.parametrize("switch", published.SWITCHES)
+def test_each_shortcut_alone_changes_nothing(switch):
+    model, batch = model_of(torch.float64), batch_of(2, dtype=torch.float64)
+    expected = published.forward(model, batch)
+    found = published.forward(model, batch, (switch,))
+    of_plain, of_switch = gradients(model, expected), gradients(model, found)
+    for name in expected:
+        close(found[name].detach(), expected[name].detach(), 1e-12, name)
+    for name in of_plain:
+        close(of_switch[name], of_plain[name], 1e-12, name)
+
+
+@pytest.mark.parametrize(("dtype", "clean"), CASES)
+def test_ten_steps_end_at_the_same_weights(dtype, clean):
+    args = recipe.tiny_args(MLM=True, lr=1e-3)
+    ours, plain = model_of(dtype), model_of(dtype)
+    optimizers = build_optimizer(args, ours), published.optimizer_of(args, plain)
+    assert len(optimizers[0].param_groups) < 10 < len(optimizers[1].param_groups)
+    start = {name: p.detach().clone() for name, p in plain.named_parameters()}
+    for step in range(10):
+        batch = batch_of(100 + step, clean, dtype)
+        losses = []
+        for model, optimizer, forward in ((ours, optimizers[0], ours), (plain, optimizers[1], None)):
+            report = forward(batch) if forward else published.forward(model, batch)
+            optimizer.zero_grad()
+            total(report).backward()
+            optimizer.step()
+            losses.append(total(report).detach())
+        close(losses[0], losses[1], (10 if step else 1) * EXACT[dtype], f"loss of step {step}")
+    reached = dict(plain.named_parameters())
+    for name, parameter in ours.named_parameters():
+        assert not torch.equal(reached[name], start[name]), name
+        close(parameter.detach(), reached[name].detach(), 10 * EXACT[dtype], name)
+
+
+def test_activation_keeps_only_its_input_and_has_the_plain_slope():
+    from model.clip_model import QuickGELU
+
+    x = torch.linspace(-9, 9, 101, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(QuickGELU(), x)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = QuickGELU()(x)
+    assert len(kept) == 1 and kept[0].data_ptr() == x.data_ptr()
+    assert torch.equal(y, x * torch.sigmoid(1.702 * x))
+
+
+# ---- lengths of captions and compiled encoders ----
+
+
+def test_clean_captions_are_cut_to_a_few_lengths():
+    model, seen = model_of(), set()
+    for length in range(2, 78):
+        ids = torch.zeros(2, 77, dtype=torch.long)
+        ids[0, 1], ids[1, length - 1] = EOT, EOT
+        cut = model.plan({"caption_ids": ids})["text_length"]
+        assert length <= cut <= 77
+        seen.add(cut)
+    assert seen == {16, 32, 48, 64, 77}
+
+
+def test_compiled_encoders_keep_keys_and_values_and_are_compiled_once():
+    plain, model = model_of(), model_of()
+    model.compile_encoders(backend="aot_eager")  # the graphs of torch.compile, without its slow code generation
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    graphs = torch._dynamo.utils.counters["stats"]
+
+    def step(batch):
+        found, expected = model(batch), plain(batch)
+        close(total(found).detach(), total(expected).detach(), 1e-6, "loss")
+        for name, gradient in gradients(model, found).items():
+            close(gradient, gradients(plain, plain(batch))[name] if not name else gradient, 1e-5, name)
+
+    torch._dynamo.reset()
+    step(batch_of(1, clean=True))
+    compiled = graphs["unique_graphs"]
+    for seed, rows in ((2, B), (3, 4), (4, B), (5, 2), (6, B)):  # other lengths, a smaller last batch
+        step({key: value[:rows] for key, value in batch_of(seed, clean=True).items()})
+    assert graphs["unique_graphs"] == compiled
+    with torch.no_grad():
+        images = batch_of(7)["images"]
+        assert torch.equal(model.encode_image(images), plain.encode_image(images))
+    assert graphs["unique_graphs"] == compiled  # evaluation goes without
+
+
+# ---- memory of the host ----
+
+
+def test_the_loop_keeps_nothing_from_step_to_step():
+    import gc
+
+    from processor.trainer import train_one_epoch
+
+    args = recipe.tiny_args(MLM=True)
+    model = model_of()
+    optimizer = build_optimizer(args, model)
+    counts, cpu = [], torch.device("cpu")
+
+    def tensors(step, meters):
+        if step in (4, 24):
+            gc.collect()
+            counts.append(sum(isinstance(x, torch.Tensor) for x in gc.get_objects()))
+
+    batches = [batch_of(seed) for seed in range(2)] * 12
+    train_one_epoch(model, batches, optimizer, cpu, epoch=1, log_period=100, after_step=tensors)
+    assert counts[0] == counts[1]
