@@ -1,0 +1,233 @@
+"""The page of demo.py: a sentence in, persons out, and where each word looks. Needs Gradio.
+
+The browser is sent small copies of pictures that the index names, never a file, and asks for them by their
+place in the last result: no path that comes from outside is ever opened.
+"""
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import ImageOps
+
+from retrieval.encoders import checked_sentence, cut_notice, open_picture, shown
+from retrieval.gallery import GalleryIndex, Stamp, plural
+from retrieval.relevance import heat, word_maps, words_of
+from utils.errors import InputError
+from utils.extras import extra
+
+THUMBNAIL = (192, 384)  # width, height
+EXAMPLES = (
+    "a woman in a red coat with a black handbag",
+    "a man in a blue striped shirt, grey trousers and white sneakers",
+    "a girl with long black hair who carries a yellow backpack",
+)
+CSS = """
+footer {display: none !important}
+.hint {color: var(--body-text-color-subdued)}
+#gallery .grid-wrap {max-height: none; height: auto; overflow: visible; padding-top: 0}
+#gallery .gallery-item, #gallery .thumbnail-lg {aspect-ratio: 2 / 5; height: auto}
+#gallery .thumbnail-lg img {object-fit: contain; padding-bottom: 1.6em}
+#gallery .caption-label {left: 0; right: 0; max-width: none; text-align: center; border: none}
+"""
+
+
+class Result(NamedTuple):
+    """What a visitor saw last: kept on the server, a visitor each."""
+
+    sentence: str
+    pictures: list  # full paths, best first
+    names: list  # the same below the gallery
+
+
+class Page:
+    """What the page's buttons do. index: the gallery of the command line; a visitor can bring an own one."""
+
+    def __init__(self, encoders, index, top_k, max_pictures):
+        self.encoders, self.index, self.top_k, self.max_pictures = encoders, index, top_k, max_pictures
+        self.sees_words = hasattr(encoders.model, "cross_attn")
+
+    def search(self, sentence, own):
+        """(Result, [(thumbnail, caption), …], remark)."""
+        sentence = checked_sentence(sentence or "", "the sentence")
+        index = own or self.index
+        (answer,) = index.search(self.encoders.text_features([sentence]), self.top_k)
+        tiles, pictures, names = [], [], []
+        for similarity, name in answer:
+            path = os.path.join(index.gallery, name)
+            try:
+                tiles.append((small(open_picture(path)), f"{len(tiles) + 1} · {similarity:.3f}"))
+            except InputError:
+                continue  # it has gone since the index was made
+            pictures.append(path)
+            names.append(name)
+        remark = f"best of {plural(len(index), 'picture')}, with rank and similarity"
+        remark = cut_notice(self.encoders, sentence) or remark
+        return Result(sentence, pictures, names), tiles, remark
+
+    def words(self, result):
+        """[(word, its number), …]: what can be clicked."""
+        if not self.sees_words:
+            return []
+        words = words_of(result.sentence, self.encoders.tokenizer, self.encoders.text_length)
+        return [(word, number) for number, (word, _) in enumerate(words)]
+
+    def look(self, result, place, number):
+        """(Heat map of a word of the last sentence over a picture of the last result, the picture's name)."""
+        if result is None or not 0 <= place < len(result.pictures):
+            raise InputError("search first, then choose a picture and a word")
+        picture, name = open_picture(result.pictures[place]), shown(result.names[place])
+        if number is None:
+            return small(picture), name
+        maps = word_maps(self.encoders, result.sentence, picture)
+        return heat(picture, maps[number].map, THUMBNAIL[1]), name
+
+    def upload(self, files):
+        """An index of a visitor's own pictures, in memory only."""
+        if not files:
+            return None, "the gallery is searched"
+        if len(files) > self.max_pictures:
+            raise InputError(
+                f"that folder holds {len(files)} files; at most {self.max_pictures} are taken here"
+            )
+        folder = os.path.commonpath([os.path.dirname(path) for path in files])
+        found = {os.path.relpath(path, folder): Stamp(os.path.getsize(path), 0) for path in files}
+        index = GalleryIndex(None, folder, self.encoders.fingerprint, self.encoders.width)
+
+        def encode(paths):
+            full = {os.path.join(folder, path): path for path in paths}
+            for good, features, bad in self.encoders.encode_files(list(full)):
+                yield [full[path] for path in good], features, {full[path]: why for path, why in bad.items()}
+
+        change = index.update(found, encode)
+        if not len(index):
+            raise InputError("none of these files is a picture that can be read")
+        left_out = f", {plural(len(change.unreadable), 'file')} left out" if change.unreadable else ""
+        return index, f"your {plural(len(index), 'picture')} are searched{left_out}"
+
+
+def small(picture):
+    return ImageOps.contain(picture, (4 * THUMBNAIL[0], THUMBNAIL[1]))
+
+
+def build(page, title, examples=(), max_upload=20):
+    """A gradio.Blocks. max_upload: MB of a file, told to visitors; launch() enforces it."""
+    gr = extra("gradio", "requirements-demo.txt")
+
+    def guarded(function):
+        """An input error becomes a sentence on the page."""
+
+        def call(*inputs):
+            try:
+                return function(*inputs)
+            except InputError as error:
+                raise gr.Error(str(error), duration=8, print_exception=False) from None
+
+        return call
+
+    @guarded
+    def on_search(sentence, own):
+        result, tiles, remark = page.search(sentence, own)
+        words = gr.Radio(choices=page.words(result), value=None)
+        chosen = page.look(result, 0, None) if result.pictures else (None, "")
+        return result, 0, gr.Gallery(value=tiles, selected_index=None), remark, words, *chosen
+
+    def on_picture(result, number, event: gr.SelectData):
+        return event.index, *guarded(page.look)(result, event.index, number)
+
+    def on_word(result, place, number):
+        return guarded(page.look)(result, place, number)
+
+    on_upload = guarded(page.upload)
+
+    with gr.Blocks(title="IRRA", analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:
+        result, place, own = gr.State(None), gr.State(0), gr.State(None)
+        gr.Markdown(f"## Find a person by a sentence\n{title}")
+        with gr.Row(equal_height=True):
+            sentence = gr.Textbox(
+                label="Sentence",
+                placeholder=EXAMPLES[0],
+                lines=2,
+                scale=5,
+                elem_id="sentence",
+                autofocus=True,
+            )
+            button = gr.Button("Search", variant="primary", scale=1, elem_id="search")
+        gr.Examples([[text] for text in (examples or EXAMPLES)], [sentence], label="Examples")
+        remark = gr.Markdown(elem_id="remark", elem_classes="hint")
+        with gr.Row():
+            gallery = gr.Gallery(
+                show_label=False,
+                columns=6,
+                height=None,
+                object_fit="contain",
+                allow_preview=False,
+                interactive=False,
+                buttons=[],
+                scale=4,
+                elem_id="gallery",
+            )
+            with gr.Column(scale=1, min_width=240):
+                picture = gr.Image(
+                    label="Where the word looks", interactive=False, buttons=[], height=400, elem_id="look"
+                )
+                words = gr.Radio(
+                    choices=[],
+                    label="Choose a picture, then a word",
+                    visible=page.sees_words,
+                    elem_id="words",
+                )
+                file = gr.Textbox(label="File", interactive=False, elem_id="file")
+                if not page.sees_words:
+                    gr.Markdown("This model was trained without mlm: it cannot tell where its words look.")
+        with gr.Accordion("Search your own pictures", open=False):
+            gr.Markdown(
+                f"A folder of at most {page.max_pictures} pictures, {max_upload} MB each. They are kept in "
+                "temporary files of the computer that serves this page, for two hours at most.",
+                elem_classes="hint",
+            )
+            files = gr.File(label="Folder", file_count="directory", type="filepath", elem_id="folder")
+            state = gr.Markdown("the gallery is searched", elem_id="state", elem_classes="hint")
+
+        private = {"api_visibility": "private", "show_progress": "minimal"}
+        outputs = [result, place, gallery, remark, words, picture, file]
+        button.click(on_search, [sentence, own], outputs, **private)
+        sentence.submit(on_search, [sentence, own], outputs, **private)
+        gallery.select(on_picture, [result, words], [place, picture, file], **private)
+        words.input(on_word, [result, place, words], [picture, file], **private)
+        files.upload(on_upload, files, [own, state], **private)
+        files.clear(lambda: (None, "the gallery is searched"), None, [own, state], **private)
+    return blocks
+
+
+def serve(blocks, host, port, max_upload):
+    """Listen. Nothing but the page is served: no folder is opened to it. Returns the address."""
+    try:
+        _, address, _ = blocks.launch(
+            server_name=host,
+            server_port=port or free_port(host),
+            max_file_size=f"{max_upload}mb",
+            allowed_paths=[],
+            share=False,
+            inbrowser=False,
+            ssr_mode=False,
+            quiet=True,
+            footer_links=[],
+            css=CSS,
+            prevent_thread_lock=True,
+        )
+    except OSError as error:
+        raise InputError(f"cannot listen on {host}:{port} ({error}): give another --port") from None
+    return address
+
+
+def free_port(host):
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return probe.getsockname()[1]
+
+
+def gallery_title(index):
+    return f"{plural(len(index), 'picture')} in {Path(index.gallery).name or index.gallery}"

@@ -1,0 +1,310 @@
+"""demo.py: the page in a real browser, and what its server refuses."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+import uuid
+
+import pytest
+from PIL import Image
+
+from tests.conftest import ROOT
+from tests.tiny_run import make_run, missing
+
+needed = [
+    missing("faiss", "faiss-cpu", "requirements-demo.txt"),
+    missing("gradio", "gradio", "requirements-demo.txt"),
+]
+pytestmark = needed
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+needs_browser = [
+    missing(
+        "selenium",
+        "selenium (besides requirements-demo.txt, to drive the browser)",
+        "requirements-demo.txt selenium",
+    ),
+    pytest.mark.skipif(
+        not CHROMIUM or not shutil.which("chromedriver"),
+        reason="no Chromium with its driver is installed, e.g. apt-get install chromium chromium-driver",
+    ),
+]
+SENTENCE = "a woman in a red coat with a black handbag"
+
+
+def in_browser(function):
+    for mark in needs_browser:
+        function = mark(function)
+    return function
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("page")
+    make_run(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def imgs(home):
+    return home / "data" / "CUHK-PEDES" / "imgs"
+
+
+@pytest.fixture(scope="module")
+def address(home, imgs):
+    """demo.py as a user starts it, on a free port."""
+    words = ["--config_file", home / "run", "--gallery", imgs, "--device", "cpu", "--port", 0]
+    words += ["--top_k", 5, "--max_upload", 1, "--max_pictures", 4]
+    with open(home / "log", "w") as log:
+        server = subprocess.Popen(
+            [sys.executable, "demo.py", *map(str, words)],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            env={**os.environ, "no_proxy": "127.0.0.1,localhost"},
+        )
+        watchdog = threading.Timer(120, server.kill)
+        watchdog.start()
+        line = server.stdout.readline()
+        watchdog.cancel()
+        assert "the page is at http://127.0.0.1:" in line, (home / "log").read_text()
+        yield line.split()[4].rstrip("/")
+        server.send_signal(signal.SIGINT)
+        assert server.wait(timeout=30) == 0, (home / "log").read_text()  # Ctrl-C is how it ends
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    flags = "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking"
+    for flag in [*flags.split(), "disable-component-update", "disable-sync", "window-size=1400,1300"]:
+        options.add_argument(f"--{flag}")
+    options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('profile')}")
+    options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
+    driver = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture
+def page(browser, address):
+    browser.get(address)
+    until(lambda: browser.find_element("css selector", "#sentence textarea").is_displayed())
+    return browser
+
+
+def until(condition, seconds=60):
+    """The first truthy value of condition(); what is not there yet is asked for again."""
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            if value := condition():
+                return value
+        except Exception:  # the page is being redrawn
+            if time.monotonic() > end:
+                raise
+        assert time.monotonic() < end, "the page did not get there in time"
+        time.sleep(0.1)
+
+
+def type_and_search(page, sentence):
+    box = page.find_element("css selector", "#sentence textarea")
+    if len(sentence) > 1000:  # not key by key
+        page.execute_script(
+            "arguments[0].value = arguments[1];"
+            "arguments[0].dispatchEvent(new Event('input', {bubbles: true}))",
+            box,
+            sentence,
+        )
+    else:
+        box.clear()
+        box.send_keys(sentence)
+    page.find_element("css selector", "#search").click()
+
+
+def tiles(page):
+    return page.find_elements("css selector", "#gallery button img")
+
+
+def text_of(page, selector):
+    return page.find_element("css selector", selector).text
+
+
+def look(page):
+    return page.find_element("css selector", "#look img").get_attribute("src")
+
+
+@in_browser
+def test_a_sentence_gives_pictures_and_a_word_its_heat_map(page, tmp_path):
+    type_and_search(page, SENTENCE)
+    until(lambda: len(tiles(page)) == 5)
+    captions = [e.text for e in page.find_elements("css selector", "#gallery .caption-label")]
+    scores = [float(caption.split("·")[1]) for caption in captions]
+    assert scores == sorted(scores, reverse=True)
+    file = page.find_element("css selector", "#file input, #file textarea")
+    first, name = until(lambda: look(page)), file.get_attribute("value")
+
+    tiles(page)[2].click()
+    second = until(lambda: look(page) != first and look(page))
+    assert file.get_attribute("value") not in ("", name)
+    labels = page.find_elements("css selector", "#words label")
+    assert [label.text for label in labels] == SENTENCE.split()
+    labels[4].click()
+    until(lambda: look(page) != second)
+    page.save_screenshot(str(tmp_path / "page.png"))
+    with Image.open(tmp_path / "page.png") as shot:
+        assert len(shot.convert("RGB").getcolors(1 << 24)) > 1000  # it shows pictures
+
+
+@in_browser
+def test_nothing_is_asked_of_another_machine(page, address):
+    type_and_search(page, SENTENCE)
+    until(lambda: len(tiles(page)) == 5)
+    events = [json.loads(entry["message"])["message"] for entry in page.get_log("performance")]
+    asked = {e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"}
+    own = (address, "data:", "blob:", "chrome:", "about:")
+    assert asked and not {url for url in asked if not url.startswith(own)}
+
+
+@in_browser
+def test_an_example_fills_the_sentence(page):
+    page.find_elements("css selector", ".gallery-item, button.gallery-item, .gallery button")[0].click()
+    box = page.find_element("css selector", "#sentence textarea")
+    until(lambda: box.get_attribute("value") == SENTENCE)
+
+
+@in_browser
+def test_an_empty_sentence_is_a_message_and_a_long_one_a_remark(page):
+    type_and_search(page, " ")
+    until(lambda: "the sentence is empty" in text_of(page, "body"))
+    type_and_search(page, "a woman in a red coat " * 500)
+    until(lambda: "cut off" in text_of(page, "#remark"))
+    assert len(tiles(page)) == 5
+
+
+@in_browser
+def test_a_folder_of_ones_own_is_searched_and_then_the_gallery_again(page, imgs, tmp_path):
+    for number, path in enumerate(sorted(imgs.rglob("*.jpg"))[:3]):
+        shutil.copy(path, tmp_path / f"own{number}.jpg")
+    (tmp_path / "broken.jpg").write_bytes(b"not a picture")
+    page.find_element("xpath", "//button[contains(., 'Search your own pictures')]").click()
+    chooser = until(lambda: page.find_element("css selector", "#folder input[type=file]"))
+    chooser.send_keys(str(tmp_path))
+    until(lambda: "your 3 pictures are searched, 1 file left out" in text_of(page, "#state"))
+    type_and_search(page, SENTENCE)
+    until(lambda: len(tiles(page)) == 3)
+
+
+# ---- what the server refuses ----
+
+
+def status_of(url, data=None, headers=None):
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(urllib.request.Request(url, data, headers or {}), timeout=30) as answer:
+            return answer.status, answer.read()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read()
+
+
+def test_no_file_is_served_neither_of_the_gallery_nor_outside(address, home, imgs):
+    picture = next(imgs.rglob("*.jpg"))
+    for path in (picture, ROOT / "search.py", home / "run" / "best.pth", "/etc/passwd", "search.py"):
+        for route in ("gradio_api/file=", "file=", "gradio_api/file/", "static/"):
+            for form in (str(path), str(path).replace("/", "%2F"), f"../../../../{path}"):
+                assert status_of(f"{address}/{route}{form}")[0] in (403, 404, 405), (route, form)
+
+
+def call(address, function, data):
+    """Ask the page's queue as its own script does; returns the events as text."""
+    session = uuid.uuid4().hex
+    body = json.dumps({"data": data, "fn_index": function, "session_hash": session}).encode()
+    code, _ = status_of(f"{address}/gradio_api/queue/join", body, {"Content-Type": "application/json"})
+    if code != 200:
+        return ""
+    return status_of(f"{address}/gradio_api/queue/data?session_hash={session}")[1].decode()
+
+
+def function_of(address, event, kind):
+    config = json.loads(status_of(f"{address}/config")[1])
+    types = {component["id"]: component["type"] for component in config["components"]}
+    for dependency in config["dependencies"]:
+        for target, name in dependency["targets"]:
+            if name == event and types[target] == kind:
+                return dependency["id"]
+    raise AssertionError(f"the page has no {event} of a {kind}")
+
+
+def test_a_forged_upload_cannot_name_a_file_of_the_server(address, imgs):
+    upload = function_of(address, "upload", "file")
+    for path in (next(imgs.rglob("*.jpg")), "/etc/passwd"):
+        data = [[{"path": str(path), "meta": {"_type": "gradio.FileData"}}]]
+        events = call(address, upload, data)
+        assert "are searched" not in events and '"success": true' not in events.replace('":true', '": true')
+
+
+def test_an_upload_beyond_the_limit_is_refused(address):
+    for size, expected in ((2 << 20, 413), (1000, 200)):
+        body = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.jpg"\r\n\r\n'
+        body += b"0" * size + b"\r\n--x--\r\n"
+        headers = {"Content-Type": "multipart/form-data; boundary=x"}
+        assert status_of(f"{address}/gradio_api/upload", body, headers)[0] == expected
+
+
+def test_it_listens_on_this_machine_only(address):
+    import socket
+
+    port = int(address.rsplit(":", 1)[1])
+    for family, kind, _, _, target in socket.getaddrinfo(socket.gethostname(), port, type=socket.SOCK_STREAM):
+        if target[0].startswith("127.") or target[0] == "::1":
+            continue
+        with socket.socket(family, kind) as probe:
+            probe.settimeout(3)
+            assert probe.connect_ex(target) != 0, target
+
+
+# ---- without a browser ----
+
+
+def test_a_folder_with_too_many_files_or_without_a_picture_is_refused(home, tmp_path):
+    from retrieval.encoders import open_run
+    from retrieval.page import Page
+    from utils.errors import InputError
+    from utils.tool_options import export_args
+
+    page = Page(open_run(export_args([str(home / "run"), "--format", "onnx"])), None, 5, max_pictures=2)
+    (tmp_path / "a.jpg").write_text("text")
+    with pytest.raises(InputError, match="none of these"):
+        page.upload([str(tmp_path / "a.jpg")])
+    with pytest.raises(InputError, match="at most 2"):
+        page.upload([str(tmp_path / "a.jpg")] * 3)
+    with pytest.raises(InputError, match="search first"):
+        page.look(None, 0, 0)
+
+
+def test_a_port_in_use_is_one_sentence(address, home, imgs):
+    words = [
+        "--config_file",
+        home / "run",
+        "--gallery",
+        imgs,
+        "--device",
+        "cpu",
+        "--port",
+        address.rsplit(":", 1)[1],
+    ]
+    done = subprocess.run(
+        [sys.executable, "demo.py", *map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2 and "give another --port" in done.stderr and "Traceback" not in done.stderr
