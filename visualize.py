@@ -50,7 +50,7 @@ def split_pictures(args, folder):
     """The CMC curve and the pictures of single queries: they share the features of the split."""
     from datasets import build_dataloader
     from processor.evaluator import encode
-    from retrieval.contact_sheet import query_rows, save_picture
+    from retrieval.contact_sheet import gallery_paths, query_rows, save_picture
     from retrieval.curves import draw_cmc
     from retrieval.encoders import open_run
     from retrieval.queries import choose, draw_query, outcomes
@@ -62,7 +62,7 @@ def split_pictures(args, folder):
         extra("matplotlib")  # before the split is encoded
     setup_logger("IRRA")
     img_loader, txt_loader, _ = build_dataloader(args)
-    images, captions = img_loader.dataset, txt_loader.dataset
+    captions = txt_loader.dataset.captions
     if args.queries and max(args.queries) >= len(captions):
         raise InputError(
             f"--queries: there is no query {max(args.queries)}, the {args.split} split has {len(captions)}, "
@@ -82,13 +82,13 @@ def split_pictures(args, folder):
         written.append(path)
     if not (args.queries or args.best or args.worst or args.random):
         return written
-    outcome = outcomes(features)
+    outcome, paths = outcomes(features), gallery_paths(img_loader)
     queries = [*(args.queries or []), *choose(outcome, args.best, args.worst, args.random, args.seed)]
     ranking = rank_features(text, image, text_pids, image_pids, 10)
     for query in dict.fromkeys(queries):
-        ((sentence, found),) = query_rows(features, ranking.indices, images, captions, [query])
-        pid = captions.pids[query]
-        right = [path for path, owner in zip(images.image_paths, images.pids, strict=True) if owner == pid]
+        ((sentence, found),) = query_rows(features, ranking.indices, paths, captions, [query])
+        pid = int(text_pids[query])
+        right = [paths[row] for row in (image_pids == pid).nonzero()[:, 0].tolist()]
         note = f"the first right one at rank {int(outcome.first_rank[query])}, query {query}, person {pid}"
         path = folder / f"query_{args.split}_{query:05d}.png"
         save_picture(draw_query(sentence, right, found, note), path)

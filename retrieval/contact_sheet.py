@@ -85,19 +85,25 @@ def draw_framed(sheet, draw, corner, image_path, frame, whole=False):
 # ---- queries of a data set's split ----
 
 
-def query_rows(features, indices, images, captions, queries):
+def gallery_paths(img_loader):
+    """Paths of the images that have features, in their order: a loader may have left damaged ones out."""
+    paths, left_out = img_loader.dataset.image_paths, getattr(img_loader, "left_out", {})
+    return [path for row, path in enumerate(paths) if row not in left_out]
+
+
+def query_rows(features, indices, image_paths, captions, queries):
     """Rows for contact_sheet: of each query number its sentence and what was found, best first.
 
-    features: processor.evaluator.Features. indices: [Q, k], a Ranking's. images, captions: the loaders' data
-    sets, with image_paths and pids, captions and pids.
+    features: processor.evaluator.Features. indices: [Q, k], a Ranking's. image_paths: see gallery_paths.
+    captions: sentences by query number.
     """
     rows = []
     for query in queries:
         best = indices[query].tolist()
         similarity = (features.image[best] @ features.text[query]).tolist()
-        right = [images.pids[i] == captions.pids[query] for i in best]
-        found = [Found(images.image_paths[i], s, r) for i, s, r in zip(best, similarity, right, strict=True)]
-        rows.append((captions.captions[query], found))
+        right = (features.image_pids[best] == features.text_pids[query]).tolist()
+        found = [Found(image_paths[i], s, r) for i, s, r in zip(best, similarity, right, strict=True)]
+        rows.append((captions[query], found))
     return rows
 
 
@@ -106,7 +112,7 @@ def spread(total, number=6):
     return [step * total // min(number, total) for step in range(min(number, total))]
 
 
-def retrieval_picture(features, indices, images, captions, number=4):
+def retrieval_picture(features, indices, image_paths, captions, number=4):
     """What a few fixed queries find, for TensorBoard: uint8 [H, W, 3]. Arguments as in query_rows."""
-    rows = query_rows(features, indices, images, captions, spread(len(captions.captions), number))
+    rows = query_rows(features, indices, image_paths, captions, spread(len(captions), number))
     return np.asarray(contact_sheet(rows))

@@ -243,7 +243,7 @@ def new_faiss(kind, vectors):
     n, width = vectors.shape
     if kind == "hnsw":
         index = faiss.IndexHNSWFlat(width, 32, faiss.METRIC_INNER_PRODUCT)
-        index.hnsw.efConstruction = 100
+        index.hnsw.efConstruction = 64
     elif kind == "ivf" and n:
         cells = max(1, min(int(4 * n**0.5), n // 39))  # FAISS wants 39 vectors to learn a cell
         index = faiss.IndexIVFFlat(faiss.IndexFlatIP(width), width, cells, faiss.METRIC_INNER_PRODUCT)

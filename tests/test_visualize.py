@@ -97,17 +97,12 @@ def test_a_query_that_does_not_exist_is_one_sentence(visualize):
 
 
 def test_the_board_gets_a_picture_of_the_same_queries_each_time(home):
-    class Images:
-        image_paths, pids = [str(image_of(home, n)) for n in range(4)], [1, 1, 2, 3]
-
-    class Captions:
-        captions, pids = ["one", "two", "three", "four"], [1, 2, 3, 9]
-
+    paths, sentences = [str(image_of(home, n)) for n in range(4)], ["one", "two", "three", "four"]
     features = hand_made()
     indices = (features.text @ features.image.t()).argsort(dim=1, descending=True)
-    picture = retrieval_picture(features, indices, Images, Captions, number=2)
+    picture = retrieval_picture(features, indices, paths, sentences, number=2)
     assert picture.dtype == np.uint8 and picture.ndim == 3 and picture.shape[2] == 3
-    assert np.array_equal(picture, retrieval_picture(features, indices, Images, Captions, number=2))
+    assert np.array_equal(picture, retrieval_picture(features, indices, paths, sentences, number=2))
     assert spread(100, 4) == [0, 25, 50, 75] and spread(2, 4) == [0, 1]
 
 
