@@ -17,6 +17,7 @@ from utils.errors import InputError
 from utils.extras import extra
 
 THUMBNAIL = (192, 384)  # width, height
+LONGEST = 20_000  # characters: one long "word" takes the tokeniser quadratic time
 EXAMPLES = (
     "a woman in a red coat with a black handbag",
     "a man in a blue striped shirt, grey trousers and white sneakers",
@@ -50,6 +51,8 @@ class Page:
     def search(self, sentence, own):
         """(Result, [(thumbnail, caption), …], remark)."""
         sentence = checked_sentence(sentence or "", "the sentence")
+        if len(sentence) > LONGEST:
+            raise InputError(f"the sentence has {len(sentence)} characters; at most {LONGEST} are taken here")
         index = own or self.index
         (answer,) = index.search(self.encoders.text_features([sentence]), self.top_k)
         tiles, pictures, names = [], [], []

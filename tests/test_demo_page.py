@@ -291,6 +291,8 @@ def test_a_folder_with_too_many_files_or_without_a_picture_is_refused(home, tmp_
         page.upload([str(tmp_path / "a.jpg")] * 3)
     with pytest.raises(InputError, match="search first"):
         page.look(None, 0, 0)
+    with pytest.raises(InputError, match="at most 20000"):
+        page.search("x" * 20_001, None)
 
 
 def test_a_port_in_use_is_one_sentence(address, home, imgs):
