@@ -1,0 +1,255 @@
+"""Numbers are watched: a step whose loss or gradient is no number is not taken, and its batch is kept."""
+
+import json
+import math
+import signal
+
+import pytest
+import torch
+from torch import nn
+
+from processor.trainer import NotFinite, train_one_epoch
+from tests import children
+from tests.children import differ, draw, only_run, run, words
+from utils.checkpoint import load_checkpoint
+from utils.dist import out_of_memory
+from utils.errors import InputError, reports_errors
+
+CPU = torch.device("cpu")
+GIVEN = dict(pids=[3, 5], image_ids=[7, 9], caption_ids=[[1, 2], [3, 4]])
+
+
+class Line(nn.Module):
+    """A model of two numbers; the loss and its gradient are what the batch says."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([1.0, 2.0]))
+
+    @staticmethod
+    def plan(batch):
+        return {}
+
+    def forward(self, batch):
+        slope = batch["slope"]
+        loss = (self.weight * slope).sum()
+        return {"sdm_loss": loss * 0.75, "id_loss": loss * 0.25, "temperature": torch.tensor(0.02)}
+
+
+def batches(*slopes):
+    return [{**{k: torch.tensor(v) for k, v in GIVEN.items()}, "slope": torch.tensor(s)} for s in slopes]
+
+
+def taken(optimizer_of, slopes, **options):
+    """(weights after each step, NotFinite or None, weights at the end)."""
+    model = Line()
+    optimizer, after = optimizer_of(model.parameters()), []
+
+    def look(step, meters):
+        after.append(model.weight.detach().tolist())
+
+    try:
+        train_one_epoch(model, batches(*slopes), optimizer, CPU, 4, after_step=look, **options)
+    except NotFinite as error:
+        return after, error, model.weight.detach().tolist()
+    return after, None, model.weight.detach().tolist()
+
+
+OPTIMIZERS = {
+    "fused Adam": lambda p: torch.optim.Adam(p, lr=0.5, eps=1e-3, fused=True),
+    "fused SGD": lambda p: torch.optim.SGD(p, lr=0.5, momentum=0.9, fused=True),
+    "fused AdamW": lambda p: torch.optim.AdamW(p, lr=0.5, fused=True),
+    "plain SGD": lambda p: torch.optim.SGD(p, lr=0.5),
+}
+GOOD, OTHER = [1.0, -1.0], [0.5, 2.0]
+BAD = {"NaN": [math.nan, 1.0], "infinity": [math.inf, 1.0], "minus infinity": [1.0, -math.inf]}
+
+
+@pytest.mark.parametrize("optimizer_of", OPTIMIZERS.values(), ids=OPTIMIZERS)
+@pytest.mark.parametrize("bad", BAD.values(), ids=BAD)
+def test_it_stops_before_the_step_is_taken(bad, optimizer_of):
+    after, error, weight = taken(optimizer_of, [GOOD, OTHER, bad, GOOD])
+    expected, none, _ = taken(optimizer_of, [GOOD, OTHER])
+    assert none is None and after == expected and weight == expected[-1]
+    assert error.evidence["epoch"] == 4 and error.evidence["iteration"] == 3
+    assert {key: error.evidence[key] for key in GIVEN} == GIVEN
+    assert set(error.evidence["losses"]) == {"sdm_loss", "id_loss"}
+    assert not all(math.isfinite(value) for value in error.evidence["losses"].values())
+    for advice in ("epoch 4, iteration 3", "the step was not taken", "--precision bf16", "--max_grad_norm"):
+        assert advice in str(error)
+
+
+@pytest.mark.parametrize("optimizer_of", list(OPTIMIZERS.values())[:3], ids=list(OPTIMIZERS)[:3])
+def test_a_fused_optimiser_skips_the_bad_step_until_the_host_looks(optimizer_of):
+    """Between two looks the bad step is left out on the device, and good ones are taken; then it ends."""
+    from processor.trainer import FiniteWatch
+
+    model = Line()
+    optimizer, after = optimizer_of(model.parameters()), []
+    watch = FiniteWatch(model, optimizer, epoch=4, period=5)
+    with pytest.raises(NotFinite) as raised:
+        for step, batch in enumerate(batches(GOOD, OTHER, BAD["NaN"], GOOD, OTHER, GOOD), start=1):
+            report = model(batch)
+            loss = report["sdm_loss"] + report["id_loss"]
+            optimizer.zero_grad()
+            loss.backward()
+            watch.before_step(step, loss, report, batch)
+            optimizer.step()
+            after.append(model.weight.detach().tolist())
+    assert raised.value.evidence["iteration"] == 3  # the bad one, not the fifth, which looked
+    assert len(after) == 4 and after[2] == after[1] and after[3] != after[2]
+    assert all(math.isfinite(value) for weight in after for value in weight)
+    expected, none, _ = taken(optimizer_of, [GOOD, OTHER, GOOD])
+    assert none is None and after[3] == expected[2]  # moments untouched too
+
+
+def test_a_bad_step_after_the_last_look_ends_the_epoch_all_the_same():
+    from processor.trainer import FiniteWatch
+
+    model = Line()
+    watch = FiniteWatch(model, OPTIMIZERS["fused Adam"](model.parameters()), epoch=1, period=100)
+    report = model(batches(BAD["NaN"])[0])
+    (report["sdm_loss"] + report["id_loss"]).backward()
+    watch.before_step(1, report["sdm_loss"], report, batches(GOOD)[0])
+    with pytest.raises(NotFinite):
+        watch.look()
+
+
+def test_a_large_gradient_that_is_finite_is_no_fault():
+    """The square of its norm overflows in fp32; its largest entry does not."""
+    _, error, _ = taken(lambda p: torch.optim.SGD(p, lr=1e-30), [[1e30, -0.5e30]])
+    assert error is None
+
+
+@pytest.mark.parametrize("norm", [0.1, 1.0, 5.0, 100.0])
+def test_max_grad_norm_scales_by_hand(norm):
+    slope = torch.tensor([3.0, -4.0])  # of norm 5
+    _, error, weight = taken(OPTIMIZERS["plain SGD"], [slope.tolist()], max_grad_norm=norm)
+    expected = torch.tensor([1.0, 2.0]) - 0.5 * slope * min(1.0, norm / 5)
+    assert error is None
+    torch.testing.assert_close(torch.tensor(weight), expected, rtol=1e-5, atol=0)
+
+
+# ---- whole trainings ----
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return draw(tmp_path_factory.mktemp("drawn"))
+
+
+def error_of(output):
+    text = output.read_text()
+    assert "Traceback" not in text and text.count("error: ") == 1
+    return text.splitlines()[-1]
+
+
+def test_a_training_that_diverges_keeps_what_led_to_it(data, tmp_path):
+    """An absurd rate makes the weights huge within an epoch, and the loss NaN."""
+    output = tmp_path / "output"
+    absurd = ("--optimizer", "SGD", "--lr", "1e30", "--warmup_epochs", "0")
+    argv = words(data, tmp_path, *absurd, "--save_period", "1")
+    assert run(argv, output) == 2
+    folder = only_run(tmp_path)
+    sentence = error_of(output)
+    assert sentence.startswith("error: loss or gradient is no longer a number in epoch 1, iteration ")
+    assert sentence.endswith(f"The batch is described in {folder / 'bad_batch.json'}")
+    evidence = json.loads((folder / "bad_batch.json").read_text())
+    assert evidence["iteration"] > 1 and set(evidence["losses"]) == {"sdm_loss", "id_loss"}
+    assert all(len(evidence[key]) == 8 for key in ("pids", "image_ids", "caption_ids"))
+    last = load_checkpoint(folder / "last.pth")
+    assert last["iteration"] == evidence["iteration"] - 1
+    assert all(weight.isfinite().all() for weight in last["model"].values())
+
+
+def poison(argv, output):
+    """A training whose memory fails: after step 2 of epoch 2 a weight is NaN."""
+    import logging
+
+    class Poison(logging.Handler):
+        def emit(self, record):
+            if "Epoch[2] Iteration[2" in record.getMessage():
+                import gc
+
+                (model,) = (thing for thing in gc.get_objects() if type(thing).__name__ == "IRRA")
+                with torch.no_grad():
+                    model.classifier.weight[0, 0] = math.nan
+
+    logging.getLogger("IRRA.train").addHandler(Poison())
+    children._train(argv, output, None)
+
+
+def test_the_last_checkpoint_stays_good_and_goes_on(data, tmp_path):
+    """The NaN comes from outside, so that the same run, resumed, ends as one that never met it."""
+    output = tmp_path / "output"
+    argv = [str(word) for word in words(data, tmp_path / "logs")]
+    process = children.CONTEXT.Process(target=poison, args=(argv, str(output)))
+    process.start()
+    assert children.end(process) == 2
+    folder = only_run(tmp_path / "logs")
+    assert "in epoch 2, iteration 3 (" in error_of(output)
+    evidence = json.loads((folder / "bad_batch.json").read_text())
+    assert math.isnan(evidence["losses"]["id_loss"]) and math.isfinite(evidence["losses"]["sdm_loss"])
+    last = load_checkpoint(folder / "last.pth")
+    assert (last["epoch"], last["iteration"]) == (1, 0)
+    assert all(weight.isfinite().all() for weight in last["model"].values())
+
+    assert run(["--resume", "--output_dir", tmp_path / "logs"], output) == 0
+    assert run(words(data, tmp_path / "unbroken"), output) == 0
+    assert differ(folder / "last.pth", only_run(tmp_path / "unbroken") / "last.pth") == []
+
+
+def test_max_grad_norm_reaches_the_training(data, tmp_path):
+    """A norm that nothing exceeds changes nothing; a small one changes the weights."""
+    ends = []
+    for norm in (None, "1e6", "0.1"):
+        more = ["--max_grad_norm", norm] if norm else []
+        argv = words(data, tmp_path / str(norm), *more, "--optimizer", "SGD", epochs=1)
+        assert run(argv, tmp_path / "output") == 0
+        ends.append(only_run(tmp_path / str(norm)) / "last.pth")
+    without, large, small = (load_checkpoint(path)["model"] for path in ends)
+    assert children.differences(without, large) == []
+    assert children.differences(without, small) != []
+
+
+# ---- out of memory ----
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB\nsecond line"),
+        MemoryError(),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory"),
+    ],
+    ids=["accelerator", "Python", "PyTorch on a CPU"],
+)
+def test_out_of_memory_says_what_to_lower(error, capsys):
+    @reports_errors
+    def main(argv):
+        with out_of_memory(CPU, 64):
+            raise error
+
+    assert main([]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: out of memory on cpu at --batch_size 64: lower --batch_size")
+    assert "--test_batch_size" in line
+
+
+def test_another_error_is_not_taken_for_it():
+    with pytest.raises(RuntimeError, match="shapes"), out_of_memory(CPU, 64):
+        raise RuntimeError("shapes cannot be multiplied")
+    with pytest.raises(InputError, match="no such file"), out_of_memory(CPU, 64):
+        raise InputError("no such file")
+
+
+def test_a_real_lack_of_memory_is_the_same_sentence():
+    with pytest.raises(InputError, match="out of memory on cpu at --batch_size 8"), out_of_memory(CPU, 8):
+        torch.empty(1 << 60)
+
+
+def test_signals_are_as_before_after_a_run(data, train_script, tmp_path):
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    argv = words(data, tmp_path, "--optimizer", "SGD", "--lr", "1e30", "--warmup_epochs", "0", epochs=1)
+    assert train_script.main(argv) == 2
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
