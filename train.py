@@ -182,20 +182,21 @@ def fit(args, device, loaders, parts, done, run, stop):
 def restore(parts, state, source):
     """Put a checkpoint's parts back; returns what it says of the progress. Of a published one the weights
     fit, but not the optimiser."""
-    from utils.checkpoint import load_weights
+    from utils.checkpoint import check_groups, load_optimizer, load_weights
 
-    groups = [len(group["params"]) for group in state.get("optimizer", {}).get("param_groups", [])]
-    own = [len(group["params"]) for group in parts["optimizer"].param_groups]
-    if groups != own:
-        raise InputError(
-            f"{source} cannot be resumed: its optimiser has {len(groups)} parameter groups, ours {len(own)} "
-            "(the published code makes one of each parameter; such a file is for test.py)"
-        )
+    check_groups(parts["optimizer"], state.get("optimizer"), source)
     load_weights(parts["model"], state["model"], source)
-    parts["optimizer"].load_state_dict(state["optimizer"])
-    parts["scheduler"].load_state_dict(state["scheduler"])
-    kept = ("epoch", "iteration", "best_R1", "best_epoch", "meters")
-    return {key: state[key] for key in kept if key in state}
+    load_optimizer(parts["optimizer"], state["optimizer"], source)
+    kinds = {"epoch": int, "iteration": int, "best_R1": float, "best_epoch": int, "meters": dict}
+    kept = {key: state[key] for key in kinds if key in state}
+    try:
+        parts["scheduler"].load_state_dict(state["scheduler"])
+        wrong = next((key for key, value in kept.items() if not isinstance(value, kinds[key])), None)
+    except (KeyError, TypeError) as error:
+        wrong = f"scheduler ({error!r})"
+    if wrong or "epoch" not in kept:
+        raise InputError(f"{source} cannot be resumed: its part {wrong or 'epoch'} is missing or damaged")
+    return kept
 
 
 if __name__ == "__main__":

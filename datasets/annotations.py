@@ -101,6 +101,11 @@ def _kind(value):
     return "an empty list" if value == [] else f"a {type(value).__name__}"
 
 
+def _short(value):
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}…"
+
+
 def check_record(record, number, path, path_key):
     """(split, pid, relative image path, captions) of one record, or an error that names record and key."""
     where = f"{path}, record {number}"
@@ -116,14 +121,16 @@ def check_record(record, number, path, path_key):
         pid = int(pid) if isinstance(pid, (int, str)) and not isinstance(pid, bool) else None
     except ValueError:
         pid = None
-    if pid is None:
-        raise InputError(f"{where}: id must be a whole number, not {record['id']!r}")
+    if pid is None or abs(pid) >= 2**62:  # PyTorch's whole numbers
+        raise InputError(
+            f"{where}: id must be a whole number of at most 18 digits, not {_short(record['id'])}"
+        )
     if not isinstance(split, str):
-        raise InputError(f"{where}: split must be a word such as train, not {split!r}")
+        raise InputError(f"{where}: split must be a word such as train, not {_short(split)}")
     if not isinstance(image, str) or not image:
-        raise InputError(f"{where}: {path_key} must be the path of an image, not {image!r}")
+        raise InputError(f"{where}: {path_key} must be the path of an image, not {_short(image)}")
     if PurePosixPath(image).is_absolute() or ".." in PurePosixPath(image).parts or "\0" in image:
-        raise InputError(f"{where}: {path_key} {image!r} leaves the image folder")
+        raise InputError(f"{where}: {path_key} {_short(image)} leaves the image folder")
     if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
         raise InputError(f"{where}: captions must be a list of sentences")
     return split, pid, image, captions
@@ -202,8 +209,8 @@ def check_images(dataset_name, image_paths, folder):
     if missing:
         below = sorted({os.path.relpath(os.path.dirname(path), folder) for path in missing})
         raise InputError(
-            f"{dataset_name}: {len(missing)} images are missing, the first is {min(missing)}; unpack into "
-            f"{folder} (below: {', '.join(below[:7])}{', …' if len(below) > 7 else ''})"
+            f"{dataset_name}: {len(missing)} images are missing, the first is {min(missing)[:300]}; unpack "
+            f"into {folder} (below: {', '.join(below[:7])[:300]}{', …' if len(below) > 7 else ''})"
         )
 
 

@@ -169,7 +169,8 @@ class FiniteWatch:
     def __init__(self, model, optimizer, epoch, period):
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer, self.epoch = optimizer, epoch
-        self.period = period if optimizer.defaults.get("fused") else 1
+        self.fused = bool(optimizer.defaults.get("fused"))  # others refuse found_inf: then the host looks
+        self.period = period if self.fused else 1
         self.first, self.recent = None, []
 
     def before_step(self, step, loss, report, batch):
@@ -177,7 +178,8 @@ class FiniteWatch:
         # the largest magnitude, not the 2-norm, which overflows in fp16 where no gradient does
         largest = torch.nn.utils.get_total_norm(gradients, norm_type=float("inf"))
         finite = torch.isfinite(loss.detach()) & torch.isfinite(largest)
-        self.optimizer.found_inf = (~finite).float()
+        if self.fused:
+            self.optimizer.found_inf = (~finite).float()
         failed = torch.where(finite, torch.inf, float(step))
         self.first = failed if self.first is None else torch.minimum(self.first, failed)
         losses = {name: value.detach() for name, value in report.items() if "loss" in name}

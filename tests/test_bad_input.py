@@ -196,14 +196,20 @@ ODD_RECORDS = {  # file contents, and what the sentence says, or None where it t
         "training ids must be 1..5 without a gap, but 2 are missing",
     ),
     "an id of a billion": ([*SOUND, record(id=10**9)], "training ids must be 1..1000000000 without a gap"),
-    "an id of 30 digits": ([*SOUND, record(id=10**30)], "training ids must be"),
+    "an id of 30 digits": ([*SOUND, record(id=10**30)], "record 4: id must be a whole number of at most 18"),
     "an id of 5000 digits": ('[{"split":"train","id":' + "9" * 5000 + "}]", "reid_raw.json"),
     "a word of 5000 digits": ([*SOUND, record(id="9" * 5000)], "record 4: id must be a whole number"),
     "a negative id": ([record(id=-5), *SOUND[1:]], "training ids must be"),
     "an id of 0": ([record(id=0), *SOUND[1:]], "training ids must be"),
     "a test id of 30 digits": ([*SOUND, record(id=10**30, split="test")], "record 4"),
-    "id true": ([record(id=True), *SOUND[1:]], "record 0: id must be a whole number, not True"),
-    "id 1.0": ([record(id=1.0), *SOUND[1:]], "record 0: id must be a whole number, not 1.0"),
+    "id true": (
+        [record(id=True), *SOUND[1:]],
+        "record 0: id must be a whole number of at most 18 digits, not True",
+    ),
+    "id 1.0": (
+        [record(id=1.0), *SOUND[1:]],
+        "record 0: id must be a whole number of at most 18 digits, not 1.0",
+    ),
     "id NaN": ('[{"split":"train","id":NaN,"file_path":"a.jpg","captions":[]}]', "record 0: id must be"),
     "captions as one sentence": ([record(captions="a man"), *SOUND[1:]], "record 0: captions must be a list"),
     "captions of words": ([record(captions=[["a", "man"]]), *SOUND[1:]], "record 0: captions must be a list"),
@@ -256,7 +262,9 @@ def ramp(dtype, top):
     return (np.linspace(0, 1, 64 * 32).reshape(64, 32) * top).astype(dtype)
 
 
-PICTURE = Image.fromarray(np.random.RandomState(0).randint(0, 256, (64, 32, 3), dtype=np.uint8))
+PICTURE = Image.fromarray(np.random.RandomState(0).randint(0, 256, (8, 4, 3), dtype=np.uint8)).resize(
+    (32, 64)
+)
 FRAMES = [PICTURE.rotate(90 * turn) for turn in range(3)]
 
 
@@ -311,8 +319,8 @@ BROKEN_IMAGES = {
     "a bomb of 10^18 pixels": bomb(10**9),
     "a header of 0 x 0": bomb(0),
 }
-for name in ("JPEG", "PNG", "animated GIF", "animated WebP", "CMYK TIFF"):
-    whole = SOUND_IMAGES[name]
+for name in ("JPEG", "PNG", "GIF", "WEBP", "TIFF"):
+    whole = encoded(PICTURE, name)
     for share in (0.02, 0.1, 0.5, 0.9):
         BROKEN_IMAGES[f"{name}, {share:.0%} of it"] = whole[: int(len(whole) * share)]
 
@@ -349,7 +357,18 @@ def test_odd_images_train(pictures, tried, train_script, tmp_path):
     for name in ("PNG", "with alpha", "animated PNG"):
         assert (shown[name] == expected).all(), name
     for name in ("JPEG", "CMYK JPEG", "CMYK TIFF", "progressive", "bytes after the end"):
-        assert np.corrcoef(shown[name].ravel(), expected.ravel())[0, 1] > 0.7, name
+        assert np.corrcoef(shown[name].ravel(), expected.ravel())[0, 1] > 0.9, name
+
+
+@pytest.mark.xfail(
+    reason="PIL's convert('RGB') cuts 16 bits at 255: all but white in datasets.transforms.read_image"
+)
+def test_sixteen_bits_become_eight(pictures):
+    from datasets.transforms import read_image
+
+    number = list(SOUND_IMAGES).index("16 bit")
+    shown = np.asarray(read_image(pictures / "CUHK-PEDES" / "imgs" / f"{number}.jpg"), float)
+    assert np.abs(shown[:, :, 0] - ramp(float, 255)).max() <= 1
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -379,7 +398,7 @@ def test_broken_images_are_found_by_the_check(tried, tmp_path):
     """Each decoded; those that hold no whole picture are named, none of them hangs or fills the memory."""
     path = write_set(tmp_path, SOUND)
     images = path.parent / "imgs"
-    for number, (name, contents) in enumerate(BROKEN_IMAGES.items()):
+    for number, contents in enumerate(BROKEN_IMAGES.values()):
         (images / f"{number}.jpg").write_bytes(contents)
     for first in range(0, len(BROKEN_IMAGES), 10):  # ten are named at a time
         numbers = range(first, min(first + 10, len(BROKEN_IMAGES)))
@@ -593,7 +612,22 @@ YAMLS = {
 }
 
 
-@pytest.mark.parametrize("contents", YAMLS.values(), ids=YAMLS)
+OPEN = {  # what utils.options does not yet refuse
+    "a timestamp that is none": pytest.mark.xfail(
+        reason="read_yaml lets AttributeError through", strict=True
+    ),
+    "a bomb of aliases": pytest.mark.xfail(run=False, reason="_check_value's message writes a value out"),
+    "a bomb of aliases in a list option": pytest.mark.xfail(run=False, reason="the same"),
+    "a bomb of aliases in a mapping option": pytest.mark.xfail(run=False, reason="the same"),
+    "a bomb of merges": pytest.mark.xfail(
+        run=False, reason="SafeLoader writes merges out: aliases not counted"
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "contents", [pytest.param(text, id=name, marks=OPEN.get(name, ())) for name, text in YAMLS.items()]
+)
 def test_odd_configurations(contents, data, tried, train_script, tmp_path):
     path = tmp_path / "config.yaml"
     path.write_bytes(contents if isinstance(contents, bytes) else contents.encode("utf-8"))
@@ -627,22 +661,25 @@ def planted(marker):
     return {
         "pickle as .pth": ("last.pth", pickle.dumps({"model": payload})),
         "zip as .pth": ("last.pth", torch_bytes({"model": {"weight": payload}})),
-        "old format as .pth": ("last.pth", torch_bytes({"model": payload}, _use_new_zipfile_serialization=False)),
+        "old format as .pth": (
+            "last.pth",
+            torch_bytes({"model": payload}, _use_new_zipfile_serialization=False),
+        ),
         "beside the model as .pth": ("last.pth", torch_bytes({**SMALL, "args": payload})),
         "zip as .pt": ("clip.pt", torch_bytes({"visual.proj": payload})),
         "pickle as .pt": ("clip.pt", pickled),
         "TorchScript as .pt": ("clip.pt", zipped(clip__data_pkl=pickled, clip__constants_pkl=pickled)),
         "TorchScript's state as .pt": (
             "clip.pt",
-            zipped(clip__data_pkl=pickle.dumps({"state": [payload]}, protocol=2), clip__constants_pkl=pickled),
+            zipped(clip__data_pkl=pickle.dumps({"state": [payload]}, 2), clip__constants_pkl=pickled),
         ),
         "pickle as .safetensors": ("clip.safetensors", pickled),
         "apply in .yaml": ("config.yaml", f"name: !!python/object/apply:os.system [\"{command}\"]".encode()),
         "new in .yaml": ("config.yaml", f"name: !!python/object/new:os.system [\"{command}\"]".encode()),
         "list items in .yaml": (
             "config.yaml",
-            f"name: !!python/object/new:type {{args: [z, !!python/tuple [], {{extend: !!python/name:exec}}],"
-            f" listitems: \"__import__('os').system('{command}')\"}}".encode(),
+            f"name: !!python/object/new:type {{args: [z, !!python/tuple [], {{extend: !!python/name:exec }}],"
+            f" listitems: \"open('{marker}', 'w')\"}}".encode(),
         ),
     }  # fmt: skip
 
@@ -679,10 +716,10 @@ def test_planted_code_is_refused_and_never_runs(
 def test_the_planted_code_would_run_elsewhere(tmp_path):
     """Else the test above would prove nothing."""
     for name, (file_name, contents) in planted(tmp_path / "it ran").items():
-        if file_name == "last.pth":
-            torch.load(io.BytesIO(contents), weights_only=False)
-        elif name.startswith("pickle"):
+        if name.startswith("pickle"):
             pickle.loads(contents)
+        elif file_name == "last.pth":
+            torch.load(io.BytesIO(contents), weights_only=False)
         elif "TorchScript" in name:
             with zipfile.ZipFile(io.BytesIO(contents)) as archive:
                 pickle.loads(archive.read("clip/data.pkl"))

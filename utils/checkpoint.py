@@ -43,16 +43,7 @@ def load_checkpoint(path):
         raise InputError(
             f"{path} is refused: it is damaged or holds more than plain weights ({_first(error)})"
         ) from None
-    except (
-        OSError,
-        RuntimeError,
-        EOFError,
-        ValueError,
-        KeyError,
-        AttributeError,
-        TypeError,
-        IndexError,
-    ) as error:
+    except Exception as error:  # whatever PyTorch's readers trip over, the file is no checkpoint
         raise InputError(f"{path} cannot be read as a checkpoint: {_first(error)}") from None
     if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
         raise InputError(f'{path} is not a checkpoint of a run: it has no "model" part')
@@ -67,6 +58,34 @@ def _first(error):
 def _neighbours(path):
     names = sorted(p.name for p in path.parent.glob("*.pth")) if path.parent.is_dir() else []
     return f" (that folder holds {', '.join(names)})" if names else f" (no .pth file lies in {path.parent})"
+
+
+def check_groups(optimizer, saved, source):
+    """Raises InputError where a saved optimiser has other parameter groups than this one."""
+    own = [len(group["params"]) for group in optimizer.param_groups]
+    try:
+        groups = [len(group["params"]) for group in saved["param_groups"]]
+    except (TypeError, KeyError):
+        raise InputError(f"{source} cannot be resumed: its optimizer part is missing or damaged") from None
+    if groups != own:
+        raise InputError(
+            f"{source} cannot be resumed: its optimiser has {len(groups)} parameter groups, ours {len(own)} "
+            "(the published code makes one of each parameter; such a file is for test.py)"
+        )
+
+
+def load_optimizer(optimizer, saved, source):
+    """Load an optimiser's state where it fits: a misshapen moment makes PyTorch write beside it."""
+    shapes = [p.shape for group in optimizer.param_groups for p in group["params"]]
+    try:
+        for index, moments in saved["state"].items():
+            for name, moment in moments.items():
+                if isinstance(moment, torch.Tensor) and moment.ndim and moment.shape != shapes[index]:
+                    raise ValueError(f"{name} of parameter {index} is {list(moment.shape)}")
+        optimizer.load_state_dict(saved)
+    except (TypeError, KeyError, IndexError, AttributeError, ValueError) as error:
+        reason = f"its optimizer part does not fit ({type(error).__name__}: {_first(error)})"
+        raise InputError(f"{source} cannot be resumed: {reason}") from None
 
 
 def load_weights(model, weights, source):
