@@ -139,10 +139,9 @@ def mask_tokens(ids, noise, mask_rate=0.8, unchanged_rate=0.1):
     eligible = (ids > 0) & (ids < MASK)
     chosen = eligible & (noise[:, 0] < 0.15)
     fate = noise[:, 0] / 0.15
-    mlm_ids = ids.clone()
-    mlm_ids[chosen & (fate < mask_rate)] = MASK
+    mlm_ids = torch.where(chosen & (fate < mask_rate), MASK, ids)
     to_random = chosen & (fate >= mask_rate) & (fate < 1 - unchanged_rate)
-    mlm_ids[to_random] = 1 + (noise[:, 1] * (MASK - 1)).long()[to_random]
+    mlm_ids = torch.where(to_random, 1 + (noise[:, 1] * (MASK - 1)).long(), mlm_ids)
     labels = torch.where(chosen, ids, 0)
     # position 1 is EOT in an empty caption, and id 0 in one that starts with "!!": that is the forced label
     forced = ~(labels != 0).any(dim=1)

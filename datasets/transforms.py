@@ -89,9 +89,8 @@ def place(pixels, top, left, out):
     """`shifted`, of arrays, into out."""
     H, W = pixels.shape[1:]
     y0, y1, x0, x1 = max(top, 0), min(top, 0) + H, max(left, 0), min(left, 0) + W
-    if top or left:
-        out[:] = 0
     out[:, y0 - top : y1 - top, x0 - left : x1 - left] = pixels[:, y0:y1, x0:x1]
+    out[:, : y0 - top] = out[:, y1 - top :] = out[:, :, : x0 - left] = out[:, :, x1 - left :] = 0
 
 
 def erase_box(H, W, generator):
@@ -101,9 +100,8 @@ def erase_box(H, W, generator):
         return nothing
     for _ in range(10):
         area = H * W * uniform(generator, *ERASE_SCALE)
-        ratio = (
-            torch.tensor([uniform(generator, *LOG_RATIO)]).exp().item()
-        )  # in fp32, as torchvision takes it
+        # in fp32, as torchvision takes it
+        ratio = FLOAT.uniform_(*LOG_RATIO, generator=generator).exp_().item()
         h, w = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if h < H and w < W:
             return below(H - h + 1, generator), below(W - w + 1, generator), h, w

@@ -1,3 +1,3 @@
-from solver.build import build_lr_scheduler, build_optimizer
+from solver.build import build_lr_scheduler, build_optimizer, frac_unmoved, sampled_weights
 
-__all__ = ["build_lr_scheduler", "build_optimizer"]
+__all__ = ["build_lr_scheduler", "build_optimizer", "frac_unmoved", "sampled_weights"]

@@ -120,3 +120,23 @@ def build_lr_scheduler(args, optimizer):
         target_lr=args.target_lr,
         power=args.power,
     )
+
+
+# ---- what a step moves ----
+
+SAMPLED = 16  # one weight in so many
+
+
+def sampled_weights(model):
+    """A copy of every 16th weight of the parameters that are trained, to be compared after a step."""
+    trained = (p.detach() for p in model.parameters() if p.requires_grad)
+    return [p.flatten()[::SAMPLED].clone() for p in trained]
+
+
+def frac_unmoved(model, before):
+    """Share of sampled_weights that a step left exactly as they were; a tensor, read at log time.
+
+    In fp16, as published, most updates are smaller than half the distance to a weight's neighbour.
+    """
+    same = [(x == y).sum() for x, y in zip(sampled_weights(model), before, strict=True)]
+    return torch.stack(same).sum() / sum(x.numel() for x in before)

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from benchmarks import published
-from solver import build_optimizer
+from solver import build_optimizer, frac_unmoved, sampled_weights
 from tests import recipe
 
-B, EOT, MASK = 6, 49407, 49405
+B, EOT, MASK = 4, 49407, 49405
 EXACT = {torch.float32: 1e-6, torch.float64: 1e-12}
 
 
@@ -22,7 +22,7 @@ def batch_of(seed, clean=False, dtype=torch.float32):
     chosen[:, 1] = True
     mlm_ids = ids.masked_fill(chosen, MASK)
     return {
-        "pids": torch.tensor([3, 5, 3, 0, 36, 5]),
+        "pids": torch.tensor([3, 36, 3, 0]),
         "image_ids": torch.arange(B),
         "images": recipe.pixels(seed, (B, 3, 96, 32)).to(dtype),
         "caption_ids": ids if clean else mlm_ids.clone(),
@@ -46,9 +46,9 @@ def gradients(model, report):
 
 
 def close(found, expected, tolerance, what):
-    """Equal up to a share of the largest magnitude."""
-    scale = float(expected.abs().max()) or 1.0
-    assert float((found - expected).abs().max()) <= tolerance * scale, what
+    """The difference is at most this share of what is expected, both measured by their norm."""
+    off = float((found - expected).norm()) / (float(expected.norm()) or 1.0)
+    assert off <= tolerance, f"{what}: {off:.2g}"
 
 
 CASES = [
@@ -66,10 +66,16 @@ def test_losses_and_gradients_are_those_of_the_plain_computation(dtype, clean):
     for name in ("sdm_loss", "id_loss", "mlm_loss", "img_acc", "txt_acc", "mlm_acc"):
         close(found[name].detach(), expected[name].detach(), EXACT[dtype], name)
     of_plain = gradients(model, expected)
-    # fp32 gradients add up in another order: their own rounding, against float64, is some 1e-6 in both
-    tolerance = 10 * EXACT[dtype]
-    for name, gradient in gradients(model, model(batch)).items():
-        close(gradient, of_plain[name], tolerance, name)
+    of_ours = gradients(model, found)
+    if dtype == torch.float64:
+        for name, gradient in of_ours.items():
+            close(gradient, of_plain[name], EXACT[dtype], name)
+    else:  # the plain computation's own rounding, against float64, is 1.8e-6
+        close(flat(of_ours), flat(of_plain), 2e-6, "gradient")
+
+
+def flat(gradients):
+    return torch.cat([gradient.flatten() for gradient in gradients.values()]).double()
 
 
 @pytest.mark.parametrize("switch", published.SWITCHES)
@@ -86,7 +92,7 @@ def test_each_shortcut_alone_changes_nothing(switch):
 
 @pytest.mark.parametrize(("dtype", "clean"), CASES)
 def test_ten_steps_end_at_the_same_weights(dtype, clean):
-    args = recipe.tiny_args(MLM=True, lr=1e-3)
+    args = recipe.tiny_args(MLM=True)  # the recipe's rate
     ours, plain = model_of(dtype), model_of(dtype)
     optimizers = build_optimizer(args, ours), published.optimizer_of(args, plain)
     assert len(optimizers[0].param_groups) < 10 < len(optimizers[1].param_groups)
@@ -100,11 +106,11 @@ def test_ten_steps_end_at_the_same_weights(dtype, clean):
             total(report).backward()
             optimizer.step()
             losses.append(total(report).detach())
-        close(losses[0], losses[1], (10 if step else 1) * EXACT[dtype], f"loss of step {step}")
+        close(losses[0], losses[1], EXACT[dtype], f"loss of step {step}")
     reached = dict(plain.named_parameters())
     for name, parameter in ours.named_parameters():
         assert not torch.equal(reached[name], start[name]), name
-        close(parameter.detach(), reached[name].detach(), 10 * EXACT[dtype], name)
+        close(parameter.detach(), reached[name].detach(), EXACT[dtype], name)
 
 
 def test_activation_keeps_only_its_input_and_has_the_plain_slope():
@@ -135,21 +141,20 @@ def test_clean_captions_are_cut_to_a_few_lengths():
 
 def test_compiled_encoders_keep_keys_and_values_and_are_compiled_once():
     plain, model = model_of(), model_of()
-    model.compile_encoders(backend="aot_eager")  # the graphs of torch.compile, without its slow code generation
+    model.compile_encoders(
+        backend="aot_eager"
+    )  # the graphs of torch.compile, without its slow code generation
     assert model.state_dict().keys() == plain.state_dict().keys()
     graphs = torch._dynamo.utils.counters["stats"]
 
-    def step(batch):
-        found, expected = model(batch), plain(batch)
-        close(total(found).detach(), total(expected).detach(), 1e-6, "loss")
-        for name, gradient in gradients(model, found).items():
-            close(gradient, gradients(plain, plain(batch))[name] if not name else gradient, 1e-5, name)
-
     torch._dynamo.reset()
-    step(batch_of(1, clean=True))
+    batch = batch_of(1, clean=True)
+    found, expected = model(batch), plain(batch)
+    close(total(found).detach(), total(expected).detach(), 1e-6, "loss")
+    close(flat(gradients(model, found)), flat(gradients(plain, expected)), 2e-6, "gradient")
     compiled = graphs["unique_graphs"]
-    for seed, rows in ((2, B), (3, 4), (4, B), (5, 2), (6, B)):  # other lengths, a smaller last batch
-        step({key: value[:rows] for key, value in batch_of(seed, clean=True).items()})
+    for seed, rows in ((2, B), (3, 3), (4, B), (5, 2)):  # other lengths, a smaller last batch
+        total(model({key: value[:rows] for key, value in batch_of(seed, clean=True).items()})).backward()
     assert graphs["unique_graphs"] == compiled
     with torch.no_grad():
         images = batch_of(7)["images"]
@@ -171,10 +176,20 @@ def test_the_loop_keeps_nothing_from_step_to_step():
     counts, cpu = [], torch.device("cpu")
 
     def tensors(step, meters):
-        if step in (4, 24):
+        if step in (4, 12):
             gc.collect()
-            counts.append(sum(isinstance(x, torch.Tensor) for x in gc.get_objects()))
+            counts.append(sum(issubclass(type(x), torch.Tensor) for x in gc.get_objects()))
 
-    batches = [batch_of(seed) for seed in range(2)] * 12
+    batches = [batch_of(seed) for seed in range(2)] * 6
     train_one_epoch(model, batches, optimizer, cpu, epoch=1, log_period=100, after_step=tensors)
-    assert counts[0] == counts[1]
+    assert counts[1] <= counts[0]
+
+
+def test_frac_unmoved_is_the_share_of_weights_a_step_left_alone():
+    model = torch.nn.Linear(64, 32, bias=False).half()
+    before = sampled_weights(model)
+    assert frac_unmoved(model, before) == 1
+    with torch.no_grad():
+        model.weight[:8] += 1
+        model.weight[8:] += 1e-9  # too little for fp16
+    assert frac_unmoved(model, before) == 0.75
