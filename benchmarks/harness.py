@@ -1,0 +1,120 @@
+"""What the benchmarks share: arms that take turns in one process, their memory, a line of JSON a figure."""
+
+import ctypes
+import gc
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def interleaved(arms, repeats=5, warm_up=1, device=None):
+    """Functions that take turns, so that a busy machine is busy for all of them.
+
+    Returns ({name: median seconds}, {name: median seconds of CPU}); the second counts all threads together,
+    and other work on the machine hardly lengthens it.
+    """
+    taken = {name: [] for name in arms}
+    for turn in range(warm_up + repeats):
+        for name, run in arms.items():
+            synchronise(device)
+            start = time.perf_counter(), time.process_time()
+            run()
+            synchronise(device)
+            if turn >= warm_up:
+                taken[name].append((time.perf_counter() - start[0], time.process_time() - start[1]))
+    return tuple(
+        {name: statistics.median(times[clock] for times in all_times) for name, all_times in taken.items()}
+        for clock in (0, 1)
+    )
+
+
+def synchronise(device):
+    if device is not None and device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_memory(run, device=None):
+    """(peak, extra) bytes: the most that the process held while `run` ran, and how far that is above before.
+
+    On CUDA what PyTorch allocated; else the resident memory of the whole process (Linux), libraries included.
+    """
+    gc.collect()
+    if device is not None and device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        peak = torch.cuda.max_memory_allocated(device)
+        return peak, peak - before
+    if not os.path.exists("/proc/self/clear_refs"):
+        return None, None
+    ctypes.CDLL(None).malloc_trim(0)  # what an earlier arm freed goes back first
+    before = _status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+    run()
+    peak = _status("VmHWM")
+    return peak, peak - before
+
+
+def _status(key):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(key + ":"))
+
+
+def record(figure, arms, unit, baseline="published", better="less", device=None, **details):
+    """Print one figure as a JSON line and add it to benchmarks/results. arms: {name: number}.
+
+    ratio: of each arm to the baseline, above 1 where the arm is better. better: less or more of the unit.
+    """
+    reference = arms.get(baseline)
+    ratio = {}
+    for name, value in arms.items():
+        if reference and value and name != baseline:
+            ratio[name] = round(value / reference if better == "more" else reference / value, 3)
+    line = {
+        "figure": figure,
+        "unit": unit,
+        "arms": {name: float(f"{value:.5g}") for name, value in arms.items()},
+        "ratio": ratio,
+        **details,
+        "command": "python -m " + " ".join([f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
+        "machine": machine(device),
+        "versions": versions(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    text = json.dumps(line, ensure_ascii=False)
+    print(text, flush=True)
+    if "PYTEST_CURRENT_TEST" not in os.environ:
+        RESULTS.mkdir(exist_ok=True)
+        with open(RESULTS / f"{Path(sys.argv[0]).stem}.jsonl", "a", encoding="utf-8") as file:
+            file.write(text + "\n")
+    return line
+
+
+def machine(device=None):
+    if device is not None and device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    if os.path.exists("/proc/cpuinfo"):
+        models = [line for line in open("/proc/cpuinfo", encoding="utf-8") if line.startswith("model name")]
+        name = models[0].partition(":")[2].strip() if models else name
+    return f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}"
+
+
+def versions():
+    found = {"python": platform.python_version()}
+    for package in ("torch", "torchvision", "numpy", "Pillow"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            pass
+    return found

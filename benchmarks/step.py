@@ -1,0 +1,218 @@
+"""One training step at full size (ViT-B/16, 384x128, sdm+mlm+id): time, memory, the share of each shortcut.
+
+python -m benchmarks.step                                          CPU, fp32, batch 8
+python -m benchmarks.step --device cuda --batch_size 64            a GPU, fp16 as published
+python -m benchmarks.step --optimizer                              the optimiser's host time alone
+python -m benchmarks.step --growth 2000                            how much memory the loop gains, tiny model
+
+MFU: 158.154 GFLOP a sample, forward and backward of the published computation, times samples a second, by the
+rate of bf16 matrix products measured here. Only on an accelerator.
+"""
+
+import argparse
+from collections import defaultdict
+
+import torch
+
+from benchmarks import published
+from benchmarks.harness import _status, interleaved, peak_memory, record
+from model import build_model
+from processor.trainer import Meters, on_device
+from solver import build_optimizer
+from utils.dist import pick_device
+from utils.options import get_args
+
+GFLOP = 158.154
+PERSONS = 11003
+TINY = "embed_dim=64 vision_layers=2 vision_width=64 transformer_width=64 transformer_layers=2".split()
+
+
+def batch_of(size, img_size, seed=0):
+    """Captions as long as CUHK-PEDES' are, masked in place as published; pictures of noise."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.zeros(size, 77, dtype=torch.long)
+    lengths = (27 + 8 * torch.randn(size, generator=generator)).long().clamp(8, 76)
+    for row, length in zip(ids, lengths.tolist(), strict=True):
+        row[0], row[length] = 49406, 49407
+        row[1:length] = torch.randint(300, 40000, (length - 1,), generator=generator)
+    chosen = (ids > 0) & (ids < 49405) & (torch.rand(ids.shape, generator=generator) < 0.15)
+    chosen[:, 1] |= ~chosen.any(1)
+    masked = ids.masked_fill(chosen, 49405)
+    return {
+        "pids": torch.randint(0, PERSONS, (size,), generator=generator),
+        "image_ids": torch.arange(size),
+        "images": torch.randn(size, 3, *img_size, generator=generator),
+        "caption_ids": masked,
+        "mlm_ids": masked.clone(),
+        "mlm_labels": ids * chosen,
+    }
+
+
+def options(args):
+    words = ["--pretrain_choice", "random", "--MLM", "--loss_names", "sdm+mlm+id", "--device", args.device]
+    if args.tiny:
+        words += ["--img_size", "64", "32", "--clip_architecture", *TINY]
+    if args.precision:
+        words += ["--precision", args.precision]
+    return get_args(words)
+
+
+def our_step(model, optimizer, batch, device, meters):
+    """As in processor.trainer, between two log lines."""
+    batch = {key: on_device(value, device) for key, value in {**batch, **model.plan(batch)}.items()}
+    optimizer.zero_grad(set_to_none=True)  # before the forward pass, whose memory takes the gradients' place
+    report = model(batch)
+    loss = sum(value for name, value in report.items() if "loss" in name)
+    loss.backward()
+    optimizer.step()
+    meters.update({"loss": loss, **report}, len(batch["pids"]))
+
+
+def arms_of(options, model, batch, device, names):
+    """{arm: a function that takes one step}. All work on one model, each with an optimiser of its own."""
+
+    def plain(switches, merged):
+        optimizer = build_optimizer(options, model) if merged else published.optimizer_of(options, model)
+        meters = defaultdict(published.Meter)
+        return lambda: published.train_step(model, optimizer, batch, device, meters, switches)
+
+    def ours():
+        optimizer, meters = build_optimizer(options, model), Meters()
+        return lambda: our_step(model, optimizer, batch, device, meters)
+
+    made = {
+        "published": lambda: plain((), False),
+        "merged, fused optimiser": lambda: plain((), True),
+        **{name: lambda name=name: plain((name,), False) for name in (*published.SWITCHES, "no waits")},
+        "ours": ours,
+    }
+    return {name: made[name]() for name in names}
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--precision", default=None)
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--tiny", action="store_true", help="a tiny model: whether the benchmark runs at all")
+    parser.add_argument(
+        "--alone", action="store_true", help="each shortcut alone too (memory for six optimisers)"
+    )
+    parser.add_argument("--compile", action="store_true", help="an arm with compiled encoders too")
+    parser.add_argument("--optimizer", action="store_true")
+    parser.add_argument("--growth", type=int, default=0, metavar="STEPS")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    if args.growth:
+        return growth(args)
+    if args.optimizer:
+        return optimizer_time(args)
+    device, chosen = pick_device(args.device), options(args)
+    torch.manual_seed(0)
+    model = build_model(chosen, PERSONS)
+    model.train()
+    batch = batch_of(args.batch_size, chosen.img_size)
+    if device.type == "cuda":
+        batch = {key: value.pin_memory() for key, value in batch.items()}
+    precision = args.precision or ("fp16" if device.type == "cuda" else "fp32")
+    what = f"training step, batch {args.batch_size}, {precision}" + (", tiny model" if args.tiny else "")
+    names = ["published", *published.SWITCHES, "no waits", "merged, fused optimiser", "ours"]
+    if not args.alone:
+        names = ["published", "ours"]
+    tensors = sum(p.numel() * p.element_size() for p in model.parameters())
+    # memory first, one arm at a time: two optimisers' states at once would hide what a step needs
+    peak, beyond = {}, {}
+    for name in ("published", "ours"):
+        step = arms_of(chosen, model, batch, device, [name])[name]
+        step()
+        peak[name], _ = peak_memory(step, device)
+        del step
+        model.zero_grad(set_to_none=True)
+    note = "whole process: weights, gradients, Adam's two moments, libraries"
+    if all(peak.values()):
+        beyond = {name: (value - 4 * tensors) / 2**20 for name, value in peak.items()}
+        peak = {name: value / 2**20 for name, value in peak.items()}
+        record(f"{what}, peak memory", peak, "MiB", device=device, note=note)
+        note = "the peak less weights, gradients and Adam's two moments"
+        record(f"{what}, peak memory beyond these", beyond, "MiB", device=device, note=note)
+    if not args.repeats:  # memory alone
+        return
+    arms = arms_of(chosen, model, batch, device, names)
+    if args.compile:
+        compiled = build_model(chosen, PERSONS)
+        compiled.train()
+        compiled.compile_encoders()
+        arms["ours, compiled"] = arms_of(chosen, compiled, batch, device, ["ours"])["ours"]
+    warm_up = 3 if device.type == "cuda" else 0
+    seconds, cpu_seconds = interleaved(arms, args.repeats, warm_up, device)
+    record(f"{what}, time", {name: 1000 * s for name, s in seconds.items()}, "ms", device=device)
+    if device.type == "cpu":
+        milliseconds = {name: 1000 * s for name, s in cpu_seconds.items()}
+        record(f"{what}, CPU time", milliseconds, "ms", device=device)
+    speed = {name: args.batch_size / s for name, s in seconds.items()}
+    record(f"{what}, speed", speed, "samples/s", better="more", device=device)
+    if device.type == "cuda" and not args.tiny:
+        rate = bf16_rate(device)
+        mfu = {name: 100 * GFLOP * 1e9 * s / rate for name, s in speed.items()}
+        note = f"of {rate / 1e12:.0f} TFLOP/s measured in bf16"
+        record(f"{what}, MFU", mfu, "%", better="more", device=device, note=note)
+
+
+def bf16_rate(device, size=8192):
+    """FLOP/s of square matrix products."""
+    a = torch.randn(size, size, device=device, dtype=torch.bfloat16)
+    seconds = interleaved({"product": lambda: [a @ a for _ in range(10)]}, 5, 2, device)[0]["product"]
+    return 10 * 2 * size**3 / seconds
+
+
+def optimizer_time(args):
+    """Adam's step over the model's 367 tensors, each cut to one number: what remains is the host's work."""
+    chosen, device = options(args), pick_device(args.device)
+    model = build_model(chosen, PERSONS)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.flatten()[:1].clone()
+        parameter.grad = torch.ones_like(parameter)
+    arms = {
+        "published": published.optimizer_of(chosen, model).step,
+        "ours": build_optimizer(chosen, model).step,
+    }
+    tensors = len(list(model.parameters()))
+    measured = interleaved(arms, max(args.repeats, 21), 3, device)
+    for seconds, what in zip(measured, ("host time", "host CPU time"), strict=True):
+        milliseconds = {name: 1000 * s for name, s in seconds.items()}
+        note = f"{tensors} tensors of one number each"
+        record(f"optimiser step, {what}", milliseconds, "ms", device=device, note=note)
+
+
+def growth(args):
+    """Resident memory over many steps of the training loop."""
+    from processor.trainer import train_one_epoch
+
+    args.tiny = True
+    chosen, device = options(args), pick_device(args.device)
+    model = build_model(chosen, 50)
+    batches = [batch_of(4, chosen.img_size, seed) for seed in range(8)]
+    batches = [{**batch, "pids": batch["pids"] % 50} for batch in batches]
+    optimizer, held = build_optimizer(chosen, model), {}
+    first, last = args.growth // 2, args.growth + args.growth // 2
+
+    def look(step, meters):
+        if step in (first, last):
+            held[step] = _status("VmRSS")
+
+    loader = [batches[step % 8] for step in range(last)]
+    train_one_epoch(model, loader, optimizer, device, 1, log_period=10**9, after_step=look)
+    grown = (held[last] - held[first]) / args.growth
+    record(
+        "host memory, growth a step",
+        {"ours": grown},
+        "bytes",
+        note=f"over {args.growth} steps",
+        device=device,
+    )
+
+
+if __name__ == "__main__":
+    main()
