@@ -237,7 +237,7 @@ class GalleryIndex:
 def new_faiss(kind, vectors):
     """A FAISS index of L2-normalised vectors [n, D] by inner product: flat is exact, ivf and hnsw are not.
 
-    ivf: 4·√n cells of like vectors, of which a query visits 64. hnsw: a graph, 32 links a vector.
+    ivf: 4·√n cells of like vectors, of which a query visits a sixteenth, 64 at least. hnsw: a graph, 32 links a vector.
     """
     faiss = extra("faiss")
     n, width = vectors.shape
@@ -260,7 +260,7 @@ def new_faiss(kind, vectors):
 def set_effort(index, kind):
     """How much a query may look at: recall against time (benchmarks/search.py measures both)."""
     if kind == "ivf" and hasattr(index, "nprobe"):
-        index.nprobe = 64
+        index.nprobe = max(64, index.nlist // 16)
     elif kind == "hnsw":
         index.hnsw.efSearch = 128
 

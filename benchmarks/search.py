@@ -1,0 +1,157 @@
+"""Searching: time of an answer, and the recall and time of the index types against exact search.
+
+python -m benchmarks.search                              an answer over 10 000 pictures, ViT-B/16's size
+python -m benchmarks.search --index 1000000              flat, ivf and hnsw over a million vectors
+python -m benchmarks.search --index 200000 --kinds ivf   a smaller one
+
+Vectors are drawn: persons in a space of 64 dimensions, turned into 512, ten noisy pictures each; a query is
+another noisy view of a person. Evenly spread vectors would be harder for ivf and hnsw than features are.
+"""
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks.harness import record
+from retrieval.encoders import Encoders
+from retrieval.gallery import GalleryIndex, Stamp, new_faiss, set_effort
+from utils.extras import extra
+
+WIDTH, LATENT, VIEWS = 512, 64, 10
+
+
+def drawn(number, queries, seed=0):
+    """(vectors [number, 512], queries [queries, 512]), L2-normalised fp32."""
+    rng = np.random.default_rng(seed)
+    turn = np.linalg.qr(rng.normal(size=(WIDTH, LATENT)))[0].T.astype(np.float32)
+    persons = rng.standard_normal((-(-number // VIEWS), LATENT), np.float32)
+
+    def views(who):
+        latent = persons[who] + 0.6 * rng.standard_normal((len(who), LATENT), np.float32)
+        found = latent @ turn
+        found += 0.02 * rng.standard_normal(found.shape, np.float32)
+        found /= np.linalg.norm(found, axis=1, keepdims=True)
+        return found
+
+    vectors = np.empty((number, WIDTH), np.float32)
+    for start in range(0, number, 100_000):
+        vectors[start : start + 100_000] = views(np.arange(start, min(start + 100_000, number)) // VIEWS)
+    return vectors, views(rng.integers(len(persons), size=queries))
+
+
+def answers(pictures, repeats):
+    """Milliseconds from a typed sentence to its ten best of `pictures`, model and index loaded."""
+    from model import build_model
+    from utils.options import get_args
+
+    args = get_args(["--pretrain_choice", "random", "--loss_names", "sdm", "--device", "cpu"])
+    model = build_model(args, 1)
+    encoders = Encoders(model, args.img_size, args.text_length, torch.device("cpu"), "drawn")
+    index = GalleryIndex(None, ".", "drawn", WIDTH)
+    vectors, _ = drawn(pictures, 1)
+    found = {f"{n:07d}.jpg": Stamp(0, 0) for n in range(pictures)}
+    index.update(found, lambda paths: [(paths, vectors[: len(paths)], {})])
+    colours = ("red", "blue", "green", "yellow", "black", "white", "grey", "brown", "pink", "orange")
+    sentences = [
+        f"A {'wo' * (n % 2)}man with {colours[n % 10]} hair is wearing a {colours[n // 10 % 10]} coat, "
+        f"{colours[n // 3 % 10]} trousers and white sneakers and carries a {colours[n // 7 % 10]} backpack."
+        for n in range(repeats + 5)
+    ]
+    taken = {"time": [], "CPU time": []}  # of all threads together; a busy machine lengthens the first
+    alone = []
+    for sentence in sentences:
+        start, cpu = time.perf_counter(), time.process_time()
+        features = encoders.text_features([sentence])
+        between = time.process_time()
+        index.search(features, 10)
+        taken["time"].append(1000 * (time.perf_counter() - start))
+        taken["CPU time"].append(1000 * (time.process_time() - cpu))
+        alone.append(1000 * (time.process_time() - between))
+    for name, times in taken.items():
+        times = sorted(times[5:])
+        arms = {
+            "fastest": times[0],
+            "median": statistics.median(times),
+            "95 %": times[int(0.95 * len(times))],
+        }
+        record(f"answer over {pictures} pictures, ViT-B/16, {name}", arms, "ms", None, repeats=repeats)
+    arms = {"median": statistics.median(alone[5:])}
+    record(f"of it the search of {pictures} vectors, CPU time", arms, "ms", None, repeats=repeats)
+
+
+def indices(number, kinds, queries, build_threads):
+    """Of each type the time to build and to load, the file's size, a query's time, recall of the 10 best."""
+    faiss = extra("faiss")
+    threads = torch.get_num_threads()
+    vectors, asked = drawn(number, queries)
+    faiss.omp_set_num_threads(build_threads)
+    _, exact = new_faiss("flat", vectors).search(asked, 10)
+    figures = {
+        name: {}
+        for name in ("build, s", "file, MiB", "load, s", "query, ms", "query CPU, ms", "recall at 10, %")
+    }
+    for kind in kinds:
+        faiss.omp_set_num_threads(build_threads)
+        start = time.perf_counter()
+        index = new_faiss(kind, vectors)
+        figures["build, s"][kind] = time.perf_counter() - start
+        with tempfile.TemporaryDirectory() as folder:
+            path = str(Path(folder) / "index")
+            faiss.write_index(index, path)
+            del index
+            figures["file, MiB"][kind] = os.path.getsize(path) / 2**20
+            start = time.perf_counter()
+            index = faiss.read_index(path)
+            figures["load, s"][kind] = time.perf_counter() - start
+        set_effort(index, kind)
+        faiss.omp_set_num_threads(threads)
+        taken, cpu, rows = [], [], []
+        for query in asked:
+            start, before = time.perf_counter(), time.process_time()
+            rows.append(index.search(query[None], 10)[1][0])
+            taken.append(1000 * (time.perf_counter() - start))
+            cpu.append(1000 * (time.process_time() - before))
+        figures["query, ms"][kind] = statistics.median(taken)
+        figures["query CPU, ms"][kind] = statistics.median(cpu)
+        right = [len(set(a) & set(b)) for a, b in zip(rows, exact, strict=True)]
+        figures["recall at 10, %"][kind] = 10 * statistics.mean(right)
+        del index
+    for name, arms in figures.items():
+        what, unit = name.split(", ")
+        record(
+            f"{what}, index of {number} vectors",
+            arms,
+            unit,
+            baseline="flat",
+            better="more" if unit == "%" else "less",
+            queries=queries,
+            threads={"build": build_threads, "query": threads},
+        )
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--pictures", type=int, default=10_000)
+    parser.add_argument("--repeats", type=int, default=100)
+    parser.add_argument("--index", type=int, metavar="VECTORS")
+    parser.add_argument("--kinds", nargs="+", default=["flat", "ivf", "hnsw"])
+    parser.add_argument("--queries", type=int, default=500)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--build_threads", type=int, help="of building; default: as --threads")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    extra("faiss").omp_set_num_threads(args.threads)
+    if args.index:
+        indices(args.index, args.kinds, args.queries, args.build_threads or args.threads)
+    else:
+        answers(args.pictures, args.repeats)
+
+
+if __name__ == "__main__":
+    main()
