@@ -237,7 +237,8 @@ class GalleryIndex:
 def new_faiss(kind, vectors):
     """A FAISS index of L2-normalised vectors [n, D] by inner product: flat is exact, ivf and hnsw are not.
 
-    ivf: 4·√n cells of like vectors, of which a query visits a sixteenth, 64 at least. hnsw: a graph, 32 links a vector.
+    ivf: 4·√n cells of like vectors, of which a query visits a sixteenth, 64 at least.
+    hnsw: a graph, 32 links a vector.
     """
     faiss = extra("faiss")
     n, width = vectors.shape
