@@ -70,14 +70,14 @@ def wrapped(sentence, width, lines=2):
 
 
 def draw_framed(sheet, draw, corner, image_path, frame, whole=False):
-    """An image in its frame, filling it or whole; one that went away since it was found leaves it empty."""
+    """An image in its frame, filling it or whole; one lost or damaged since it was found leaves it empty."""
     x, y = corner
     draw.rectangle((x, y, x + CELL[0] + 2 * BORDER, y + CELL[1] + 2 * BORDER), fill=frame)
     try:
         with Image.open(image_path) as image:
             picture = ImageOps.exif_transpose(image).convert("RGB")
         picture = ImageOps.pad(picture, CELL, color=PAPER) if whole else ImageOps.fit(picture, CELL)
-    except OSError:
+    except Exception:  # gone, or whatever a decoder trips over in half a file
         picture = Image.new("RGB", CELL, PAPER)
     sheet.paste(picture, (x + BORDER, y + BORDER))
 
