@@ -39,7 +39,7 @@ TEXT
 demo() {
     local people="--format CUHK-PEDES --ids 400 --val_ids 20 --test_ids 100 --images_per_id 4"
     local config=configs/demo.yaml data=demo/data logs=demo/logs picture=demo/retrieval.png
-    local draw_time="about 1 minute" train_time="about 15 minutes on a CPU" test_time="about 1 minute"
+    local draw_time="seconds" train_time="minutes on two CPU cores" test_time="seconds"
     local file run=""
     logs=$(last_value --output_dir "$logs" "$@")
 
@@ -63,13 +63,12 @@ demo() {
 The table is above, and in $run/test_log.txt
 The picture: $picture
 The run:     $run
-Next:
+
+Next, after $python -m pip install -r requirements-demo.txt: search, look, open a page.
+  $python search.py --config_file $run --gallery $data --query "a woman in a red coat" --save demo/search.png
+  $python visualize.py --config_file $run --worst 5
+  $python demo.py --config_file $run --gallery $data
 TEXT
-    printf '  %-56s %s\n' \
-        "$python -m tensorboard.main --logdir $logs" "the curves" \
-        "./run_irra.sh demo --name itc --loss_names itc" "the same with another loss" \
-        "./run_irra.sh" "the paper's recipe on CUHK-PEDES" \
-        "./run_irra.sh --help" "other data sets, flags"
 }
 
 step() { # TITLE COMMAND...: stops with the command's own exit code

@@ -25,6 +25,8 @@ def read_image(path):
     try:
         with Image.open(path) as image:
             image.load()
+            if image.mode.startswith("I;16"):  # convert() would cut at 255, which leaves white
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             return image if image.mode == "RGB" else image.convert("RGB")
     except FileNotFoundError:
         raise InputError(f"no image at {path}") from None

@@ -43,16 +43,15 @@ def build_trained_model(args, weights, source):
             f"{source} has {sizes['vision_positions'] - 1} patches an image, options say {rows * columns} "
             f"(img_size {args.img_size[0]} {args.img_size[1]}, stride_size {args.stride_size})"
         )
-    heads = [
-        name for name, key in (("id", "classifier.weight"), ("mlm", "mlm_head.fc.weight")) if key in weights
-    ]
-    num_classes = len(weights["classifier.weight"]) if "id" in heads else 0
+    begun = {key.split(".")[0] for key in weights}  # a head of which a key is missing is still one
+    heads = [name for name, head in (("id", "classifier"), ("mlm", "mlm_head")) if head in begun]
+    num_classes = max((len(weights[key]) for key in weights if key.startswith("classifier.")), default=0)
     depth = (
         len({key.split(".")[2] for key in weights if key.startswith("cross_modal_transformer.")})
         or args.cmt_depth
     )
     plain = [name for name in losses(args) if name not in ("id", "mlm")]
-    clip = new_clip(sizes, args.img_size, args.stride_size)
+    clip = new_clip(sizes, args.img_size, args.stride_size, source)
     check_text_length(args.text_length, clip)
     model = _with_heads(args, clip, plain + heads, num_classes, depth)
     load_weights(model, weights, source)

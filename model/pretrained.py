@@ -196,9 +196,12 @@ def _rebuild_tensor(storage, offset, size, stride, *_):
 def _read_torchscript(path, root):
     with zipfile.ZipFile(path) as archive:
         tree = _ArchiveUnpickler(archive, root).load()
-    weights, stack = {}, [("", tree)]
+    weights, stack, seen = {}, [("", tree)], set()
     while stack:
         prefix, node = stack.pop()
+        if id(node) in seen:  # a module within itself, which no archive of OpenAI's has
+            continue
+        seen.add(id(node))
         for name, value in getattr(node, "state", {}).items():
             if isinstance(value, torch.Tensor):
                 weights[prefix + name] = value
@@ -216,33 +219,36 @@ def architecture(weights, source="the checkpoint"):
     Returns embed_dim, vision_layers (a number, or four for a ResNet), vision_width, vision_patch_size (None
     for a ResNet), vision_positions, context_length, vocab_size, transformer_width, transformer_layers.
     """
-    try:
-        sizes = {
-            "embed_dim": weights["text_projection"].shape[1],
-            "context_length": weights["positional_embedding"].shape[0],
-            "vocab_size": weights["token_embedding.weight"].shape[0],
-            "transformer_width": weights["ln_final.weight"].shape[0],
-            "transformer_layers": _layers(weights, "transformer.resblocks."),
-        }
-        if "visual.proj" in weights:
-            return {
-                **sizes,
-                "vision_layers": _layers(weights, "visual.transformer.resblocks."),
-                "vision_width": weights["visual.conv1.weight"].shape[0],
-                "vision_patch_size": weights["visual.conv1.weight"].shape[-1],
-                "vision_positions": weights["visual.positional_embedding"].shape[0],
-            }
+
+    def size(key, dimension):
+        shape = getattr(weights.get(key), "shape", ())
+        if len(shape) <= max(dimension, 0) or not shape[dimension]:
+            found = f"is {list(shape)}" if key in weights else "is missing"
+            raise InputError(f"{source} holds no CLIP model that IRRA knows: {key} {found}")
+        return shape[dimension]
+
+    sizes = {
+        "embed_dim": size("text_projection", 1),
+        "context_length": size("positional_embedding", 0),
+        "vocab_size": size("token_embedding.weight", 0),
+        "transformer_width": size("ln_final.weight", 0),
+        "transformer_layers": _layers(weights, "transformer.resblocks."),
+    }
+    if any(key.startswith("visual.transformer.") for key in weights):
         return {
             **sizes,
-            "vision_layers": tuple(_layers(weights, f"visual.layer{stage}.") for stage in (1, 2, 3, 4)),
-            "vision_width": weights["visual.layer1.0.conv1.weight"].shape[0],
-            "vision_patch_size": None,
-            "vision_positions": weights["visual.attnpool.positional_embedding"].shape[0],
+            "vision_layers": _layers(weights, "visual.transformer.resblocks."),
+            "vision_width": size("visual.conv1.weight", 0),
+            "vision_patch_size": size("visual.conv1.weight", -1),
+            "vision_positions": size("visual.positional_embedding", 0),
         }
-    except (KeyError, IndexError, AttributeError) as error:
-        raise InputError(
-            f"{source} holds no CLIP model that IRRA knows: {error} is missing or misshapen"
-        ) from None
+    return {
+        **sizes,
+        "vision_layers": tuple(_layers(weights, f"visual.layer{stage}.") for stage in (1, 2, 3, 4)),
+        "vision_width": size("visual.layer1.0.conv1.weight", 0),
+        "vision_patch_size": None,
+        "vision_positions": size("visual.attnpool.positional_embedding", 0),
+    }
 
 
 def _layers(weights, prefix):
@@ -261,8 +267,19 @@ def image_grid(sizes, img_size, stride_size):
     return rows, columns
 
 
-def new_clip(sizes, img_size, stride_size):
-    """A CLIP of these sizes (see `architecture`), random weights, with the positions of the image size."""
+def new_clip(sizes, img_size, stride_size, source="the model"):
+    """A CLIP of these sizes (see `architecture`), random weights, with the positions of the image size.
+
+    Heads are 64 wide, as in all of OpenAI's models; shapes do not tell, so others must not come here.
+    """
+    widths = ["transformer_width", *(["vision_width"] if sizes["vision_patch_size"] else [])]
+    for name in widths:
+        if sizes[name] % 64:
+            raise InputError(
+                f"{source}: {name} is {sizes[name]}, but heads are 64 wide: it must be a multiple of 64"
+            )
+    if sizes["vocab_size"] != 49408:
+        raise InputError(f"{source} has {sizes['vocab_size']} words, but the tokeniser has 49408")
     grid = image_grid(sizes, img_size, stride_size)
     width, embed_dim = sizes["vision_width"], sizes["embed_dim"]
     if sizes["vision_patch_size"] is None:
@@ -311,14 +328,13 @@ def load_clip(choice, img_size, stride_size, sizes=None):
     weights = {key: value for key, value in read_weights(path).items() if key not in IGNORED}
     weights = {key: value for key, value in weights.items() if not key.endswith("attn_mask")}
     found = architecture(weights, path)
-    key = (
-        "visual.positional_embedding" if "visual.proj" in weights else "visual.attnpool.positional_embedding"
-    )
+    resnet = found["vision_patch_size"] is None
+    key = "visual.attnpool.positional_embedding" if resnet else "visual.positional_embedding"
     weights[key] = resize_positions(weights[key], image_grid(found, img_size, stride_size))
     logger.info(
         f"Load pretrained {choice} CLIP model with model config: {_described(found, img_size, stride_size)}"
     )
-    clip = new_clip(found, img_size, stride_size)
+    clip = new_clip(found, img_size, stride_size, path)
     load_weights(clip, weights, path)
     return clip
 

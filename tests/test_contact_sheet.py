@@ -65,6 +65,43 @@ def test_the_right_person_has_a_green_border_and_another_a_red_one(images, tmp_p
             assert red > 1.5 * green and red > 1.5 * blue
 
 
+def test_where_nobody_knows_who_is_right_the_border_is_grey(images, tmp_path):
+    sheet = drawn(
+        [("a man in red", [Found(images[3], 0.5, None)])], tmp_path / "sheet.png"
+    )  # as tall as its cell
+    ((red, green, blue),) = around(sheet, place_of(sheet, COLOURS[3]))
+    assert red == green == blue and 128 < red < 224
+
+
+def test_more_images_than_stand_side_by_side_go_on_below(tmp_path):
+    paths = []
+    for number in range(15):
+        paths.append(str(tmp_path / f"{number}.png"))
+        Image.new("RGB", (96, 256), (250, 10 * number, 1)).save(paths[-1])
+    sheet = drawn([("", [Found(path, 0.5, False) for path in paths])], tmp_path / "sheet.png")
+    corners = [place_of(sheet, (250, 10 * n, 1))[::2] for n in range(15)]  # (top, left)
+    assert corners == sorted(corners) and len(set(corners)) == 15
+    lines = sorted({top for top, _ in corners})
+    assert len(lines) == 2 and corners[[top for top, _ in corners].index(lines[1])][1] == corners[0][1]
+
+
+@pytest.mark.parametrize(
+    "data", [None, b"", b"no picture", b"P6\n9 9\n"], ids=["gone", "empty", "text", "cut off"]
+)
+def test_an_image_that_was_lost_since_it_was_found_leaves_its_frame_empty(images, tmp_path, data):
+    lost, white = tmp_path / "0.png", tmp_path / "white.png"
+    lost.unlink()
+    if data is not None:
+        lost.write_bytes(data)
+    Image.new("RGB", (96, 256), "white").save(white)
+    found, blank = (
+        [Found(path, 0.5, True), Found(images[1], 0.5, False)] for path in (str(lost), str(white))
+    )
+    assert np.array_equal(
+        drawn([("", found)], tmp_path / "sheet.png"), drawn([("", blank)], tmp_path / "blank.png")
+    )
+
+
 def test_images_stand_side_by_side_in_order_and_queries_below_one_another(images, tmp_path):
     found = [Found(path, 0.5, True) for path in images]
     sheet = drawn([("one", found[:3]), ("two", found[3:])], tmp_path / "sheet.png")

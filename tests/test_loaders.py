@@ -12,7 +12,7 @@ from PIL import Image
 from torchvision import transforms as T
 
 from datasets import build_dataloader
-from datasets.sampler import mixed
+from datasets.sampler import RandomOrder, mixed
 from datasets.tokenizer import EOT, MASK, SimpleTokenizer, tokenize
 from datasets.transforms import MEAN, STD
 from tests.recipe import arguments
@@ -263,8 +263,10 @@ def test_a_sample_is_what_torchvisions_transforms_give_under_the_seed_of_its_epo
     loader, *_ = build_dataloader(options(root, img_aug=img_aug, seed=5))
     loader.set_epoch(3)
     images = iter(joined(list(loader), "images"))
+    order = RandomOrder(24, seed=5)
+    order.set_epoch(3)
     with torch.random.fork_rng(devices=[]):
-        for epoch, index in loader.sampler:
+        for epoch, index in order:
             torch.manual_seed(mixed(5, epoch, index, 0))
             with Image.open(loader.dataset.samples[index].image_path) as picture:
                 assert torch.equal(next(images), chain(picture)), index

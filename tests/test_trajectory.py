@@ -157,16 +157,28 @@ def test_parameters_after_training_are_the_published_ones(run):
 def test_batches_weigh_by_their_size_except_for_mlm_acc():
     """As published: a last, smaller batch counts less in the averages, but as much in mlm_acc's."""
     large, small = batches()[:2]
-    small = {key: value[:5] for key, value in small.items()}
+    small = {key: value[:5].clone() for key, value in small.items()}
     model = tiny_model()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with torch.no_grad():  # labels that the model has right, so that the two batches differ in mlm_acc
+        images, words = (
+            model.base_model.encode_image(small["images"]),
+            model.base_model.encode_text(small["mlm_ids"]),
+        )
+        labelled = small["mlm_labels"] != 0
+        small["mlm_labels"][labelled] = model.mlm_head(model.cross_former(words, images))[labelled].argmax(
+            dim=1
+        )
+    optimizer = build_optimizer(tiny_args(), model)
     reports = []
     model.register_forward_hook(
         lambda model, inputs, report: reports.append({k: v.item() for k, v in report.items()})
     )
     averages = train_one_epoch(model, [large, small], optimizer, torch.device("cpu"), 1)
     assert set(averages) == {"loss", *reports[0]}
-    for name in reports[0]:
+    for report in reports:
+        report["loss"] = sum(value for name, value in report.items() if "loss" in name)
+    assert reports[0]["mlm_acc"] == 0 and reports[1]["mlm_acc"] > 0.5
+    for name in averages:
         first, second = (report[name] for report in reports)
         a, b = (1, 1) if name == "mlm_acc" else (12, 5)
         assert averages[name] == pytest.approx((a * first + b * second) / (a + b), rel=1e-6), name

@@ -374,7 +374,11 @@ def read_yaml(path):
     import yaml
 
     class Loader(yaml.SafeLoader):
-        pass
+        def compose_node(self, parent, index):
+            if self.check_event(yaml.AliasEvent):  # a kilobyte of them can stand for gigabytes
+                mark = self.peek_event().start_mark
+                raise yaml.composer.ComposerError(None, None, "an alias (*name) is no option", mark)
+            return super().compose_node(parent, index)
 
     Loader.add_constructor(
         "tag:yaml.org,2002:python/tuple", lambda loader, node: loader.construct_sequence(node, deep=True)
@@ -401,6 +405,7 @@ def read_yaml(path):
         ValueError,
         LookupError,
         TypeError,
+        AttributeError,
     ) as error:  # what a value such as `2023-13-45` or `!!bool x` raises
         raise InputError(f"{path} holds a value that is no plain option: {error}") from None
     except RecursionError:

@@ -1,0 +1,223 @@
+"""Functions that run in several processes which form a group, as those that torchrun starts do; quick, since
+they come from the forkserver of tests/children.py, which has loaded PyTorch."""
+
+import logging
+import os
+import signal
+import tempfile
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+import train
+from datasets import build_dataloader
+from model import build_model
+from processor.evaluator import encode, evaluate
+from processor.trainer import train_one_epoch
+from solver import build_lr_scheduler, build_optimizer
+from tests.children import CONTEXT, ROOT
+from tests.conftest import load_script
+from utils.dist import gather, process_group, replicate, total
+from utils.options import get_args
+
+CPU = torch.device("cpu")
+
+
+class Group:
+    """Processes that run function(*arguments). One has no group, unless grouped says so.
+
+    The store at which they meet lives here, as torchrun's does in its agent; a Group may inherit another's,
+    as after a restart. environment: {name: value} for all.
+    """
+
+    def __init__(self, number, function, *arguments, grouped=False, environment=None, store=None):
+        self.folder = Path(tempfile.mkdtemp(prefix="processes_"))
+        variables = {name: str(value) for name, value in (environment or {}).items()}
+        if number > 1 or grouped:
+            self.store = store or dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+            variables.update(
+                MASTER_ADDR="127.0.0.1",
+                MASTER_PORT=str(self.store.port),
+                TORCHELASTIC_USE_AGENT_STORE="True",
+                WORLD_SIZE=str(number),
+                LOCAL_WORLD_SIZE=str(number),
+            )
+        self.processes = []
+        path, os.environ["PYTHONPATH"] = os.environ.get("PYTHONPATH"), str(ROOT)  # for the server's start
+        try:
+            for rank in range(number):
+                own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if "WORLD_SIZE" in variables else {}
+                work = (str(self.folder / str(rank)), {**variables, **own}, function, arguments)
+                self.processes.append(CONTEXT.Process(target=_work, args=work))
+                self.processes[-1].start()
+        finally:
+            os.environ.pop("PYTHONPATH") if path is None else os.environ.update(PYTHONPATH=path)
+
+    def end(self, seconds=120):
+        """Exit status of each; minus the signal's number where one ended a process."""
+        limit = time.monotonic() + seconds
+        for process in self.processes:
+            process.join(max(limit - time.monotonic(), 0))
+        late = [rank for rank, process in enumerate(self.processes) if process.exitcode is None]
+        if late:
+            for process in self.processes:
+                process.kill()
+            raise TimeoutError(f"processes {late} did not end within {seconds} s:\n{self.said()}")
+        return [process.exitcode for process in self.processes]
+
+    def said(self, rank=None):
+        """What process `rank`, or all, have printed."""
+        ranks = range(len(self.processes)) if rank is None else [rank]
+        return "".join(path.read_text() for i in ranks if (path := self.folder / f"{i}.txt").exists())
+
+    def results(self):
+        """What the function returned in each process."""
+        statuses = self.end()
+        assert not any(statuses), f"{statuses}\n{self.said()}"
+        return [
+            torch.load(self.folder / f"{rank}.pt", weights_only=False) for rank in range(len(self.processes))
+        ]
+
+
+def together(number, function, *arguments, **options):
+    return Group(number, function, *arguments, **options).results()
+
+
+def _work(target, variables, function, arguments):
+    os.environ.update(variables)
+    output = os.open(f"{target}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    torch.set_num_threads(1)
+    torch.save(function(*arguments), f"{target}.pt")
+
+
+# ---- what the tests let them do ----
+
+
+def gradients(sizes, values):
+    """Process i has sizes[i] rows of values. Gradients of a loss of all rows for this process's rows, and for
+    a weight that is the same in all, averaged as DistributedDataParallel does."""
+    with process_group(CPU):
+        start = sum(sizes[: rank_of_this()])
+        rows = values[start : start + sizes[rank_of_this()]].clone().requires_grad_()
+        weight = torch.ones(values.shape[1], dtype=values.dtype, requires_grad=True)
+        loss = loss_of_all(gather(rows * weight), gather(rows), total((rows * weight).sum()))
+        loss.backward()
+        if dist.is_initialized():
+            dist.all_reduce(weight.grad)
+        return loss.detach(), rows.grad / len(sizes), weight.grad / len(sizes)
+
+
+def loss_of_all(x, y, z):
+    """x and y: gathered; each gets its gradient from a sum of both, so that they share it. z: a total."""
+    return ((x + y) @ (x + y).t()).tanh().sum() + z.sin()
+
+
+def rank_of_this():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def train_some(argv, epochs):
+    """Train as train.py does, without its files: what each step reported, the weights before and after."""
+    args = get_args(argv)
+    with process_group(CPU):
+        torch.manual_seed(args.seed)
+        loader, *_, num_classes = build_dataloader(args)
+        plain = build_model(args, num_classes)
+        start = {name: value.clone() for name, value in plain.state_dict().items()}
+        optimizer = build_optimizer(args, plain)
+        scheduler = build_lr_scheduler(args, optimizer)
+        model = replicate(plain, CPU, args.micro_batch)
+        reports = []
+        for epoch in range(1, epochs + 1):
+            loader.set_epoch(epoch)
+            after_step = StepReports(reports)
+            train_one_epoch(
+                model, loader, optimizer, CPU, epoch, after_step=after_step, micro_batch=args.micro_batch
+            )
+            scheduler.step()
+        return {"reports": reports, "start": start, "weights": plain.state_dict()}
+
+
+class StepReports:
+    """What each step adds to the meters."""
+
+    def __init__(self, reports):
+        self.reports, self.sums, self.weights = reports, 0, 0
+
+    def __call__(self, step, meters):
+        values = (meters.sums - self.sums) / (meters.weights - self.weights)
+        self.sums, self.weights = meters.sums.clone(), meters.weights.clone()
+        self.reports.append(dict(zip(meters.names, values.tolist(), strict=True)))
+
+
+def batches_of(argv, epoch, start=0):
+    """This process's share of each batch of an epoch."""
+    with process_group(CPU):
+        loader = build_dataloader(get_args(argv))[0]
+        loader.set_epoch(epoch, start)
+        return list(loader)
+
+
+def evaluate_split(argv):
+    """({task: figures}, ranking) of the first model that the options give, on their split."""
+    args = get_args(argv)
+    with process_group(CPU):
+        torch.manual_seed(args.seed)
+        _, img_loader, txt_loader, num_classes = build_dataloader(args)
+        model = build_model(args, num_classes)
+        features = encode(model, img_loader, txt_loader, CPU)
+        return evaluate(features, i2t=True), features
+
+
+def main_of(script, argv, stop_at=None):
+    """train.py's or test.py's main. stop_at: a line of the log at which this process gets a SIGTERM."""
+    if stop_at:
+        logging.getLogger("IRRA.train").addHandler(SignalAt(stop_at))
+    status = (train if script == "train" else load_script(script)).main(list(map(str, argv)))
+    if status:
+        raise SystemExit(status)
+
+
+class SignalAt(logging.Handler):
+    def __init__(self, text):
+        super().__init__()
+        self.text = text
+
+    def emit(self, record):
+        if self.text in record.getMessage():
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@contextmanager
+def torchrun(number, output, *argv, options=()):
+    """The real torchrun, of one machine; yields its Popen, with `output` for what all print."""
+    import subprocess
+    import sys
+
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={number}"]
+    command += [*options, str(ROOT / "train.py"), *map(str, argv)]
+    with open(output, "w") as file:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen(command, stdout=file, stderr=file, env=environment, cwd=ROOT)
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            process.wait(60)
+
+
+def workers_of(process):
+    """Process ids of what torchrun has started, in order of rank."""
+    found = {}
+    for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+        variables = Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
+        ranks = [line[5:] for line in variables if line.startswith("RANK=")]
+        if ranks:
+            found[int(ranks[0])] = int(pid)
+    return [found[rank] for rank in sorted(found)]

@@ -1,0 +1,342 @@
+"""N processes give what one gives, and stand what happens to processes: on a CPU, over loopback."""
+
+import json
+import os
+import signal
+import threading
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests import processes
+from tests.children import differ, draw, only_run, words
+from tests.processes import Group, together, torchrun, workers_of
+from tests.recipe import off
+from utils.dist import pick_device, share
+from utils.errors import InputError
+from utils.run import StopSignals
+
+ALL_LOSSES = "sdm+itc+cmpm+id+mlm"
+SAMPLERS = ("random", "identity")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """43 training captions of 11 persons: at 8 a batch the last one has 3, so that of 4 processes one gets
+    none."""
+    root = draw(tmp_path_factory.mktemp("drawn"), train_ids=11)
+    annotation = root / "CUHK-PEDES" / "reid_raw.json"
+    records = json.loads(annotation.read_text())
+    last = [record for record in records if record["split"] == "train"][-1]
+    last["captions"] = last["captions"][:1]
+    annotation.write_text(json.dumps(records))
+    return root
+
+
+def arguments(data, sampler="random", *more, loss_names=ALL_LOSSES):
+    return words(data, data.parent / "logs", "--sampler", sampler, *more, loss_names=loss_names)
+
+
+# ---- training ----
+
+
+@pytest.fixture(scope="module")
+def alone(data):
+    """{sampler: two epochs, at least 10 steps, in one process}."""
+    runs = {s: Group(1, processes.train_some, arguments(data, s), 2) for s in SAMPLERS}
+    return {sampler: run.results()[0] for sampler, run in runs.items()}
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("number", [2, 4])
+def test_many_processes_train_as_one(number, sampler, data, alone):
+    many = together(number, processes.train_some, arguments(data, sampler), 2)
+    assert len(alone[sampler]["reports"]) >= 10
+    assert_same_training(many, alone[sampler])
+
+
+def assert_same_training(many, one, tolerance=1e-5):
+    for each in many:
+        assert len(each["reports"]) == len(one["reports"])
+        for found, expected in zip(each["reports"], one["reports"], strict=True):
+            assert list(found) == list(expected)
+            for name, value in expected.items():
+                assert abs(found[name] - value) <= tolerance * abs(value), name
+    moved = 0
+    for name, expected in one["weights"].items():
+        for each in many:
+            assert (each["weights"][name] - expected).abs().max() < 1e-5, name
+        assert all(torch.equal(each["weights"][name], many[0]["weights"][name]) for each in many), name
+        moved = max(moved, float((expected - one["start"][name]).abs().max()))
+    assert moved > 5e-4  # the tolerance is small beside what the training did
+
+
+def test_a_group_of_one_trains_as_a_process_without_a_group_bit_for_bit(data, alone):
+    (grouped,) = together(1, processes.train_some, arguments(data), 2, grouped=True)
+    assert grouped["reports"] == alone["random"]["reports"]
+    for name, value in alone["random"]["weights"].items():
+        assert torch.equal(grouped["weights"][name], value), name
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_the_processes_share_the_very_batches_of_one(sampler, data):
+    argv = arguments(data, sampler)
+    (whole,) = together(1, processes.batches_of, argv, 3)
+    for number, start in ((2, 0), (4, 3)):  # also where an interrupted run goes on
+        shares = together(number, processes.batches_of, argv, 3, start)
+        assert len(shares[0]) == len(whole) - start
+        for batch, parts in zip(whole[start:], zip(*shares, strict=True), strict=True):
+            size = len(batch["pids"])
+            assert {part["batch_size"] for part in parts} == {size}
+            assert [len(part["pids"]) for part in parts] == [
+                len(range(size)[share(size, number, i)]) for i in range(number)
+            ]
+            for key, value in batch.items():
+                assert torch.equal(torch.cat([part[key] for part in parts]), value), key
+
+
+@pytest.mark.parametrize("sizes", [[2, 3], [3, 0, 2]], ids=str)
+def test_gradients_through_gather_and_total_are_those_of_one_process(sizes):
+    values = torch.randn(5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    ((loss, rows, weight),) = together(1, processes.gradients, [5], values)
+    many = together(len(sizes), processes.gradients, sizes, values)
+    assert torch.cat([found[1] for found in many]).allclose(rows, rtol=1e-12)
+    for found in many:
+        assert found[0].allclose(loss, rtol=1e-12) and found[2].allclose(weight, rtol=1e-12)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 7])
+@pytest.mark.parametrize("size", [0, 1, 5, 64])
+def test_shares_are_disjoint_complete_and_even(size, parts):
+    rows = [list(range(size)[share(size, parts, part)]) for part in range(parts)]
+    assert [row for part in rows for row in part] == list(range(size))
+    assert max(map(len, rows)) - min(map(len, rows)) <= 1
+
+
+def test_a_batch_that_the_processes_cannot_share_evenly_is_refused_in_one_sentence(data, tmp_path):
+    argv = words(data, tmp_path, "--batch_size", "9")
+    group = Group(2, processes.main_of, "train", argv)
+    assert group.end() == [2, 2]
+    (line,) = [line for line in group.said().splitlines() if "error" in line]
+    assert "--batch_size 9" in line and "2 processes" in line and "multiple of 2" in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_images_that_cannot_be_read_may_leave_a_process_without_a_sample(data, tmp_path):
+    """… or all of them: --on_bad_image skip, with most of the images damaged."""
+    records = json.loads((data / "CUHK-PEDES" / "reid_raw.json").read_text())
+    root = tmp_path / "data" / "CUHK-PEDES"
+    images = [record["file_path"] for record in records if record["split"] == "train"]
+    for record in records:
+        target = root / "imgs" / record["file_path"]
+        target.parent.mkdir(parents=True, exist_ok=True)
+        good = record["file_path"] not in images[4:]
+        content = (data / "CUHK-PEDES" / "imgs" / record["file_path"]).read_bytes()
+        target.write_bytes(content if good else b"no image")
+    (root / "reid_raw.json").write_text(json.dumps(records))
+    argv = arguments(tmp_path / "data", "random", "--on_bad_image", "skip", "--batch_size", "20")
+    sizes = [[len(batch["pids"]) for batch in part] for part in together(4, processes.batches_of, argv, 1)]
+    totals = [sum(shares) for shares in zip(*sizes, strict=True)]
+    assert totals[0] and not totals[-1] and any(part[0] == 0 for part in sizes)
+    one, many = (together(n, processes.train_some, argv, 1) for n in (1, 4))
+    assert_same_training(many, one[0])
+
+
+# ---- evaluation ----
+
+
+@pytest.mark.parametrize("number", [3, 9])
+def test_evaluation_in_many_processes_gives_the_figures_of_one(number, data):
+    """16 captions and 8 images: uneven shares for 3 processes; of 9 one gets no image."""
+    argv = arguments(data, loss_names="sdm")
+    argv[argv.index("--batch_size") + 1] = str(2 * number)
+    (((rows, ranking), features),) = together(1, processes.evaluate_split, argv)
+    assert set(rows) == {"t2i", "i2t"} and len(features.text) == 16 and len(features.image) == 8
+    for (found_rows, found), found_features in together(number, processes.evaluate_split, argv):
+        assert found_rows == rows  # every bit of every figure
+        assert torch.equal(found.indices, ranking.indices)
+        assert torch.equal(found.cmc, ranking.cmc)
+        assert (found.unmatched, found.tied) == (ranking.unmatched, ranking.tied)
+        assert torch.equal(found_features.text_pids, features.text_pids)
+        assert off(found_features.text, features.text) < 1e-5
+        assert off(found_features.image, features.image) < 1e-5
+
+
+def test_a_run_of_two_processes_is_written_and_told_by_one(data, tmp_path):
+    """train.py, then test.py: one folder, one log, one event file, and the table of one process."""
+    group = Group(2, processes.main_of, "train", words(data, tmp_path / "logs", "--image_cache", tmp_path))
+    assert group.end() == [0, 0], group.said()
+    run = only_run(tmp_path / "logs")
+    names = sorted(path.name for path in run.iterdir())
+    assert len(names) == 5 and names[-1] == "train_log.txt" and names[:2] == ["best.pth", "configs.yaml"]
+    assert [path.name for path in tmp_path.glob("*.pixels")] == ["CUHK-PEDES_64x32.pixels"]
+    assert not list(tmp_path.glob(".*"))
+    log = (run / "train_log.txt").read_text()
+    assert group.said(0) == log and group.said(1) == ""
+    assert log.count("Epoch[1] Iteration[2/6]") == log.count("Validation Results - Epoch: 1") == 1
+
+    argv = ["--config_file", run, "--device", "cpu", "--i2t"]
+    one, many = Group(1, processes.main_of, "test", argv), None
+    one.results()
+    written = (run / "results.json").read_bytes()
+    (run / "results.json").unlink()
+    many = Group(3, processes.main_of, "test", argv)
+    many.results()
+    assert (run / "results.json").read_bytes() == written
+    assert many.said(1) == many.said(2) == ""
+
+    def table(text):
+        return [line for line in text.splitlines() if line.startswith(("| t2i", "| i2t"))]
+
+    assert table(many.said(0)) == table(one.said()) and len(table(one.said())) == 2
+    assert sorted(path.name for path in run.iterdir()) == sorted([*names, "results.json", "test_log.txt"])
+
+
+# ---- what happens to processes ----
+
+
+@pytest.fixture(scope="module")
+def undisturbed(data, tmp_path_factory):
+    """The folder of a run of two processes that nothing happened to."""
+    logs = tmp_path_factory.mktemp("undisturbed")
+    group = Group(2, processes.main_of, "train", words(data, logs))
+    assert group.end() == [0, 0], group.said()
+    return only_run(logs)
+
+
+def test_torchrun_restarts_a_run_one_of_whose_processes_was_killed(data, undisturbed, tmp_path):
+    """… by itself, from last.pth, with the same result bit for bit."""
+    output = tmp_path / "output"
+    argv = words(data, tmp_path / "logs")
+    with torchrun(2, output, *argv, options=["--max_restarts=1"]) as launcher:
+        wait_for_line("Epoch[2] Iteration[4/6]", output, launcher)
+        os.kill(workers_of(launcher)[1], signal.SIGKILL)
+        assert launcher.wait(120) == 0, output.read_text()
+    run = only_run(tmp_path / "logs")  # the same folder
+    assert differ(run / "last.pth", undisturbed / "last.pth") == []
+    assert differ(run / "best.pth", undisturbed / "best.pth") == []
+    said = output.read_text()
+    assert said.count("error: ") == 1 and "Traceback" not in said
+    assert f"resumed from {run.absolute() / 'last.pth'}: 1 epochs" in said
+
+
+def wait_for_line(text, output, launcher, seconds=120):
+    limit = time.monotonic() + seconds
+    while text not in output.read_text():
+        assert launcher.poll() is None and time.monotonic() < limit, output.read_text()
+        time.sleep(0.01)
+
+
+def test_torchrun_passes_a_sigterm_on_and_one_process_takes_the_run_up(data, undisturbed, tmp_path):
+    """Pre-emption: saved within the epoch, then resumed on another number of processes."""
+    output = tmp_path / "output"
+    with torchrun(2, output, *words(data, tmp_path / "logs")) as launcher:
+        wait_for_line("Epoch[2] Iteration[2/6]", output, launcher)
+        launcher.terminate()
+        assert launcher.wait(60) != 0  # torchrun's own status
+    said, run = output.read_text(), only_run(tmp_path / "logs")
+    assert said.count("finishing the batch") == 1 and "stopped in epoch 2 after iteration" in said
+    assert "error: " not in said
+    state = torch.load(run / "last.pth", weights_only=True)
+    assert state["epoch"] == 1 and state["iteration"] in range(2, 6)
+
+    Group(1, processes.main_of, "train", ["--resume", "--resume_ckpt_file", run]).results()
+    assert_same_result(run, undisturbed)
+
+
+def assert_same_result(run, other):
+    one, two = (torch.load(folder / "last.pth", weights_only=True) for folder in (run, other))
+    assert (one["epoch"], one["iteration"]) == (two["epoch"], two["iteration"]) == (3, 0)
+    assert (one["best_R1"], one["best_epoch"]) == (two["best_R1"], two["best_epoch"])
+    for name, value in one["model"].items():
+        assert (value - two["model"][name]).abs().max() < 1e-5, name
+
+
+def test_what_one_process_began_two_go_on_with(data, undisturbed, tmp_path):
+    argv = words(data, tmp_path)
+    stopped = Group(1, processes.main_of, "train", argv, "Epoch[2] Iteration[4/6]")
+    assert stopped.end() == [3], stopped.said()
+    run = only_run(tmp_path)
+    assert torch.load(run / "last.pth", weights_only=True)["iteration"] == 4
+    together(2, processes.main_of, "train", ["--resume", "--resume_ckpt_file", run])
+    assert_same_result(run, undisturbed)
+
+
+def test_a_signal_to_one_process_stops_all_after_the_same_step(data, undisturbed, tmp_path):
+    argv = words(data, tmp_path)
+    stopped = Group(2, processes.main_of, "train", argv, "Epoch[2] Iteration[4/6]")
+    assert stopped.end() == [3, 3] and stopped.said(1) == ""
+    run = only_run(tmp_path)
+    assert torch.load(run / "last.pth", weights_only=True)["iteration"] == 4
+    together(2, processes.main_of, "train", ["--resume", "--resume_ckpt_file", run])
+    assert differ(run / "last.pth", undisturbed / "last.pth") == []
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_when_a_process_is_killed_the_others_end_with_one_sentence(killed, data, tmp_path):
+    group = Group(3, processes.main_of, "train", words(data, tmp_path, "--batch_size", "6", epochs=1000))
+    limit = time.monotonic() + 120
+    while "Epoch[1] Iteration[2/8]" not in group.said(0):
+        assert time.monotonic() < limit, group.said()
+        time.sleep(0.01)
+    group.processes[killed].kill()
+    began = time.monotonic()
+    statuses = group.end(60)
+    assert time.monotonic() - began < 60
+    assert statuses.pop(killed) == -signal.SIGKILL and statuses == [2, 2]
+    lines = [line for line in group.said().splitlines() if " IRRA" not in line and line[:1] not in "|+"]
+    assert len([line for line in lines if line.startswith("error: one of the 3 processes has ended")]) == 1
+    assert "Traceback" not in group.said()
+
+
+def test_a_restart_that_only_some_machines_know_of_goes_on_with_the_run(data, undisturbed, tmp_path):
+    """The restart count, which differs between machines, is not asked; torchrun's store is."""
+    argv = words(data, tmp_path)
+    first = Group(2, processes.main_of, "train", argv, "Epoch[1] Iteration[4/6]")
+    assert first.end() == [3, 3], first.said()
+    again = Group(2, processes.main_of, "train", argv, store=first.store)
+    assert again.end() == [0, 0], again.said()
+    assert differ(only_run(tmp_path) / "last.pth", undisturbed / "last.pth") == []
+
+
+def test_the_name_of_a_start_is_never_taken_from_an_earlier_one():
+    from utils.dist import _name_of_this_start
+
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store.set("hello 1", "one that has ended")  # it never read its welcome
+    names = []
+
+    def start(number):
+        client = dist.TCPStore("127.0.0.1", store.port, is_master=False)
+        names.append(_name_of_this_start(client, number, 3))
+
+    for _ in range(3):
+        threads = [threading.Thread(target=start, args=(number,)) for number in (2, 0, 1)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert [len(set(names[i : i + 3])) for i in (0, 3, 6)] == [1, 1, 1] and len(set(names)) == 3
+
+
+def test_a_signal_that_comes_twice_under_torchrun_still_lets_the_run_save(monkeypatch, caplog):
+    import logging
+
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with StopSignals(logging.getLogger("test")) as stop:
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.asked
+
+
+def test_one_gpu_for_several_processes_is_refused(monkeypatch):
+    for name, value in (("RANK", 0), ("WORLD_SIZE", 2), ("LOCAL_WORLD_SIZE", 2), ("LOCAL_RANK", 1)):
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(
+        InputError, match="cuda:1 is one GPU for the 2 processes here: with --device cuda each"
+    ):
+        pick_device("cuda:1")
+    assert pick_device("cpu") == torch.device("cpu")

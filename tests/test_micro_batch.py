@@ -1,0 +1,145 @@
+"""--micro_batch and --grad_checkpointing: the losses and gradients of the whole batch, in less memory."""
+
+from itertools import combinations
+
+import pytest
+import torch
+
+from benchmarks.harness import peak_memory
+from datasets import build_dataloader
+from model import build_model
+from processor.micro_batch import backward_in_parts
+from processor.trainer import cut, total_loss
+from tests import processes
+from tests.children import draw, words
+from tests.processes import together
+from tests.recipe import off
+from utils.options import LOSSES, get_args
+
+EVERY = ["+".join(names) for n in range(1, len(LOSSES) + 1) for names in combinations(LOSSES, n)]
+B = 11
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return draw(tmp_path_factory.mktemp("drawn"))
+
+
+@pytest.fixture(scope="module")
+def batch_of(data):
+    """batch_of(*options): a batch of 11 captions as the loader gives it."""
+    batches = {}
+
+    def of(*options):
+        if options not in batches:
+            args = get_args(words(data, data, "--batch_size", str(B), *options, loss_names="sdm+mlm"))
+            batches[options] = next(iter(build_dataloader(args)[0]))
+        return batches[options]
+
+    return of
+
+
+def new_model(data, loss_names, *options):
+    torch.manual_seed(0)
+    model = build_model(get_args(words(data, data, *options, loss_names=loss_names)), num_classes=12)
+    return model.train()
+
+
+def whole(model, batch):
+    report = model(batch)
+    total_loss(report).backward()
+    return taken(model, report)
+
+
+def in_parts(model, batch, size):
+    parts = [{**part, **model.plan(part)} for part in cut(batch, size)]
+    return taken(model, backward_in_parts(model, parts))
+
+
+def taken(model, report):
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad(set_to_none=True)
+    return {name: value.detach() for name, value in report.items()}, gradients
+
+
+def assert_same(found, expected):
+    (report, gradients), (whole_report, whole_gradients) = found, expected
+    assert report.keys() == whole_report.keys()
+    for name, value in whole_report.items():
+        assert float(report[name]) == pytest.approx(float(value), rel=1e-5, abs=1e-7), name
+    for name, gradient in whole_gradients.items():
+        assert gradient is not None and gradients[name] is not None, name
+        assert off(gradients[name], gradient) < 1e-5, name
+
+
+@pytest.mark.parametrize("loss_names", EVERY)
+def test_parts_of_a_batch_give_its_losses_and_gradients(loss_names, data, batch_of):
+    model, batch = new_model(data, loss_names), batch_of()
+    assert_same(in_parts(model, batch, 4), whole(model, batch))  # 4, 4 and 3 samples
+
+
+@pytest.mark.parametrize("loss_names", ["mlm", "sdm+id+mlm", "itc+cmpm"])
+@pytest.mark.parametrize("size", [1, 11, 100])
+def test_parts_of_any_size_with_clean_captions(size, loss_names, data, batch_of):
+    model, batch = new_model(data, loss_names), batch_of("--clean_captions")
+    assert not torch.equal(batch["caption_ids"], batch["mlm_ids"])
+    assert_same(in_parts(model, batch, size), whole(model, batch))
+
+
+def test_a_part_without_a_masked_word_counts_as_it_does_in_the_batch(data, batch_of):
+    model, batch = new_model(data, "sdm+mlm"), dict(batch_of())
+    batch["mlm_labels"] = batch["mlm_labels"].clone()
+    batch["mlm_labels"][:4] = 0
+    assert_same(in_parts(model, batch, 4), whole(model, batch))
+
+
+@pytest.mark.parametrize("loss_names", ["sdm+itc+cmpm+id+mlm", "itc"])
+def test_activations_computed_twice_give_the_same_losses_and_gradients(loss_names, data, batch_of):
+    plain, frugal = new_model(data, loss_names), new_model(data, loss_names, "--grad_checkpointing")
+    batch = batch_of()
+    assert_same(whole(frugal, batch), whole(plain, batch))
+    assert_same(in_parts(frugal, batch, 4), whole(plain, batch))
+
+
+def test_a_training_in_parts_by_five_processes_is_the_training(data):
+    """Two epochs with shares that differ in their number of parts, and one that is empty."""
+    argv = words(data, data, "--batch_size", "45", loss_names="sdm+itc+cmpm+id+mlm")  # then a batch of 3
+    (alone,) = together(1, processes.train_some, argv, 2)
+    assert len(alone["reports"]) == 4
+    for found in together(5, processes.train_some, [*argv, "--micro_batch", "4"], 2):
+        for report, expected in zip(found["reports"], alone["reports"], strict=True):
+            for name, value in expected.items():
+                assert report[name] == pytest.approx(value, rel=1e-5), name
+        for name, value in alone["weights"].items():
+            assert (found["weights"][name] - value).abs().max() < 1e-5, name
+
+
+def test_a_resnet_is_refused(capsys):
+    with pytest.raises(SystemExit) as stop:
+        get_args(["--pretrain_choice", "RN50", "--loss_names", "sdm+id", "--micro_batch", "16"])
+    assert stop.value.code == 2
+    assert "--micro_batch is exact for a ViT only" in capsys.readouterr().err
+
+
+def test_a_quarter_of_the_batch_at_a_time_needs_at_most_half_the_memory(data):
+    """Above what the model and its gradients take; benchmarks/memory.py measures it at the paper's sizes."""
+    wide = [
+        "--clip_architecture",
+        "embed_dim=64",
+        "vision_width=256",
+        "vision_layers=4",
+        "vision_patch_size=16",
+    ]
+    wide += ["transformer_width=64", "transformer_layers=1", "--img_size", "192", "96"]
+    model = new_model(data, "sdm+id", *wide)
+    batch = {
+        "pids": torch.arange(48) % 12,
+        "images": torch.randn(48, 3, 192, 96),
+        "caption_ids": torch.randint(1, 49405, (48, 48)).index_fill(1, torch.tensor([20]), 49407),
+    }
+    whole(model, batch)  # what is allocated once and kept
+    arms = {"whole": lambda: whole(model, batch), "quarter": lambda: in_parts(model, batch, 12)}
+    extra = {name: peak_memory(run)[1] for name, run in arms.items()}
+    if extra["whole"] is None:
+        pytest.skip("no /proc/self/clear_refs: the peak of a process cannot be measured here")
+    assert extra["quarter"] < extra["whole"] / 2, extra
