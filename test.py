@@ -22,7 +22,7 @@ def test(args, device):
     from model.build import build_trained_model
     from processor.evaluator import chance, encode, evaluate, log_table
     from utils.checkpoint import load_checkpoint
-    from utils.dist import rank
+    from utils.dist import from_all, rank
     from utils.files import write_whole
     from utils.run import keep_log, setup_logger
 
@@ -41,6 +41,7 @@ def test(args, device):
     if args.chance:
         rows["chance"] = chance(features)
     log_table(rows)
+    left_out = {row for part in from_all(img_loader.left_out) for row in part}
     if rank():  # several processes share the work; one writes
         return
 
@@ -57,7 +58,8 @@ def test(args, device):
     write_whole(target, json.dumps(results, indent=1) + "\n")
     logger.getChild("test").info(f"results are in {target}")
     if args.picture:
-        draw_queries(features, ranking, img_loader, txt_loader.dataset, args.picture)
+        gallery = [row for row in range(len(img_loader.dataset)) if row not in left_out]
+        draw_queries(features, ranking, img_loader.dataset, gallery, txt_loader.dataset, args.picture)
         logger.getChild("test").info(f"queries and their ten best images are drawn in {args.picture}")
 
 
@@ -67,12 +69,12 @@ def results_name(args, run):
     return "results.json" if own else f"results_{args.dataset_name}_{args.split}.json"
 
 
-def draw_queries(features, ranking, img_loader, captions, path, number=6):
-    """Some queries, spread evenly over the split, with what was found for each."""
+def draw_queries(features, ranking, images, gallery, captions, path, number=6):
+    """Some queries, spread evenly over the split, with what was found for each. gallery: of each image in
+    features, its row in the split."""
     from retrieval.contact_sheet import Found, draw_contact_sheet
 
-    images, rows = img_loader.dataset, []
-    gallery = [row for row in range(len(images)) if row not in img_loader.left_out]
+    rows = []
     for step in range(min(number, len(captions))):
         query = step * len(captions) // min(number, len(captions))
         best = ranking.indices[query].tolist()

@@ -12,36 +12,37 @@ def main(argv=None):
     args = get_args(argv)  # before PyTorch is loaded: --help and a mistyped option answer at once
     if not args.training:
         raise InputError("--test: evaluating a run is the work of test.py --config_file RUN/configs.yaml")
-    from utils.dist import pick_device, process_group
+    from utils.dist import pick_device, process_group, recall
 
+    argv = sys.argv[1:] if argv is None else argv
     checkpoint = checkpoint_to_resume(args)
     if checkpoint:
-        args = options_to_resume(args, checkpoint, sys.argv[1:] if argv is None else argv)
+        args = options_to_resume(args, checkpoint, argv)
     device = pick_device(args.device)
     with process_group(device):
+        begun = recall("run")
+        if begun:  # torchrun has started the processes anew, after one that ended badly
+            checkpoint = Path(begun) / "last.pth"
+            args = options_to_resume(get_args(argv), checkpoint, argv)
         return train(args, device, checkpoint)
 
 
 def checkpoint_to_resume(args):
     """What --resume goes on with: the file that --resume_ckpt_file names, or the last.pth of the newest run
-    of this name. After a restart by torchrun the run that it restarts, if that had begun. Else None."""
-    from utils.dist import launch_time, restarted
-
-    if args.resume and args.resume_ckpt_file:
+    of this name. Else None."""
+    if not args.resume:
+        return None
+    if args.resume_ckpt_file:
         path = Path(args.resume_ckpt_file)
         return path / "last.pth" if path.is_dir() else path
-    if not (args.resume or restarted()):
-        return None
     folder = Path(args.output_dir) / args.dataset_name
     runs = [path for path in sorted(folder.glob("*/last.pth")) if path.parent.name[16:] == args.name]
-    if not args.resume:
-        runs = [path for path in runs if path.parent.stat().st_mtime >= launch_time()]
-    elif not runs:
+    if not runs:
         raise InputError(
             f"nothing to resume: no run named {args.name} with a last.pth in {folder} (see "
             f"--resume_ckpt_file)"
         )
-    return runs[-1] if runs else None
+    return runs[-1]
 
 
 def options_to_resume(args, checkpoint, argv):
@@ -133,8 +134,9 @@ def fit(args, device, loaders, parts, done, run, stop):
     model = replicate(parts["model"], device, args.micro_batch)
 
     def after_step(step, meters):
-        # several processes ask one another now and then only: that makes an accelerator wait
-        stopped = any_process(stop.asked, device) if world_size() == 1 or step % 10 == 0 else False
+        # several processes with accelerators ask one another now and then only: that makes them wait
+        asks = world_size() == 1 or device.type == "cpu" or step % 10 == 0
+        stopped = asks and any_process(stop.asked, device)
         if stopped or (args.save_period and step % args.save_period == 0):
             run.save("last.pth", parts, **{**done, "iteration": step, "meters": meters.state_dict()})
         if stopped:

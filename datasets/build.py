@@ -3,13 +3,14 @@
 import logging
 from multiprocessing import get_all_start_methods
 
+import torch
 from torch.utils.data import DataLoader
 
 from datasets.annotations import annotation_file, log_statistics, read_splits
 from datasets.image_cache import open_images
 from datasets.image_text import CaptionDataset, ImageDataset, PairDataset, finish
 from datasets.sampler import BatchShares, IdentityOrder, RandomOrder, Share
-from utils.dist import pick_device, world_size
+from utils.dist import pick_device, total, world_size
 from utils.errors import InputError
 
 logger = logging.getLogger("IRRA.dataset")
@@ -34,6 +35,8 @@ class TrainLoader(DataLoader):
                     logger.warning(f"left out: {reason}")
                 self.left_out[path] = reason
             if world_size() > 1:
+                if self.dataset.skip_bad:  # any of them may have left some out
+                    size = int(total(torch.tensor(len(batch["pids"]), device=self._device)))
                 batch["batch_size"] = size
             yield {**batch, "images": finish(batch["images"], self._device, boxes)}
 
@@ -111,6 +114,11 @@ def train_loader(args, splits, device, images):
     if args.batch_size > len(splits.train):
         raise InputError(
             f"--batch_size {args.batch_size} is larger than the training set ({len(splits.train)} captions)"
+        )
+    if args.batch_size % world_size():
+        raise InputError(
+            f"--batch_size {args.batch_size} is for all {world_size()} processes together, and they cannot "
+            f"share it evenly: choose a multiple of {world_size()}"
         )
     masking = (args.masked_token_rate, args.masked_token_unchanged_rate) if args.MLM else None
     clean_captions = getattr(args, "clean_captions", False)

@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from utils.dist import gather, share, total, world_size
-from utils.metrics import Ranking, rank_by, rank_features
+from utils.dist import gather, rank, share, total
+from utils.metrics import Ranks, rank_by, ranks_by, similarity_between, summary
 
 FIGURES = ("R1", "R5", "R10", "mAP", "mINP")
 logger = logging.getLogger("IRRA.eval")
@@ -75,7 +75,7 @@ def evaluate(features, i2t=False, max_rank=10):
     if i2t:
         rankings["i2t"] = rank_share(image, text, image_pids, text_pids, max_rank)
     for task, ranking in rankings.items():
-        if ranking.unmatched:
+        if ranking.unmatched and rank() == 0:
             logger.warning(
                 f"{task}: {ranking.unmatched} queries have no match in the gallery; they count as misses"
             )
@@ -92,15 +92,10 @@ def rank_share(query, gallery, q_pids, g_pids, max_rank):
     number = rows.stop - rows.start
     if not number:  # fewer queries than processes: this one ranks one too, and it does not count
         rows = slice(0, 1)
-    part = rank_features(query[rows], gallery, q_pids[rows], g_pids, max_rank)
-    if world_size() == 1:
-        return part
-    return Ranking(
-        *(total(figure * number / len(query)) for figure in (part.cmc, part.mAP, part.mINP)),
-        indices=gather(part.indices[:number]),
-        unmatched=int(total(torch.tensor(part.unmatched * (number > 0), device=query.device))),
-        tied=int(total(torch.tensor(part.tied * (number > 0), device=query.device))),
-    )
+    part = ranks_by(similarity_between(query[rows], gallery), q_pids[rows], g_pids, max_rank)
+    tied = torch.tensor(part.tied * (number > 0), device=query.device)
+    ranks = Ranks(*(gather(of_each[:number]) for of_each in part[:-1]), tied=int(total(tied)))
+    return summary(ranks, len(gallery), max_rank)
 
 
 def figures(ranking):

@@ -39,6 +39,9 @@ def train_one_epoch(
     watch = FiniteWatch(model, optimizer, epoch, period=1 if device.type == "cpu" else log_period)
     steps, began, step = start + len(loader), time.time(), start
     for step, batch in enumerate(progress_bar(loader, epoch, batch_size), start=start + 1):
+        samples = batch.get("batch_size", len(batch["pids"]))  # of all processes
+        if not samples:  # all its images were left out
+            continue
         parts = [
             {key: on_device(value, device) for key, value in {**part, **unwrapped(model).plan(part)}.items()}
             for part in cut(batch, micro_batch)
@@ -56,7 +59,7 @@ def train_one_epoch(
             torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
         optimizer.step()
 
-        meters.update({"loss": loss, **report}, batch.get("batch_size", len(batch["pids"])))
+        meters.update({"loss": loss, **report}, samples)
         if step % log_period == 0:
             lr = optimizer.param_groups[0]["lr"]
             logger.info(f"Epoch[{epoch}] Iteration[{step}/{steps}], {meters.shown()}, Base Lr: {lr:.2e}")
@@ -78,11 +81,13 @@ def total_loss(report):
 
 
 def cut(batch, size):
-    """The batch in parts of `size` samples, or whole."""
-    B = len(batch["pids"])
-    starts = range(0, B, size or B)
+    """The batch in parts of `size` samples, or whole. An empty one, a process's share, is one part."""
+    B = max(len(batch["pids"]), 1)
     rows = {key: value for key, value in batch.items() if isinstance(value, torch.Tensor)}
-    return [{key: value[start : start + (size or B)] for key, value in rows.items()} for start in starts]
+    return [
+        {key: value[start : start + (size or B)] for key, value in rows.items()}
+        for start in range(0, B, size or B)
+    ]
 
 
 def on_device(value, device):

@@ -6,34 +6,22 @@ function here then does nothing.
 """
 
 import os
+import time
+import uuid
 from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from utils.errors import InputError
+
+_store = None  # torchrun's, which outlives the processes; see process_group
 
 
 def launched():
     """Whether torchrun, or another launcher that speaks its language, started this process."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
-
-
-def restarted():
-    """Whether torchrun starts this process anew after one that ended badly."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-
-
-def launch_time():
-    """When torchrun, this process's parent, was started, in seconds as time.time() counts; 0 where the system
-    does not say."""
-    try:
-        with open(f"/proc/{os.getppid()}/stat") as stat, open("/proc/stat") as system:
-            ticks = int(stat.read().rpartition(")")[2].split()[19])
-            boot = next(int(line.split()[1]) for line in system if line.startswith("btime"))
-    except OSError:
-        return 0.0
-    return boot + ticks / os.sysconf("SC_CLK_TCK") - 1  # the boot time is in whole seconds
 
 
 def rank():
@@ -49,6 +37,12 @@ def pick_device(name="auto"):
     available = torch.cuda.is_available()
     if name == "auto":
         name = "cuda" if available else "cpu"
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if launched() else 1
+    if ":" in str(name) and processes > 1:
+        raise InputError(
+            f"--device {name} is one GPU for the {processes} processes here: with --device cuda each takes "
+            "its own"
+        )
     if str(name).startswith("cuda"):
         if not available:
             raise InputError(f"--device {name}: PyTorch sees no CUDA device here; use --device cpu")
@@ -78,27 +72,88 @@ def number_of_gpus(device):
 
 @contextmanager
 def process_group(device):
-    """Join the processes that torchrun started: NCCL between GPUs, gloo between CPUs; leave at the end."""
+    """Join the processes that torchrun started: NCCL between GPUs, gloo between CPUs; leave at the end.
+
+    When one of them ends, the others do. What several have to say in the same words is said once.
+    """
+    global _store
     if not launched() or dist.is_initialized():
         yield
         return
     try:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        _store, number, size = next(rendezvous("env://"))
+        fresh = dist.PrefixStore(_name_of_this_start(_store, number, size), _store)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=fresh, rank=number, world_size=size)
     except (ValueError, RuntimeError) as error:
         raise InputError(
             f"the processes cannot find one another ({_first_line(error)}): see torchrun's --rdzv_*"
         ) from None
     try:
         yield
+    except InputError as error:
+        _leave_if_said(str(error), fresh)
+        raise
     except RuntimeError as error:
-        if not any(word in str(error) for word in ("gloo", "NCCL", "Connection", "TCPStore", "onnection")):
+        if not any(word in str(error) for word in ("gloo", "Gloo", "NCCL", "onnection", "TCPStore")):
             raise
-        raise InputError(
-            f"process {rank()} lost the others: one of {world_size()} has ended, see its message above "
-            f"({_first_line(error)})"
-        ) from None
+        message = (
+            f"one of the {size} processes has ended, so the others do too: what it said stands above, and "
+            "torchrun reports below how it ended (a training goes on from its last checkpoint)"
+        )
+        _leave_if_said(message, fresh)
+        raise InputError(message) from error
     finally:
         dist.destroy_process_group()
+        _store = None
+
+
+def _name_of_this_start(store, number, size):
+    """A name that the processes of this start share, and none of an earlier one.
+
+    After a restart torchrun's store still holds what the earlier processes wrote, such as their addresses,
+    and the restart count is not the same on all machines (https://github.com/pytorch/pytorch/issues/135712).
+    So the main process makes up a name, and tells it to those who answer.
+    """
+    name, others = uuid.uuid4().hex, range(1, size)
+    if number:
+        store.set(f"hello {number}", name)
+        name = store.get(f"welcome {name}").decode()  # waits for it
+        store.set(f"{name} {number}", "")
+        return name
+    limit = time.monotonic() + store.timeout.total_seconds()
+    while not all(store.check([f"{name} {other}"]) for other in others):
+        for other in others:
+            if store.check([f"hello {other}"]):  # this start's, or an earlier one's that nobody will read
+                store.set(f"welcome {store.get(f'hello {other}').decode()}", name)
+        if time.monotonic() > limit:
+            raise RuntimeError(f"not all {size} processes came")
+        time.sleep(0.01)
+    return name
+
+
+def _leave_if_said(message, store):
+    """End this process without a word when another one has this message."""
+    try:
+        number = store.add(f"said {message}", 1)
+    except RuntimeError:  # the store ended with the main process
+        return
+    if number > 1:
+        raise SystemExit(2) from None
+
+
+def remember(key, value):
+    """Leave a word for the processes that torchrun starts in this one's place, should it end badly."""
+    if dist.is_initialized() and rank() == 0:
+        _store.set(key, value)
+
+
+def recall(key):
+    """What the main process of an earlier start of this same torchrun remembered, in every process; or
+    None."""
+    if not dist.is_initialized():
+        return None
+    return from_main(_store.get(key).decode() if rank() == 0 and _store.check([key]) else None)
 
 
 def _first_line(error):
@@ -126,7 +181,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        gradient = gradient.contiguous()
+        gradient = gradient.clone(memory_format=torch.contiguous_format)  # another branch may hold it too
         dist.all_reduce(gradient)
         return gradient[ctx.start : ctx.start + ctx.size]
 
@@ -177,6 +232,15 @@ def from_main(value):
     return box[0]
 
 
+def from_all(value):
+    """[the value of each process, in order of rank], in every process."""
+    if world_size() == 1:
+        return [value]
+    values = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def any_process(flag, device):
     """Whether the flag is set in any process."""
     if world_size() == 1:
@@ -196,7 +260,11 @@ def replicate(model, device, in_parts=False):
 
     in_parts: it is trained in micro-batches, whose gradients `average_gradients` brings together.
     """
-    if not dist.is_initialized() or in_parts:
+    if not dist.is_initialized():
+        return model
+    if in_parts:
+        for tensor in (*model.parameters(), *model.buffers()):
+            dist.broadcast(tensor.detach(), 0)
         return model
     if device.type == "cuda":
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)

@@ -27,6 +27,17 @@ class Ranking(NamedTuple):
     tied: int
 
 
+class Ranks(NamedTuple):
+    """Of each query: the rank of its first match (above G + max_rank without one), AP and INP as shares of 1,
+    its best gallery indices; and the number of queries with ties."""
+
+    first: torch.Tensor  # (Q,)
+    AP: torch.Tensor
+    INP: torch.Tensor
+    indices: torch.Tensor  # (Q, min(max_rank, G))
+    tied: int
+
+
 def rank(similarity, q_pids, g_pids, max_rank=10, get_mAP=True):
     """Figures of a similarity matrix [Q, G]: cmc [max_rank] in %, mAP in %, mINP in %, indices [Q, max_rank].
 
@@ -47,11 +58,33 @@ def rank(similarity, q_pids, g_pids, max_rank=10, get_mAP=True):
 
 def rank_features(query, gallery, q_pids, g_pids, max_rank=10):
     """Ranking by inner product of features [Q, D] with [G, D]; the matrix [Q, G] is never held whole."""
-    return rank_by(lambda rows: query[rows] @ gallery.t(), q_pids, g_pids, max_rank)
+    return rank_by(similarity_between(query, gallery), q_pids, g_pids, max_rank)
+
+
+def similarity_between(query, gallery):
+    return lambda rows: query[rows] @ gallery.t()
 
 
 def rank_by(similarity_of, q_pids, g_pids, max_rank=10):
     """Ranking where similarity_of(slice of queries) gives their rows [q, G]."""
+    return summary(ranks_by(similarity_of, q_pids, g_pids, max_rank), len(g_pids), max_rank)
+
+
+def summary(ranks, G, max_rank=10):
+    """The Ranking that the Ranks of all queries give, in a gallery of G images."""
+    reached = ranks.first[:, None] <= torch.arange(1, max_rank + 1, device=ranks.first.device)
+    return Ranking(
+        cmc=100 * reached.double().mean(0),
+        mAP=100 * ranks.AP.mean(),
+        mINP=100 * ranks.INP.mean(),
+        indices=ranks.indices,
+        unmatched=int((ranks.first > G).sum()),
+        tied=ranks.tied,
+    )
+
+
+def ranks_by(similarity_of, q_pids, g_pids, max_rank=10):
+    """Ranks of each query, where similarity_of(slice of queries) gives their rows [q, G]."""
     q_pids, g_pids = torch.as_tensor(q_pids), torch.as_tensor(g_pids)
     Q, G = len(q_pids), len(g_pids)
     if not Q or not G:
@@ -78,16 +111,8 @@ def rank_by(similarity_of, q_pids, g_pids, max_rank=10):
         first_ranks.append(torch.where(number > 0, ranks[:, 0], G + max_rank + 1))
         indices.append(best)
         tied += int(ties)
-    first_rank = torch.cat(first_ranks)
-    reached = first_rank[:, None] <= torch.arange(1, max_rank + 1, device=first_rank.device)
-    return Ranking(
-        cmc=100 * reached.double().mean(0),
-        mAP=100 * torch.cat(precisions).mean(),
-        mINP=100 * torch.cat(inps).mean(),
-        indices=torch.cat(indices),
-        unmatched=int((first_rank > G).sum()),
-        tied=tied,
-    )
+    first, AP, INP = map(torch.cat, (first_ranks, precisions, inps))
+    return Ranks(first, AP, INP, torch.cat(indices), tied)
 
 
 def ranks_of(similarity, matches, number, k):

@@ -9,7 +9,7 @@ from logging.handlers import MemoryHandler
 from pathlib import Path
 
 from utils.checkpoint import save_checkpoint
-from utils.dist import from_main, rank
+from utils.dist import from_main, launched, rank, remember
 from utils.errors import InputError
 from utils.files import link_or_copy, remove_leftovers, write_whole
 
@@ -77,6 +77,8 @@ class RunFiles:
         if self.writes:
             save_checkpoint(self.folder / name, parts, num_epoch=self.num_epoch, **values)
             self.events.flush()
+            if name == "last.pth":
+                remember("run", str(self.folder.absolute()))  # should torchrun have to start it anew
 
     def close(self):
         if self.events:
@@ -111,7 +113,11 @@ class Stopped(Exception):
 
 
 class StopSignals:
-    """While it lasts, SIGTERM and SIGINT only set `asked`; a second one interrupts at once."""
+    """While it lasts, SIGTERM and SIGINT only set `asked`; a second one interrupts at once.
+
+    Not under torchrun: a batch system signals it and its processes, and it passes the signal on to them. It
+    kills those that are not done in time.
+    """
 
     def __init__(self, logger):
         self.asked, self.logger = False, logger
@@ -122,11 +128,12 @@ class StopSignals:
 
     def ask(self, number, frame):
         if self.asked:
+            if launched():
+                return
             raise KeyboardInterrupt
         self.asked = True
-        self.logger.info(
-            f"{signal.Signals(number).name}: finishing the batch, then saving (again: stop at once, unsaved)"
-        )
+        again = "" if launched() else " (again: stop at once, unsaved)"
+        self.logger.info(f"{signal.Signals(number).name}: finishing the batch, then saving{again}")
 
     def __exit__(self, *_):
         for number, handler in self.earlier.items():
