@@ -21,6 +21,7 @@ def test(args, device):
     from datasets import build_dataloader
     from model.build import build_trained_model
     from processor.evaluator import chance, encode, evaluate, log_table
+    from retrieval.contact_sheet import draw_contact_sheet, gallery_paths, query_rows, spread
     from utils.checkpoint import load_checkpoint
     from utils.dist import from_all, rank
     from utils.files import write_whole
@@ -41,7 +42,7 @@ def test(args, device):
     if args.chance:
         rows["chance"] = chance(features)
     log_table(rows)
-    left_out = {row for part in from_all(img_loader.left_out) for row in part}
+    left_out = from_all(img_loader.left_out)
     if rank():  # several processes share the work; one writes
         return
 
@@ -58,8 +59,9 @@ def test(args, device):
     write_whole(target, json.dumps(results, indent=1) + "\n")
     logger.getChild("test").info(f"results are in {target}")
     if args.picture:
-        gallery = [row for row in range(len(img_loader.dataset)) if row not in left_out]
-        draw_queries(features, ranking, img_loader.dataset, gallery, txt_loader.dataset, args.picture)
+        paths, captions = gallery_paths(img_loader.dataset, left_out), txt_loader.dataset.captions
+        queries = spread(len(captions), 6)
+        draw_contact_sheet(query_rows(features, ranking.indices, paths, captions, queries), args.picture)
         logger.getChild("test").info(f"queries and their ten best images are drawn in {args.picture}")
 
 
@@ -67,24 +69,6 @@ def results_name(args, run):
     """results.json for the run's own data set; another data set or split has a file of its own."""
     own = args.dataset_name == read_run_options(run / "configs.yaml").dataset_name and args.split == "test"
     return "results.json" if own else f"results_{args.dataset_name}_{args.split}.json"
-
-
-def draw_queries(features, ranking, images, gallery, captions, path, number=6):
-    """Some queries, spread evenly over the split, with what was found for each. gallery: of each image in
-    features, its row in the split."""
-    from retrieval.contact_sheet import Found, draw_contact_sheet
-
-    rows = []
-    for step in range(min(number, len(captions))):
-        query = step * len(captions) // min(number, len(captions))
-        best = ranking.indices[query].tolist()
-        similarity = (features.image[best] @ features.text[query]).tolist()
-        found = [
-            Found(images.image_paths[gallery[i]], s, images.pids[gallery[i]] == captions.pids[query])
-            for i, s in zip(best, similarity, strict=True)
-        ]
-        rows.append((captions.captions[query], found))
-    draw_contact_sheet(rows, path)
 
 
 if __name__ == "__main__":

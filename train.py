@@ -127,7 +127,8 @@ def fit(args, device, loaders, parts, done, run, stop):
     """The epochs that are not done yet: train, evaluate, keep the best and the last."""
     from processor.evaluator import encode, evaluate, log_table
     from processor.trainer import Meters, train_one_epoch
-    from utils.dist import any_process, replicate, world_size
+    from retrieval.contact_sheet import gallery_paths, retrieval_picture
+    from utils.dist import any_process, from_all, replicate, world_size
     from utils.run import Stopped
 
     train_loader, img_loader, txt_loader = loaders
@@ -159,18 +160,22 @@ def fit(args, device, loaders, parts, done, run, stop):
             after_step=after_step,
             micro_batch=args.micro_batch,
         )
-        run.board(epoch, lr=parts["scheduler"].get_last_lr()[0])
-        run.board(
-            epoch, **{name: value for name, value in averages.items() if value > 0}
-        )  # no zeros, as published
+        shown = {name: value for name, value in averages.items() if value > 0}  # no zeros, as published
+        run.board(epoch, lr=parts["scheduler"].get_last_lr()[0], **shown)
         parts["scheduler"].step()
         done.update(epoch=epoch, iteration=0, meters={})
 
         if epoch % args.eval_period == 0:
             run.log.info(f"Validation Results - Epoch: {epoch}")
-            rows, _ = evaluate(encode(parts["model"], img_loader, txt_loader, device))
-            log_table(rows)
-            run.board(epoch, **{f"t2i/{name}": value for name, value in rows["t2i"].items()})
+            features = encode(parts["model"], img_loader, txt_loader, device)
+            rows, ranking = evaluate(features, i2t=True)
+            log_table({"t2i": rows["t2i"]})
+            for task, figures in rows.items():
+                run.board(epoch, **{f"{task}/{name}": value for name, value in figures.items()})
+            paths = gallery_paths(img_loader.dataset, from_all(img_loader.left_out))
+            run.picture(
+                epoch, retrieval_picture(features, ranking.indices, paths, txt_loader.dataset.captions)
+            )
             if rows["t2i"]["R1"] > done["best_R1"]:
                 done.update(best_R1=rows["t2i"]["R1"], best_epoch=epoch)
                 run.log.info(f"Saving checkpoint to {run.folder / 'best.pth'}")

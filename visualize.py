@@ -82,7 +82,7 @@ def split_pictures(args, folder):
         written.append(path)
     if not (args.queries or args.best or args.worst or args.random):
         return written
-    outcome, paths = outcomes(features), gallery_paths(img_loader)
+    outcome, paths = outcomes(features), gallery_paths(img_loader.dataset, [img_loader.left_out])
     queries = [*(args.queries or []), *choose(outcome, args.best, args.worst, args.random, args.seed)]
     ranking = rank_features(text, image, text_pids, image_pids, 10)
     for query in dict.fromkeys(queries):

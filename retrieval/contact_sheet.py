@@ -85,10 +85,11 @@ def draw_framed(sheet, draw, corner, image_path, frame, whole=False):
 # ---- queries of a data set's split ----
 
 
-def gallery_paths(img_loader):
-    """Paths of the images that have features, in their order: a loader may have left damaged ones out."""
-    paths, left_out = img_loader.dataset.image_paths, getattr(img_loader, "left_out", {})
-    return [path for row, path in enumerate(paths) if row not in left_out]
+def gallery_paths(images, left_out=()):
+    """Paths of the images that have features, in their order. images: a datasets.image_text.ImageDataset.
+    left_out: what each process's loader left out of it, {row: why}."""
+    absent = {row for part in left_out for row in part}
+    return [path for row, path in enumerate(images.image_paths) if row not in absent]
 
 
 def query_rows(features, indices, image_paths, captions, queries):

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 import threading
 import time
 
@@ -11,11 +12,12 @@ import torch
 import torch.distributed as dist
 
 from tests import processes
-from tests.children import differ, draw, only_run, words
+from tests.children import ROOT, differ, draw, only_run, words
 from tests.processes import Group, together, torchrun, workers_of
 from tests.recipe import off
 from utils.dist import pick_device, share
 from utils.errors import InputError
+from utils.options import get_args
 from utils.run import StopSignals
 
 ALL_LOSSES = "sdm+itc+cmpm+id+mlm"
@@ -340,3 +342,33 @@ def test_one_gpu_for_several_processes_is_refused(monkeypatch):
     ):
         pick_device("cuda:1")
     assert pick_device("cpu") == torch.device("cpu")
+
+
+def test_the_slurm_script_starts_torchrun_and_train_with_options_they_know(tmp_path, monkeypatch):
+    """With an srun that only says what it was given; a requeued job finds its run."""
+    from torch.distributed.run import get_args_parser
+
+    for name, text in (("srun", 'printf "%s\\n" "$@"'), ("scontrol", "echo node0; echo node1")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    job = {"SLURM_JOB_ID": "12", "SLURM_JOB_NODELIST": "node[0-1]", "SLURM_JOB_NUM_NODES": "2"}
+    environment = {**os.environ, **job, "SLURM_GPUS_ON_NODE": "4", "IRRA_LOGS": str(tmp_path / "logs")}
+
+    def started():
+        command = ["bash", ROOT / "configs" / "slurm.sh", "--root_dir", "/data"]
+        found = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+        assert found.returncode == 0, found.stderr
+        own, words = found.stdout.splitlines()[0], found.stdout.splitlines()[1:]
+        assert own == "--kill-on-bad-exit=1" and words[0] == "torchrun"
+        launch = get_args_parser().parse_args(words[1:])
+        assert (launch.nnodes, launch.nproc_per_node, launch.max_restarts) == ("2", "4", 3)
+        assert launch.rdzv_endpoint == "node0:29500" and launch.training_script == "train.py"
+        return get_args(launch.training_script_args)
+
+    args = started()
+    assert (args.name, args.root_dir, args.batch_size, args.resume) == ("job12", "/data", 64, False)
+    checkpoint = tmp_path / "logs" / "CUHK-PEDES" / "20261124_101500_job12" / "last.pth"
+    checkpoint.parent.mkdir(parents=True)
+    checkpoint.touch()
+    assert started().resume

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import random
+import traceback
 from collections import Counter
 
 import numpy as np
@@ -425,10 +426,19 @@ def damaged(tmp_path):
     return tmp_path
 
 
+def reading_ends_in(loader):
+    """The InputError's text. Its frames and the workers form a cycle; left to Python's collector, that makes
+    some later test wait five seconds for each worker."""
+    try:
+        list(loader)
+    except InputError as error:
+        traceback.clear_frames(error.__traceback__)
+        return str(error)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_damaged_image_ends_in_one_sentence_that_names_it(damaged, workers):
     train_loader, img_loader, *_ = build_dataloader(options(damaged, num_workers=workers))
     for loader, name in ((train_loader, "3_1.png"), (img_loader, "10_0.png")):
-        with pytest.raises(InputError, match=name) as error:
-            list(loader)
-        assert "\n" not in str(error.value)
+        text = reading_ends_in(loader)
+        assert name in text and "\n" not in text

@@ -327,7 +327,7 @@ WRONG_FILES = [  # content, words of the message besides the file's name
     ("a: b: c", ["line 1"]),
     ("batch_size: !!python/object/apply:os.system [true]", ["line 1"]),
     ("batch_size: !!python/name:os.system", ["line 1"]),
-    ("batch_size: &a [*a]", ["batch_size"]),
+    ("batch_size: &a [*a]", []),
     (b"\x89PNG\r\n\x1a\n\xff\xfe\x00", ["not text"]),
     (b"batch_size: 64\x00\n", []),
     pytest.param("[" * 20_000, [], id="nested without end"),

@@ -1,5 +1,6 @@
 """A run's folder: what is written there, the log, and the signals that end a run in good order."""
 
+import argparse
 import json
 import logging
 import signal
@@ -42,7 +43,9 @@ class RunFiles:
         self.num_epoch, args.output_dir = args.num_epoch, str(self.folder)
 
     def described(self, args):
-        return str({key: value for key, value in vars(args).items() if key not in ("notes", "run_dir")})
+        """The options as the published log shows them."""
+        shown = {key: value for key, value in vars(args).items() if key not in ("notes", "run_dir")}
+        return str(argparse.Namespace(**shown)).replace(",", "\n")
 
     def open(self, args, logger, first_epoch=1):
         """Make the folder, start its log, its events and configs.yaml: now that data and model have proved
@@ -71,6 +74,11 @@ class RunFiles:
         if self.events:
             for name, value in values.items():
                 self.events.add_scalar(name, value, epoch)
+
+    def picture(self, epoch, pixels):
+        """Put a picture, uint8 [H, W, 3], on the TensorBoard."""
+        if self.events:
+            self.events.add_image("retrieval", pixels, epoch, dataformats="HWC")
 
     def save(self, name, parts, **values):
         """Write a checkpoint, whole or not at all; see utils.checkpoint."""

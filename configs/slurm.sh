@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# Train on several machines under Slurm: sbatch configs/slurm.sh --dataset_name ICFG-PEDES --root_dir /data
+# What follows the file name goes to train.py, after the recipe. Change the sizes here or give them to sbatch.
+#SBATCH --job-name=irra
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=4
+#SBATCH --cpus-per-task=32
+#SBATCH --time=12:00:00
+#SBATCH --output=slurm-%j.txt
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=TERM@180
+set -euo pipefail
+
+# one name for each job: after a requeue it finds its own run, and no other one's
+name=${IRRA_NAME:-job$SLURM_JOB_ID}
+logs=${IRRA_LOGS:-logs}
+resume=()
+if compgen -G "$logs/*/*_$name/last.pth" >/dev/null; then
+    resume=(--resume)
+fi
+
+head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+gpus=${SLURM_GPUS_ON_NODE:-4}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
+
+# --kill-on-bad-exit: when torchrun has given up on one machine the job ends
+# --shutdown_timeout: how long a process may take over its batch and last.pth after a SIGTERM
+srun --kill-on-bad-exit=1 torchrun \
+    --nnodes="$SLURM_JOB_NUM_NODES" --nproc_per_node="$gpus" \
+    --rdzv_backend=c10d --rdzv_endpoint="$head_node:${IRRA_PORT:-29500}" --rdzv_id="$SLURM_JOB_ID" \
+    --max_restarts=3 --shutdown_timeout=120 \
+    train.py --config_file configs/irra.yaml --num_workers 8 \
+    --name "$name" --output_dir "$logs" "${resume[@]}" "$@"
