@@ -6,6 +6,7 @@ import time
 import torch
 
 from processor.micro_batch import backward_in_parts
+from solver import frac_unmoved, sampled_weights
 from utils.dist import rank, unwrapped
 from utils.errors import InputError
 
@@ -27,7 +28,8 @@ def train_one_epoch(
     after_step=None,
     micro_batch=None,
 ):
-    """One pass over the loader, whose batches model.forward takes. Returns the epoch's averages by name.
+    """One pass over the loader, whose batches model.forward takes. Returns the epoch's averages by name, and
+    `frac_unmoved`, the share of weights that the last logged step left as they were.
 
     start, meters: the steps of this epoch that an interrupted run has done, and its Meters.
     after_step: called with (step, meters) after each step; may raise to leave.
@@ -57,10 +59,13 @@ def train_one_epoch(
         watch.before_step(step, loss, report, batch)
         if max_grad_norm:
             torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+        logged = step % log_period == 0
+        before = sampled_weights(unwrapped(model)) if logged else None
         optimizer.step()
 
         meters.update({"loss": loss, **report}, samples)
-        if step % log_period == 0:
+        if logged:
+            meters.latest["frac_unmoved"] = float(frac_unmoved(unwrapped(model), before))
             lr = optimizer.param_groups[0]["lr"]
             logger.info(f"Epoch[{epoch}] Iteration[{step}/{steps}], {meters.shown()}, Base Lr: {lr:.2e}")
         if after_step:
@@ -72,7 +77,7 @@ def train_one_epoch(
         images = (batch_size or len(batch["pids"])) / seconds
         speed = f" Time per batch: {seconds:.3f}[s] Speed: {images:.1f}[samples/s]"
     logger.info(f"Epoch {epoch} done.{speed}")
-    return meters.averages()
+    return {**meters.averages(), **meters.latest}
 
 
 def total_loss(report):
@@ -112,6 +117,7 @@ class Meters:
 
     def __init__(self):
         self.names, self.sums, self.weights = [], None, None
+        self.latest = {}  # numbers that are not averaged
 
     def update(self, report, batch_size):
         """report: named numbers, tensors of one element."""
@@ -138,7 +144,8 @@ class Meters:
     def state_dict(self):
         if not self.names:
             return {}
-        return {"names": self.names, "sums": self.sums.tolist(), "weights": self.weights.tolist()}
+        sums, weights = self.sums.tolist(), self.weights.tolist()
+        return {"names": self.names, "sums": sums, "weights": weights, "latest": dict(self.latest)}
 
     @classmethod
     def from_state(cls, state):
@@ -147,6 +154,7 @@ class Meters:
             meters.names = list(state["names"])
             meters.sums = torch.tensor(state["sums"], dtype=torch.float64)
             meters.weights = torch.tensor(state["weights"], dtype=torch.float64)
+            meters.latest = dict(state.get("latest", {}))
         return meters
 
 
