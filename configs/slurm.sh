@@ -21,7 +21,7 @@ if compgen -G "$logs/*/*_$name/last.pth" >/dev/null; then
     resume=(--resume)
 fi
 
-head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+read -r head_node < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 gpus=${SLURM_GPUS_ON_NODE:-4}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
 

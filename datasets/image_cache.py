@@ -19,6 +19,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from datasets.transforms import read_image, resize
+from utils.dist import rank
 from utils.errors import InputError
 
 logger = logging.getLogger("IRRA.dataset")
@@ -243,7 +244,8 @@ def decoded(paths, img_size, num_workers):
     from tqdm import tqdm
 
     batches = DataLoader(Files(paths, img_size), batch_size=32, num_workers=num_workers, collate_fn=list)
-    with tqdm(total=len(paths), desc="image cache", unit="img", leave=False, disable=None) as bar:
+    hidden = True if rank() else None  # None: where there is no terminal
+    with tqdm(total=len(paths), desc="image cache", unit="img", leave=False, disable=hidden) as bar:
         for batch in batches:
             for image in batch:
                 if isinstance(image, InputError):

@@ -61,7 +61,7 @@ def encode_captions(model, batches, device):
 
 
 def bar(loader, what, progress):
-    if not progress:
+    if not progress or rank():
         return loader
     from tqdm import tqdm
 

@@ -24,6 +24,7 @@ from utils.dist import gather, process_group, replicate, total
 from utils.options import get_args
 
 CPU = torch.device("cpu")
+CONTEXT.set_forkserver_preload(["tests.children", __name__])
 
 
 class Group:
@@ -122,7 +123,8 @@ def rank_of_this():
 
 
 def train_some(argv, epochs):
-    """Train as train.py does, without its files: what each step reported, the weights before and after."""
+    """Train as train.py does, without its files: what each step reported, the weights before and after, and
+    how many samples of each batch this process had."""
     args = get_args(argv)
     with process_group(CPU):
         torch.manual_seed(args.seed)
@@ -132,15 +134,34 @@ def train_some(argv, epochs):
         optimizer = build_optimizer(args, plain)
         scheduler = build_lr_scheduler(args, optimizer)
         model = replicate(plain, CPU, args.micro_batch)
-        reports = []
+        reports, batches = [], Counted(loader)
         for epoch in range(1, epochs + 1):
             loader.set_epoch(epoch)
             after_step = StepReports(reports)
             train_one_epoch(
-                model, loader, optimizer, CPU, epoch, after_step=after_step, micro_batch=args.micro_batch
+                model, batches, optimizer, CPU, epoch, after_step=after_step, micro_batch=args.micro_batch
             )
             scheduler.step()
-        return {"reports": reports, "start": start, "weights": plain.state_dict()}
+        weights = plain.state_dict()
+        return {"reports": reports, "start": start, "weights": weights, "sizes": batches.sizes}
+
+
+class Counted:
+    def __init__(self, loader):
+        self.loader, self.sizes = loader, []
+
+    def __len__(self):
+        return len(self.loader)
+
+    def __iter__(self):
+        for batch in self.loader:
+            self.sizes.append(len(batch["pids"]))
+            yield batch
+
+
+def train_each(argvs, epochs):
+    """train_some of several command lines, one after the other."""
+    return [train_some(argv, epochs) for argv in argvs]
 
 
 class StepReports:
@@ -155,12 +176,13 @@ class StepReports:
         self.reports.append(dict(zip(meters.names, values.tolist(), strict=True)))
 
 
-def batches_of(argv, epoch, start=0):
-    """This process's share of each batch of an epoch."""
+def batches_of(argvs, epoch, start=0):
+    """For each command line, this process's share of each batch of an epoch."""
     with process_group(CPU):
-        loader = build_dataloader(get_args(argv))[0]
-        loader.set_epoch(epoch, start)
-        return list(loader)
+        loaders = [build_dataloader(get_args(argv))[0] for argv in argvs]
+        for loader in loaders:
+            loader.set_epoch(epoch, start)
+        return [list(loader) for loader in loaders]
 
 
 def evaluate_split(argv):

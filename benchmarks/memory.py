@@ -1,0 +1,116 @@
+"""Peak memory and time of a step: whole batch, --grad_checkpointing, --micro_batch of a quarter, and both.
+
+python -m benchmarks.memory                                         CPU, fp32, ViT-B/16, 384x128, batch 32
+python -m benchmarks.memory --device cuda --batch_size 64           a GPU, fp16 as published
+
+Each arm runs in a process of its own, since memory that a process has once used shows in all that follows;
+the arms take turns.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from benchmarks import step
+from benchmarks.harness import peak_memory, record, synchronise
+from model import build_model
+from processor.micro_batch import backward_in_parts
+from processor.trainer import cut, on_device, total_loss
+from solver import build_optimizer
+from utils.dist import pick_device
+
+ARMS = {  # whether activations are computed twice, how many parts a batch is cut into
+    "whole batch": (False, 1),
+    "--grad_checkpointing": (True, 1),
+    "--micro_batch, a quarter": (False, 4),
+    "both": (True, 4),
+}
+
+
+def measure(name, args):
+    """{peak, beyond: bytes, seconds, cpu_seconds} of a step."""
+    torch.set_num_threads(args.threads)
+    chosen, device = step.options(args), pick_device(args.device)
+    chosen.grad_checkpointing, pieces = ARMS[name]
+    torch.manual_seed(0)
+    model = build_model(chosen, step.PERSONS).train()
+    optimizer = build_optimizer(chosen, model)
+    whole = step.batch_of(args.batch_size, chosen.img_size)
+
+    def one_step(batch):
+        parts = [
+            {key: on_device(value, device) for key, value in {**part, **model.plan(part)}.items()}
+            for part in cut(batch, -(-args.batch_size // pieces))
+        ]
+        optimizer.zero_grad(set_to_none=True)
+        if pieces > 1:
+            backward_in_parts(model, parts)
+        else:
+            total_loss(model(parts[0])).backward()
+        optimizer.step()
+
+    one_step(cut(whole, 2)[0])  # Adam's moments come into being
+    synchronise(device)
+    start = time.perf_counter(), time.process_time()
+    optimizer.zero_grad(set_to_none=True)
+    peak, beyond = peak_memory(lambda: one_step(whole), device)
+    synchronise(device)
+    taken = {"seconds": time.perf_counter() - start[0], "cpu_seconds": time.process_time() - start[1]}
+    return {**taken, "peak": peak, "beyond": beyond}
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--precision", default=None)
+    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--tiny", action="store_true", help="a tiny model: whether the benchmark runs at all")
+    parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)
+    words = sys.argv[1:] if argv is None else argv
+    args = parser.parse_args(words)
+    if args.arm:
+        print(json.dumps(measure(args.arm, args)))
+        return
+    found = {name: [] for name in ARMS}
+    for _ in range(args.repeats):
+        for name in ARMS:
+            command = [sys.executable, "-m", "benchmarks.memory", *words, f"--arm={name}"]
+            folder = Path(__file__).parent.parent
+            said = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=folder).stdout
+            found[name].append(json.loads(said.splitlines()[-1]))
+    device = torch.device(args.device)
+    precision = args.precision or ("fp16" if device.type == "cuda" else "fp32")
+    what = f"training step, batch {args.batch_size}, {precision}" + (", tiny model" if args.tiny else "")
+    notes = {
+        "peak memory": (
+            "peak",
+            2**-20,
+            "MiB",
+            "whole process: weights, gradients, Adam's two moments, libraries",
+        ),
+        "peak memory of activations and gradients": (
+            "beyond",
+            2**-20,
+            "MiB",
+            "above weights, Adam's two moments and libraries",
+        ),
+        "time": ("seconds", 1000, "ms", ""),
+        "CPU time": ("cpu_seconds", 1000, "ms", "of all threads"),
+    }
+    for figure, (key, factor, unit, note) in notes.items():
+        if found["whole batch"][0][key] is None or (figure == "CPU time" and device.type != "cpu"):
+            continue
+        arms = {name: factor * statistics.median(one[key] for one in all_) for name, all_ in found.items()}
+        record(f"{what}, parts: {figure}", arms, unit, "whole batch", device=device, note=note)
+
+
+if __name__ == "__main__":
+    main()
