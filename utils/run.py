@@ -148,11 +148,20 @@ class StopSignals:
             signal.signal(number, handler)
 
 
+GRACE = 60  # seconds that a loading process goes on after a SIGTERM
+
+
 def leave_signals_to_parent(worker):
     """A loading process's start: it gets a terminal's Ctrl-C and a batch system's SIGTERM too, and must go on
-    loading while its parent finishes the batch. It ends when its parent does."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+    loading while its parent finishes the batch. It ends when its parent does, or some time after a SIGTERM:
+    that is also how Python ends, and waits for, the children that are left when a program is over."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, end_later)
+
+
+def end_later(number, frame):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.alarm(GRACE)  # nobody handles SIGALRM: it ends the process
 
 
 class BarHandler(logging.StreamHandler):
