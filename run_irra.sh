@@ -44,6 +44,8 @@ demo() {
     logs=$(last_value --output_dir "$logs" "$@")
 
     use_environment requirements.txt
+    # threads that wait asleep: where cores are shared with other programs, waiting awake takes four times as long
+    export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
     # shellcheck disable=SC2086  # $people is several words
     step "1/3 Drawing pedestrians and writing sentences about them: $draw_time" \
         "$python" -m datasets.synthetic $people --root "$data"
