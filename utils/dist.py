@@ -250,11 +250,6 @@ def any_process(flag, device):
     return bool(box)
 
 
-def barrier():
-    if world_size() > 1:
-        dist.barrier()
-
-
 def replicate(model, device, in_parts=False):
     """The model as the processes train it together. Its state dict is that of `unwrapped(model)`.
 

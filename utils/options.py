@@ -68,7 +68,6 @@ def number(kind, wanted, valid):
 count = number(int, "a whole number of at least 1", lambda n: 1 <= n < 2**63)
 count_or_0 = number(int, "a whole number of at least 0", lambda n: 0 <= n < 2**64)
 whole = number(int, "a whole number", lambda n: True)
-real = number(float, "a number", math.isfinite)
 positive = number(float, "a number above 0", lambda x: math.isfinite(x) and x > 0)
 not_negative = number(float, "a number of at least 0", lambda x: math.isfinite(x) and x >= 0)
 share = number(float, "a number from 0 to 1", lambda x: 0 <= x <= 1)
