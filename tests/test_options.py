@@ -214,6 +214,15 @@ def test_a_wrong_command_line_ends_with_status_2_and_one_line_that_says_what_is_
 # ---- options that depend on one another ----
 
 
+def test_of_many_processes_the_first_says_what_is_wrong(refused, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "0")
+    assert "--lr" in refused("--lr", "fast")
+    monkeypatch.setenv("RANK", "3")
+    with pytest.raises(SystemExit) as stopped:
+        get_args(["--lr", "fast"])
+    assert stopped.value.code == 2 and capsys.readouterr() == ("", "")
+
+
 def test_mlm_among_the_losses_switches_the_masking_on_and_says_so():
     args = get_args(["--loss_names", "sdm+mlm"])
     assert args.MLM is True

@@ -5,13 +5,25 @@ once. The names that an option may take stand here; a test holds them against th
 """
 
 import argparse
-import difflib
-import math
 import re
 import sys
 from pathlib import Path
 
+from utils.config_file import check_options, read_yaml
 from utils.errors import InputError
+from utils.option_types import (
+    Parser,
+    count,
+    count_or_0,
+    momentum,
+    nearest,
+    not_negative,
+    number,
+    one_of,
+    positive,
+    share,
+    whole,
+)
 
 DATASETS = ("CUHK-PEDES", "ICFG-PEDES", "RSTPReid")
 LOSSES = ("sdm", "itc", "cmpm", "id", "mlm")
@@ -22,56 +34,9 @@ PRECISIONS = ("fp16", "bf16", "fp32")
 RESNETS = ("RN50", "RN101", "RN50x4", "RN50x16", "RN50x64")
 CLIP_MODELS = (*RESNETS, "ViT-B/32", "ViT-B/16", "ViT-L/14")
 RUN_FOLDER = re.compile(r"\d{8}_\d{6}_")  # <YYYYmmdd_HHMMSS>_<name>
-DERIVED = ("training", "distributed")  # a run's configs.yaml holds these too; no flag of theirs exists
 
 
-# ---- types: each says what it wants when it is given something else ----
-
-
-def nearest(word, names):
-    """', did you mean "x"?' or nothing: the end of a message about an unknown word."""
-    by_lower = {name.lower(): name for name in names}
-    close = difflib.get_close_matches(str(word).lower(), by_lower, n=1, cutoff=0.5)
-    return f"; did you mean {by_lower[close[0]]}?" if close else ""
-
-
-def one_of(*names):
-    """A name out of a list, in any case: `Adamw` is AdamW."""
-
-    def parse(text):
-        for name in names:
-            if str(text).lower() == name.lower():
-                return name
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not one of {', '.join(names)}{nearest(text, names)}".replace("'", '"')
-        )
-
-    return parse
-
-
-def number(kind, wanted, valid):
-    def parse(text):
-        try:
-            value = kind(text)
-            exact = (
-                kind is float or isinstance(text, str) or value == text
-            )  # a YAML file's 2.5 is no whole number
-        except (TypeError, ValueError, OverflowError):
-            value = None
-        if value is None or isinstance(text, bool) or not exact or not valid(value):
-            raise argparse.ArgumentTypeError(f'"{text}" is not {wanted}')
-        return value
-
-    return parse
-
-
-count = number(int, "a whole number of at least 1", lambda n: 1 <= n < 2**63)
-count_or_0 = number(int, "a whole number of at least 0", lambda n: 0 <= n < 2**64)
-whole = number(int, "a whole number", lambda n: True)
-positive = number(float, "a number above 0", lambda x: math.isfinite(x) and x > 0)
-not_negative = number(float, "a number of at least 0", lambda x: math.isfinite(x) and x >= 0)
-share = number(float, "a number from 0 to 1", lambda x: 0 <= x <= 1)
-momentum = number(float, "a number from 0 up to, not including, 1", lambda x: 0 <= x < 1)
+# ---- types of their own ----
 
 
 def loss_list(text):
@@ -107,7 +72,7 @@ def architecture_item(text):
     return name, count(value)
 
 
-# ---- the parser ----
+# ---- the parsers ----
 
 STOPPED = 3  # a signal came; everything is saved
 EXIT_STATUS = (
@@ -115,28 +80,6 @@ EXIT_STATUS = (
     "SIGINT "
     "after the running batch, everything saved, --resume goes on; 130 interrupted at once (a second Ctrl-C)."
 )
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse, but an error is one sentence without sixty lines of usage before it."""
-
-    def __init__(self, **kwargs):
-        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
-
-    def error(self, message):
-        self.exit(2, f"error: {message} ({self.prog} --help lists every option)\n")
-
-    def parse_args(self, argv=None, namespace=None):
-        args, unknown = self.parse_known_args(argv, namespace)
-        if unknown:
-            word = unknown[0].split("=")[0]
-            flags = list(self._option_string_actions)
-            what = "unknown option" if word.startswith("-") else "unexpected word"
-            self.error(f"{what} {word}{nearest(word, flags)}")
-        return args
-
-    def options(self):
-        return {a.dest: a for a in self._actions if a.dest not in ("help", "config_file")}
 
 
 def train_parser():
@@ -363,102 +306,6 @@ def test_parser():
     add("--picture", default=None, metavar="FILE", help="draw a few queries with their ten best images")
     add("--debug", action="store_true", help="print the traceback of an input error too")
     return parser
-
-
-# ---- reading a YAML file of options ----
-
-
-def read_yaml(path):
-    """A mapping from a YAML file. Plain data only; the published files' `!!python/tuple` reads as a list."""
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        def compose_node(self, parent, index):
-            if self.check_event(yaml.AliasEvent):  # a kilobyte of them can stand for gigabytes
-                mark = self.peek_event().start_mark
-                raise yaml.composer.ComposerError(None, None, "an alias (*name) is no option", mark)
-            return super().compose_node(parent, index)
-
-    Loader.add_constructor(
-        "tag:yaml.org,2002:python/tuple", lambda loader, node: loader.construct_sequence(node, deep=True)
-    )
-    # YAML 1.1 reads 1e-5 as a string; people write it
-    Loader.add_implicit_resolver(
-        "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-    )
-    path = Path(path)
-    try:
-        options = yaml.load(path.read_text(encoding="utf-8"), Loader)
-    except FileNotFoundError:
-        raise InputError(f"no config file at {path}{_neighbours(path)}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"{path} cannot be read: {getattr(error, 'strerror', None) or 'it is not text'}"
-        ) from None
-    except yaml.YAMLError as error:
-        at = getattr(error, "problem_mark", None)
-        where = f", line {at.line + 1}" if at else ""
-        problem = getattr(error, "problem", None) or "it does not parse"
-        raise InputError(f"{path}{where} is not a YAML file of plain options: {problem}") from None
-    except (
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-    ) as error:  # what a value such as `2023-13-45` or `!!bool x` raises
-        raise InputError(f"{path} holds a value that is no plain option: {error}") from None
-    except RecursionError:
-        raise InputError(f"{path} is nested too deeply to be a file of options") from None
-    if not isinstance(options, dict) or not all(isinstance(key, str) for key in options):
-        raise InputError(f"{path} is not a file of options: it must hold lines like `batch_size: 64`")
-    return options
-
-
-def _neighbours(path):
-    """' (that folder holds a.yaml, b.yaml)': what somebody who mistyped a file name needs to see."""
-    if not path.parent.is_dir():
-        return f" (there is no folder {path.parent})"
-    names = sorted(p.name for p in path.parent.iterdir() if p.suffix == path.suffix)
-    return f" (that folder holds {', '.join(names[:5])})" if names else ""
-
-
-def check_options(options, parser, path):
-    """The options of a config file as the command line would give them; an error names key and file."""
-    actions, checked = parser.options(), {}
-    for key, value in options.items():
-        if key in DERIVED:
-            continue
-        if key not in actions:
-            raise InputError(f"{path}: unknown option {key}{nearest(key, actions)}")
-        action = actions[key]
-        try:
-            checked[key] = _check_value(action, value)
-        except argparse.ArgumentTypeError as error:
-            raise InputError(f"{path}: {key}: {error}") from None
-    return checked
-
-
-def _check_value(action, value):
-    if action.nargs == 0:  # a switch
-        if not isinstance(value, bool):
-            raise argparse.ArgumentTypeError(f'"{value}" is neither true nor false')
-        return value
-    if value is None and action.default is None:
-        return None
-    if action.dest == "clip_architecture":
-        if not isinstance(value, dict):
-            raise argparse.ArgumentTypeError("must be a mapping such as {vision_width: 128}")
-        return dict(architecture_item(f"{name}={size}") for name, size in value.items())
-    if action.nargs is None:
-        if isinstance(value, (list, dict)) or value is None:
-            raise argparse.ArgumentTypeError(f'"{value}" is not a single value')
-        if action.type in (None, str) and not isinstance(value, str):
-            value = str(value)  # `name: 7`
-        return action.type(value) if action.type else value
-    if not isinstance(value, list) or (isinstance(action.nargs, int) and len(value) != action.nargs):
-        wanted = f"{action.nargs} values" if isinstance(action.nargs, int) else "values"
-        raise argparse.ArgumentTypeError(f'"{value}" is not a list of {wanted}')
-    return [action.type(item) for item in value]
 
 
 # ---- what the scripts call ----

@@ -5,17 +5,8 @@ import sys
 from pathlib import Path
 
 from utils.errors import InputError
-from utils.options import (
-    DATASETS,
-    EXIT_STATUS,
-    Parser,
-    count,
-    count_or_0,
-    number,
-    one_of,
-    read_run_options,
-    test_parser,
-)
+from utils.option_types import Parser, count, count_or_0, number, one_of
+from utils.options import DATASETS, EXIT_STATUS, read_run_options, test_parser
 
 INDEX_TYPES = ("flat", "ivf", "hnsw")
 FORMATS = ("safetensors", "onnx", "open_clip")

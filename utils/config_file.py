@@ -1,0 +1,103 @@
+"""A YAML file of options: plain data, each value checked as on the command line."""
+
+import argparse
+import re
+from pathlib import Path
+
+from utils.errors import InputError
+from utils.option_types import nearest
+
+DERIVED = ("training", "distributed")  # a run's configs.yaml holds these too; no flag of theirs exists
+
+
+def read_yaml(path):
+    """A mapping from a YAML file. Plain data only; the published files' `!!python/tuple` reads as a list."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def compose_node(self, parent, index):
+            if self.check_event(yaml.AliasEvent):  # a kilobyte of them can stand for gigabytes
+                mark = self.peek_event().start_mark
+                raise yaml.composer.ComposerError(None, None, "an alias (*name) is no option", mark)
+            return super().compose_node(parent, index)
+
+    Loader.add_constructor(
+        "tag:yaml.org,2002:python/tuple", lambda loader, node: loader.construct_sequence(node, deep=True)
+    )
+    # YAML 1.1 reads 1e-5 as a string; people write it
+    Loader.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+    )
+    path = Path(path)
+    try:
+        options = yaml.load(path.read_text(encoding="utf-8"), Loader)
+    except FileNotFoundError:
+        raise InputError(f"no config file at {path}{_neighbours(path)}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"{path} cannot be read: {getattr(error, 'strerror', None) or 'it is not text'}"
+        ) from None
+    except yaml.YAMLError as error:
+        at = getattr(error, "problem_mark", None)
+        where = f", line {at.line + 1}" if at else ""
+        problem = getattr(error, "problem", None) or "it does not parse"
+        raise InputError(f"{path}{where} is not a YAML file of plain options: {problem}") from None
+    except (
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+    ) as error:  # what a value such as `2023-13-45` or `!!bool x` raises
+        raise InputError(f"{path} holds a value that is no plain option: {error}") from None
+    except RecursionError:
+        raise InputError(f"{path} is nested too deeply to be a file of options") from None
+    if not isinstance(options, dict) or not all(isinstance(key, str) for key in options):
+        raise InputError(f"{path} is not a file of options: it must hold lines like `batch_size: 64`")
+    return options
+
+
+def _neighbours(path):
+    """' (that folder holds a.yaml, b.yaml)': what somebody who mistyped a file name needs to see."""
+    if not path.parent.is_dir():
+        return f" (there is no folder {path.parent})"
+    names = sorted(p.name for p in path.parent.iterdir() if p.suffix == path.suffix)
+    return f" (that folder holds {', '.join(names[:5])})" if names else ""
+
+
+def check_options(options, parser, path):
+    """The options of a config file as the command line would give them; an error names key and file."""
+    actions, checked = parser.options(), {}
+    for key, value in options.items():
+        if key in DERIVED:
+            continue
+        if key not in actions:
+            raise InputError(f"{path}: unknown option {key}{nearest(key, actions)}")
+        action = actions[key]
+        try:
+            checked[key] = _check_value(action, value)
+        except argparse.ArgumentTypeError as error:
+            raise InputError(f"{path}: {key}: {error}") from None
+    return checked
+
+
+def _check_value(action, value):
+    if action.nargs == 0:  # a switch
+        if not isinstance(value, bool):
+            raise argparse.ArgumentTypeError(f'"{value}" is neither true nor false')
+        return value
+    if value is None and action.default is None:
+        return None
+    if action.dest == "clip_architecture":
+        if not isinstance(value, dict):
+            raise argparse.ArgumentTypeError("must be a mapping such as {vision_width: 128}")
+        return dict(action.type(f"{name}={size}") for name, size in value.items())
+    if action.nargs is None:
+        if isinstance(value, (list, dict)) or value is None:
+            raise argparse.ArgumentTypeError(f'"{value}" is not a single value')
+        if action.type in (None, str) and not isinstance(value, str):
+            value = str(value)  # `name: 7`
+        return action.type(value) if action.type else value
+    if not isinstance(value, list) or (isinstance(action.nargs, int) and len(value) != action.nargs):
+        wanted = f"{action.nargs} values" if isinstance(action.nargs, int) else "values"
+        raise argparse.ArgumentTypeError(f'"{value}" is not a list of {wanted}')
+    return [action.type(item) for item in value]
