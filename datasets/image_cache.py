@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from datasets.transforms import read_image, resize
 from utils.dist import rank
 from utils.errors import InputError
+from utils.files import remove_leftovers, whole_file
 
 logger = logging.getLogger("IRRA.dataset")
 MAGIC = "IRRA images 1"
@@ -132,10 +133,9 @@ def keep_in_file(file, paths, img_size, num_workers):
                     write_cache(file, cache, wanted, img_size, num_workers)
                     cache = CacheFile(file)
         except OSError as error:
-            size = PAGE + sum(map(len, wanted)) + len(wanted) * 3 * math.prod(img_size)
             raise InputError(
-                f"--image_cache: {file} cannot be written ({error.strerror or error}): it needs "
-                f"{gigabytes(size)}, or give ram or off"
+                f"--image_cache: {file.parent} cannot be used ({error.strerror or error}): give another "
+                "folder, ram or off"
             ) from None
     logger.info(f"image cache: {len(cache.rows)} images in {file} ({gigabytes(cache.pixels.nbytes)})")
     return cache
@@ -172,31 +172,21 @@ def write_cache(file, old, wanted, img_size, num_workers):
     index = json.dumps({"img_size": list(img_size), "images": images}).encode()
     start = -(-(len(index) + 64) // PAGE) * PAGE
     size = start + len(images) * 3 * math.prod(img_size)
+    remove_leftovers(file.parent)  # of a build that was killed: as large as a cache
     free = shutil.disk_usage(file.parent).free
     if size > free:
         raise InputError(
             f"--image_cache: {file} needs {gigabytes(size)}, but only {gigabytes(free)} are free there; give "
             "another folder, ram or off"
         )
-    unfinished = beside(file)
-    try:
-        with open(unfinished, "wb") as out:
-            out.write(f"{MAGIC} {start}\n".encode())
-            out.write(index.ljust(start - out.tell()))
-            for path in kept:
-                out.write(old[path].numpy())
-            for image in decoded(new, img_size, num_workers):
-                out.write(image.numpy())
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(unfinished, file)
-    finally:
-        Path(unfinished).unlink(missing_ok=True)
+    with whole_file(file, size) as out:
+        out.write(f"{MAGIC} {start}\n".encode())
+        out.write(index.ljust(start - out.tell()))
+        for path in kept:
+            out.write(old[path].numpy())
+        for image in decoded(new, img_size, num_workers):
+            out.write(image.numpy())
     logger.info(f"image cache: {len(new)} images decoded, {len(kept)} kept")
-
-
-def beside(file):
-    return file.with_name(f".{file.name}.{os.getpid()}")
 
 
 def still_is(path, known):

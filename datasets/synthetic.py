@@ -10,7 +10,6 @@ of them and a sentence leaves out at most one, so every sentence fits one person
 
 import argparse
 import json
-import os
 import shutil
 import sys
 import zlib
@@ -24,6 +23,7 @@ from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
 
 from utils.errors import InputError, reports_errors
+from utils.files import write_whole
 
 VERSION = 1  # of drawing and wording: raise it when either changes, and folders drawn before are drawn again
 FORMATS = {  # annotation file, key of the image path, first id, captions an image
@@ -484,12 +484,6 @@ def check_arguments(format, counts, images_per_id, size):
         raise InputError(f"{images_per_id} images per identity cannot be drawn: give 1 or more")
     if size and not (48 <= size[0] <= 2048 and 20 <= size[1] <= 2048):
         raise InputError(f"images of {size[0]}x{size[1]} cannot be drawn: give 48..2048 high, 20..2048 wide")
-
-
-def write_whole(path, text):
-    part = path.with_name(path.name + ".part")
-    part.write_text(text)
-    os.replace(part, path)
 
 
 def draw_all(imgs, format, counts, images_per_id, seed, size, progress):

@@ -12,26 +12,13 @@ import pytest
 import torch
 
 from tests import children
+from tests.full_disk import limited
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.errors import InputError
 from utils.files import link_or_copy, remove_leftovers, whole_file, write_whole
 from utils.run import keep_log, setup_logger
 
 MIB = 1 << 20
-
-
-class limited:
-    """No file of this process may grow beyond so many bytes: a full disk that anybody can have."""
-
-    def __init__(self, size):
-        self.size = size
-
-    def __enter__(self):
-        self.before = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, self.before[1]))  # Python ignores SIGXFSZ
-
-    def __exit__(self, *_):
-        resource.setrlimit(resource.RLIMIT_FSIZE, self.before)
 
 
 class Part:

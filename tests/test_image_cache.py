@@ -4,6 +4,8 @@ import multiprocessing
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,6 +16,7 @@ from PIL import Image
 from datasets import build_dataloader, image_cache
 from datasets.image_cache import CacheFile, DecodedImages, open_images
 from datasets.synthetic import make_dataset
+from tests.full_disk import limited
 from utils.errors import InputError
 from utils.options import get_args
 
@@ -143,14 +146,24 @@ def test_too_little_room_is_one_sentence_with_the_room_needed(tmp_path, paths, m
         opened("ram", paths)
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-def test_a_disk_that_fills_up_is_one_sentence(tmp_path, paths, monkeypatch):
-    (tmp_path / "full").symlink_to("/dev/full")
-    monkeypatch.setattr(image_cache, "beside", lambda file: tmp_path / "full")
-    with pytest.raises(InputError, match="No space left on device.*it needs 0.00 GB") as error:
+def test_a_disk_that_fills_up_is_one_sentence_and_leaves_nothing(tmp_path, paths):
+    # 5000 bytes: the header fits, the pixels do not
+    with (
+        limited(5000),
+        pytest.raises(InputError, match=r"cannot write .*SET_24x8\.pixels \(0\.1 MiB") as error,
+    ):
         opened(tmp_path, paths)
-    assert "\n" not in str(error.value)
+    assert "File too large" in str(error.value) and "\n" not in str(error.value)
     assert [p.name for p in tmp_path.iterdir() if p.suffix != ".png"] == ["SET_24x8.lock"]
+
+
+def test_what_a_killed_build_left_goes_with_the_next_one(tmp_path, paths):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    left = tmp_path / f".SET_24x8.pixels.{ended.pid}"
+    left.write_bytes(b"half of a cache")
+    opened(tmp_path, paths)
+    assert not left.exists()
 
 
 def test_a_folder_that_cannot_be_made_is_one_sentence(paths):
