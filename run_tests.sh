@@ -18,9 +18,10 @@ What ruff finds, it mostly repairs too: python -m ruff format . && python -m ruf
 
 Environment: PYTHON   the Python to use, 3.10 or newer (default: the active one, else python3.13 ... python3.10)
 
-The active Python is used as it is when it has everything in requirements-dev.txt. Otherwise the first run makes .venv
-here and installs it there: on Linux about 5.5 GB on disk (PyTorch with CUDA), 5 to 15 minutes. To use that in your
-shell: source .venv/bin/activate
+The active Python is used as it is when it has everything in requirements-dev.txt and the files that it names. Otherwise
+the first run makes .venv here and installs it there: on Linux about 6 GB on disk (PyTorch with CUDA), 5 to 15 minutes.
+To use that in your shell: source .venv/bin/activate
+The page of demo.py is tested in Chromium where that and its driver are installed (apt-get install chromium chromium-driver).
 TEXT
 }
 
@@ -33,7 +34,7 @@ for argument in "$@"; do
     esac
 done
 
-use_environment requirements.txt requirements-dev.txt
+use_environment requirements.txt requirements-search.txt requirements-demo.txt requirements-dev.txt
 status=0
 "$python" -m ruff format --check . || status=$?
 "$python" -m ruff check . || status=$?
