@@ -7,7 +7,7 @@ import torch
 
 from processor.micro_batch import backward_in_parts
 from solver import frac_unmoved, sampled_weights
-from utils.dist import rank, unwrapped
+from utils.dist import from_all, rank, unwrapped
 from utils.errors import InputError
 
 logger = logging.getLogger("IRRA.train")
@@ -172,6 +172,13 @@ class NotFinite(InputError):
         )
 
 
+def whole_batch(batch):
+    """What tells the samples of a batch, as lists; of all processes' shares in order."""
+    keys = [key for key in ("pids", "image_ids", "caption_ids") if key in batch]
+    shares = from_all({key: batch[key].tolist() for key in keys})
+    return {key: [row for share in shares for row in share[key]] for key in keys}
+
+
 class FiniteWatch:
     """Keeps steps with a loss or gradient that is not finite from being taken.
 
@@ -209,11 +216,7 @@ class FiniteWatch:
                         "epoch": self.epoch,
                         "iteration": step,
                         "losses": {name: float(value) for name, value in losses.items()},
-                        **{
-                            key: batch[key].tolist()
-                            for key in ("pids", "image_ids", "caption_ids")
-                            if key in batch
-                        },
+                        **whole_batch(batch),
                     }
                 )
         self.first, self.recent = None, []

@@ -287,6 +287,18 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(data, undisturbed
     assert differ(run / "last.pth", undisturbed / "last.pth") == []
 
 
+def test_processes_that_meet_a_loss_that_is_no_number_describe_the_whole_batch(data, tmp_path):
+    argv = words(data, tmp_path, "--optimizer", "SGD", "--lr", "1e30", "--warmup_epochs", "0")
+    group = Group(2, processes.main_of, "train", argv)
+    assert group.end() == [2, 2], group.said()
+    assert group.said().count("error: loss or gradient is no longer a number in epoch 1, iteration") == 1
+    evidence = json.loads((only_run(tmp_path) / "bad_batch.json").read_text())
+    ((batches,),) = together(1, processes.batches_of, [argv], 1)
+    batch = batches[evidence["iteration"] - 1]
+    for key in ("pids", "image_ids", "caption_ids"):
+        assert evidence[key] == batch[key].tolist()
+
+
 def test_when_the_main_process_is_killed_the_others_end_with_one_sentence(data, tmp_path):
     group = Group(3, processes.main_of, "train", words(data, tmp_path, "--batch_size", "6", epochs=1000))
     limit = time.monotonic() + 120
