@@ -203,13 +203,17 @@ def missing_images(image_paths):
     return missing
 
 
+def number_missing(paths):
+    return "1 image is missing" if len(paths) == 1 else f"{len(paths)} images are missing"
+
+
 def check_images(dataset_name, image_paths, folder):
     """Every image must be there: all missing ones are counted, the first is named."""
     missing = missing_images(image_paths)
     if missing:
         below = sorted({os.path.relpath(os.path.dirname(path), folder) for path in missing})
         raise InputError(
-            f"{dataset_name}: {len(missing)} images are missing, the first is {min(missing)[:300]}; unpack "
+            f"{dataset_name}: {number_missing(missing)}, the first is {min(missing)[:300]}; unpack "
             f"into {folder} (below: {', '.join(below[:7])[:300]}{', …' if len(below) > 7 else ''})"
         )
 

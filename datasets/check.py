@@ -12,7 +12,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from datasets.annotations import SOURCES, annotation_file, missing_images, read_splits, statistics_table
+from datasets.annotations import (
+    SOURCES,
+    annotation_file,
+    missing_images,
+    number_missing,
+    read_splits,
+    statistics_table,
+)
 from utils.errors import InputError, reports_errors
 
 PUBLISHED = {  # ids, images, captions of train, test, val as the papers give them
@@ -170,7 +177,7 @@ def check_dataset(dataset_name, root_dir, decode=False, text_length=77):
         whole = "" if Path(most).is_dir() else ", a folder that does not exist"
         findings.append(
             Finding(
-                f"{len(absent)} images are missing, the first is {min(absent)}; {number} of them in "
+                f"{number_missing(absent)}, the first is {min(absent)}; {number} of them in "
                 f"{most}{whole}: "
                 "is the archive unpacked whole?",
                 True,

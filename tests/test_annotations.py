@@ -252,7 +252,7 @@ def test_an_image_missing_from_any_split_is_noticed(tmp_path, split):
 def test_an_image_path_that_no_file_can_have_is_a_missing_image(tmp_path, path):
     records = records_of("RSTPReid")
     records[0]["img_path"] = path
-    assert "1 images are missing" in complaint("RSTPReid", lay_out(tmp_path, "RSTPReid", records))
+    assert "1 image is missing" in complaint("RSTPReid", lay_out(tmp_path, "RSTPReid", records))
 
 
 # ---- the text of the file ----

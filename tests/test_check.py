@@ -63,7 +63,7 @@ def test_missing_images_are_counted_and_their_folder_named(drawn, capsys):
     drawn.image(0).unlink()
     status, (fault,), _, _ = drawn.check(capsys)
     assert status == 1
-    assert fault.startswith(f"1 images are missing, the first is {drawn.image(0)}; 1 of them in ")
+    assert fault.startswith(f"1 image is missing, the first is {drawn.image(0)}; 1 of them in ")
     assert "a folder that does not exist" not in fault
 
 
