@@ -1,12 +1,15 @@
 """A picture of what was found: a sentence and its best images, framed green (the right person) or red."""
 
+import io
 import textwrap
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from utils.errors import InputError
+from utils.files import write_whole
 
 GREEN, RED, GREY, INK, PAPER = (34, 160, 70), (205, 50, 45), (190, 190, 190), (30, 30, 30), (255, 255, 255)
 CELL = (96, 256)  # width, height of an image
@@ -29,10 +32,16 @@ def draw_contact_sheet(rows, path):
 
 
 def save_picture(picture, path):
+    """The path's suffix names the format; the file is whole or absent."""
+    kind = Image.registered_extensions().get(Path(path).suffix.lower())
+    if kind not in Image.SAVE:
+        raise InputError(f"cannot write the picture {path}: give it a name that ends in .png or .jpg")
+    data = io.BytesIO()
     try:
-        picture.save(path)
-    except (OSError, ValueError) as error:
+        picture.save(data, kind)
+    except (OSError, ValueError) as error:  # e.g. larger than the format allows
         raise InputError(f"cannot write the picture {path}: {error}") from None
+    write_whole(path, data.getvalue())
 
 
 def contact_sheet(rows):
@@ -72,7 +81,7 @@ def wrapped(sentence, width, lines=2):
 def draw_framed(sheet, draw, corner, image_path, frame, whole=False):
     """An image in its frame, filling it or whole; one lost or damaged since it was found leaves it empty."""
     x, y = corner
-    draw.rectangle((x, y, x + CELL[0] + 2 * BORDER, y + CELL[1] + 2 * BORDER), fill=frame)
+    draw.rectangle((x, y, x + CELL[0] + 2 * BORDER - 1, y + CELL[1] + 2 * BORDER - 1), fill=frame)
     try:
         with Image.open(image_path) as image:
             picture = ImageOps.exif_transpose(image).convert("RGB")

@@ -1,9 +1,11 @@
 """Curves: CMC of a run, and what the event files of one or several runs hold. Needs matplotlib."""
 
+import io
 from pathlib import Path
 
 from utils.errors import InputError
 from utils.extras import extra
+from utils.files import write_whole
 
 ORDER = (  # tags as train.py writes them; others come after
     *("loss", "sdm_loss", "itc_loss", "cmpm_loss", "id_loss", "mlm_loss", "img_acc", "txt_acc", "mlm_acc"),
@@ -29,10 +31,9 @@ def new_figure(width, height):
 
 
 def save_figure(figure, path):
-    try:
-        figure.savefig(path, dpi=120)
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot write the picture {path}: {error}") from None
+    data = io.BytesIO()
+    figure.savefig(data, dpi=120, format="png")
+    write_whole(path, data.getvalue())
 
 
 def draw_cmc(curves, title, path):

@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 
 from retrieval.contact_sheet import Found, draw_contact_sheet
+from tests.full_disk import limited
 from utils.errors import InputError
 
 COLOURS = [
@@ -138,6 +139,24 @@ def test_a_path_that_cannot_be_written_is_an_error_that_names_it(images, tmp_pat
     with pytest.raises(InputError) as error:
         draw_contact_sheet([("a man in red", [Found(images[0], 0.5, True)])], str(tmp_path / target))
     assert str(tmp_path / target) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_picture_that_does_not_fit_leaves_the_earlier_one(images, tmp_path):
+    path, rows = tmp_path / "sheet.png", [("a man in red", [Found(images[0], 0.5, True)])]
+    draw_contact_sheet(rows, path)
+    before = path.read_bytes()
+    with limited(500), pytest.raises(InputError, match="cannot write .*sheet.png .*File too large"):
+        draw_contact_sheet([("another sentence", rows[0][1])], path)
+    assert path.read_bytes() == before and not list(tmp_path.glob(".sheet*"))
+
+
+def test_a_frame_is_equally_thick_on_all_sides(images, tmp_path):
+    sheet = drawn([("", [Found(images[3], 0.5, True)])], tmp_path / "sheet.png")
+    top, bottom, left, right = place_of(sheet, COLOURS[3])
+    y, x = (top + bottom) // 2, (left + right) // 2
+    white = (sheet == 255).all(2)
+    sides = (white[y, left::-1], white[y, right:], white[top::-1, x], white[bottom:, x])
+    assert {int(side.argmax()) for side in sides} == {6}  # 5 pixels of frame, then the first white one
 
 
 def test_nothing_to_draw_is_an_error(tmp_path):
