@@ -20,10 +20,19 @@ FLOAT, INTEGER = (
 LOG_RATIO = torch.tensor(ERASE_RATIO).log().tolist()  # in fp32, as torchvision takes it
 
 
+def open_image(path):
+    """PIL's picture of a file, not decoded yet. EPS is refused: it is a program, and PIL would run it."""
+    image = Image.open(path)
+    if image.format == "EPS":
+        image.close()
+        raise OSError("EPS is a program, not a picture")
+    return image
+
+
 def read_image(path):
     """RGB picture of a file. One that cannot be decoded is an error that names it; it is not tried again."""
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             image.load()
             if image.mode.startswith("I;16"):  # convert() would cut at 255, which leaves white
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))

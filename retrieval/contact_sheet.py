@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from datasets.transforms import open_image
 from utils.errors import InputError
 from utils.files import write_whole
 
@@ -83,7 +84,7 @@ def draw_framed(sheet, draw, corner, image_path, frame, whole=False):
     x, y = corner
     draw.rectangle((x, y, x + CELL[0] + 2 * BORDER - 1, y + CELL[1] + 2 * BORDER - 1), fill=frame)
     try:
-        with Image.open(image_path) as image:
+        with open_image(image_path) as image:
             picture = ImageOps.exif_transpose(image).convert("RGB")
         picture = ImageOps.pad(picture, CELL, color=PAPER) if whole else ImageOps.fit(picture, CELL)
     except Exception:  # gone, or whatever a decoder trips over in half a file

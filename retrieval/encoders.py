@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ImageOps, UnidentifiedImageError
 
 from datasets.tokenizer import EOT, SimpleTokenizer, tokenize
-from datasets.transforms import normalise, resize
+from datasets.transforms import normalise, open_image, resize
 from model.build import build_trained_model
 from utils.checkpoint import load_checkpoint
 from utils.dist import pick_device
@@ -110,7 +110,7 @@ def fingerprint_of(weights, img_size, stride_size):
 def open_picture(path):
     """RGB picture of any file that Pillow reads, turned upright as its EXIF data asks for."""
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             return ImageOps.exif_transpose(image).convert("RGB")
     except FileNotFoundError:
         raise InputError(f"no picture at {shown(path)}") from None

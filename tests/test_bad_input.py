@@ -17,13 +17,16 @@ import pytest
 import torch
 import yaml
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 from safetensors.torch import save as safetensors_bytes
 
 from datasets import check
 from datasets.synthetic import make_dataset
+from datasets.transforms import read_image
+from retrieval.encoders import open_picture
 from tests.children import words
 from utils.checkpoint import load_checkpoint
+from utils.errors import InputError
 
 CASES = Counter()  # inputs tried, by kind; the last test looks at the sum
 GENERATED = hypothesis.settings(
@@ -218,6 +221,11 @@ ODD_RECORDS = {  # file contents, and what the sentence says, or None where it t
     "an absolute path": ([record(file_path="/etc/passwd"), *SOUND[1:]], "leaves the image folder"),
     "a zero in the path": ([record(file_path="a\0.jpg"), *SOUND[1:]], "leaves the image folder"),
     "a lone surrogate in the path": ([record(file_path="\ud800.jpg"), *SOUND[1:]], "1 image is missing"),
+    "a line end in a key": ([{"a\r\nb": 1}, *SOUND[1:]], 'record 0 has no key "split" (it has a\\r\\nb)'),
+    "a terminal's control sequence in a path": (
+        [record(file_path="\x1b[2J.jpg"), *SOUND[1:]],
+        "\\x1b[2J.jpg; unpack",
+    ),
     "a path of 5000 letters": ([record(file_path="a" * 5000), *SOUND[1:]], "1 image is missing"),
     "a path of 5000 folders": ([record(file_path="a/" * 5000 + "a.jpg"), *SOUND[1:]], "1 image is missing"),
     "the folder itself": ([record(file_path="."), *SOUND[1:]], "1 image is missing"),
@@ -705,6 +713,22 @@ def test_planted_code_is_refused_and_never_runs(
     for script, argv in ways:
         assert tried("planted code", script.main, argv).status == 2
         assert not marker.exists()
+
+
+def test_a_postscript_program_among_the_images_is_not_run(tmp_path, monkeypatch):
+    """Pillow gives EPS, whatever its name, to Ghostscript where that is; here it leaves a mark."""
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch '{tmp_path}/it ran'\nexit 1\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # looked for anew
+    (tmp_path / "0.jpg").write_bytes(BROKEN_IMAGES["EPS"])
+    for read in (read_image, open_picture):
+        with pytest.raises(InputError, match="0.jpg cannot be read .EPS is a program"):
+            read(tmp_path / "0.jpg")
+    assert not (tmp_path / "it ran").exists()
+    with pytest.raises(Exception), Image.open(tmp_path / "0.jpg") as image:  # noqa: B017
+        image.load()
+    assert (tmp_path / "it ran").exists()  # else the test would prove nothing
 
 
 def test_the_planted_code_would_run_elsewhere(tmp_path):

@@ -16,7 +16,12 @@ class InputError(Exception):
         if "Original Traceback" in message:  # so PyTorch raises a loading process's error again
             self.__cause__ = RuntimeError(message)  # for --debug
             message = message.rsplit("InputError: ", 1)[-1].strip()
-        super().__init__(message)
+        super().__init__(printable(message))
+
+
+def printable(text):
+    """The text on one line: file names and records may hold line ends and a terminal's control sequences."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def reports_errors(main):
