@@ -170,8 +170,10 @@ class CLIP(nn.Module):
 
     def encode_text(self, ids):
         """(B, L) to every position (B, L, D); L may be shorter than the positions there are."""
-        x = self.token_embedding(ids).to(self.dtype) + self.positional_embedding[: ids.shape[1]].to(
-            self.dtype
-        )
+        return self.encode_words(self.token_embedding(ids))
+
+    def encode_words(self, x):
+        """encode_text after the look-up of words, which torch.compile is kept from: (B, L, width)."""
+        x = x.to(self.dtype) + self.positional_embedding[: x.shape[1]].to(self.dtype)
         x = self.transformer(x)
         return self.ln_final(x) @ self.text_projection

@@ -77,16 +77,17 @@ class IRRA(nn.Module):
         that nothing is compiled again. options: torch.compile's.
         """
         encode_image = torch.compile(self.base_model.encode_image, **options)
-        encode_text = torch.compile(self.base_model.encode_text, **options)
+        encode_words = torch.compile(self.base_model.encode_words, **options)
 
         def image(images, class_only):
             torch._dynamo.maybe_mark_dynamic(images, 0)  # the last batch of an epoch is smaller
             return encode_image(images, class_only)
 
         def text(ids):
-            ids = ids.clone()  # a cut view would make its stride another size that varies
-            torch._dynamo.maybe_mark_dynamic(ids, (0, 1))
-            return encode_text(ids)
+            # PyTorch 2.6 compiles the look-up into wrong gradients (on a CPU; later versions do not)
+            words = self.base_model.token_embedding(ids)
+            torch._dynamo.maybe_mark_dynamic(words, (0, 1))
+            return encode_words(words)
 
         self.compiled = image, text
 
