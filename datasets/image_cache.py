@@ -2,7 +2,8 @@
 
 A kept image is what decoding and resizing gave, uint8 [3, H, W]. On disk they lie one behind the other in one
 file, DIR/<data set>_<H>x<W>.pixels, after an index of path, file size and time of change of each image: an
-image that changed is decoded anew, and a file that is cut short or of another kind is written anew.
+image that changed is decoded anew; a file that is cut short, of another kind or made with another Pillow is
+written anew.
 """
 
 import json
@@ -15,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import PIL
 import torch
 from torch.utils.data import DataLoader, Dataset
 
@@ -71,7 +73,7 @@ class CacheFile(KeptImages):
         shape = (len(index["images"]), 3, *index["img_size"])
         if not shape[0] or os.path.getsize(file) != start + math.prod(shape):
             raise ValueError("it is cut short")
-        self.file, self.img_size = file, tuple(index["img_size"])
+        self.file, self.img_size, self.pillow = file, tuple(index["img_size"]), index["pillow"]
         self.identities = {path: identity for path, *identity in index["images"]}
         pixels = np.memmap(file, np.uint8, "r", start, shape)
         super().__init__(pixels, {path: row for row, path in enumerate(self.identities)})
@@ -156,6 +158,9 @@ def read_cache(file, img_size):
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         logger.info(f"image cache: {file} is written anew ({error})")
         return None
+    if cache.pillow != PIL.__version__:  # whose resizing may round to another grey level
+        logger.info(f"image cache: {file} is written anew (it was made with Pillow {cache.pillow})")
+        return None
     return cache if cache.img_size == tuple(img_size) else None
 
 
@@ -169,7 +174,8 @@ def write_cache(file, old, wanted, img_size, num_workers):
     new = [path for path in wanted if wanted[path] != identities.get(path)]
     kept = [path for path in kept if wanted.get(path, identities[path]) == identities[path]]
     images = [[path, *identities[path]] for path in kept] + [[path, *wanted[path]] for path in new]
-    index = json.dumps({"img_size": list(img_size), "images": images}).encode()
+    index = {"img_size": list(img_size), "pillow": PIL.__version__, "images": images}
+    index = json.dumps(index).encode()
     start = -(-(len(index) + 64) // PAGE) * PAGE
     size = start + len(images) * 3 * math.prod(img_size)
     remove_leftovers(file.parent)  # of a build that was killed: as large as a cache

@@ -20,7 +20,7 @@ from utils.errors import InputError
 PUBLISHED = figures("transforms")
 CPU = torch.device("cpu")
 # another Pillow may round a resized pixel to the next grey level
-ABSOLUTE = 1e-6 if PIL.__version__ == PUBLISHED["pillow"] else 0.015
+ABSOLUTE = 1e-6 if PIL.__version__ == PUBLISHED["pillow"] else 0.0151
 PICTURES = PUBLISHED["test_transform"]
 
 
