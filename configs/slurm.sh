@@ -25,11 +25,16 @@ read -r head_node < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 gpus=${SLURM_GPUS_ON_NODE:-4}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
 
+# how long a process may take over its batch and last.pth after a SIGTERM; an older torchrun has 30 s, fixed
+patience=()
+if [[ $(torchrun --help 2>/dev/null) == *--shutdown?timeout* ]]; then
+    patience=(--shutdown_timeout=120)
+fi
+
 # --kill-on-bad-exit: when torchrun has given up on one machine the job ends
-# --shutdown_timeout: how long a process may take over its batch and last.pth after a SIGTERM
 srun --kill-on-bad-exit=1 torchrun \
     --nnodes="$SLURM_JOB_NUM_NODES" --nproc_per_node="$gpus" \
     --rdzv_backend=c10d --rdzv_endpoint="$head_node:${IRRA_PORT:-29500}" --rdzv_id="$SLURM_JOB_ID" \
-    --max_restarts=3 --shutdown_timeout=120 \
+    --max_restarts=3 "${patience[@]}" \
     train.py --config_file configs/irra.yaml --num_workers 8 \
     --name "$name" --output_dir "$logs" "${resume[@]}" "$@"

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 
@@ -363,7 +364,8 @@ def test_the_slurm_script_starts_torchrun_and_train_with_options_they_know(tmp_p
     for name, text in (("srun", 'printf "%s\\n" "$@"'), ("scontrol", "echo node0; echo node1")):
         (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
         (tmp_path / name).chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    here = os.path.dirname(sys.executable)  # its torchrun says which options it knows
+    monkeypatch.setenv("PATH", f"{tmp_path}:{here}:{os.environ['PATH']}")
     job = {"SLURM_JOB_ID": "12", "SLURM_JOB_NODELIST": "node[0-1]", "SLURM_JOB_NUM_NODES": "2"}
     environment = {**os.environ, **job, "SLURM_GPUS_ON_NODE": "4", "IRRA_LOGS": str(tmp_path / "logs")}
 
@@ -375,6 +377,7 @@ def test_the_slurm_script_starts_torchrun_and_train_with_options_they_know(tmp_p
         assert own == "--kill-on-bad-exit=1" and words[0] == "torchrun"
         launch = get_args_parser().parse_args(words[1:])
         assert (launch.nnodes, launch.nproc_per_node, launch.max_restarts) == ("2", "4", 3)
+        assert getattr(launch, "shutdown_timeout", 120) == 120  # PyTorch 2.6 has no such option
         assert launch.rdzv_endpoint == "node0:29500" and launch.training_script == "train.py"
         return get_args(launch.training_script_args)
 
