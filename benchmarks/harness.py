@@ -58,11 +58,18 @@ def peak_memory(run, device=None):
     if not os.path.exists("/proc/self/clear_refs"):
         return None, None
     ctypes.CDLL(None).malloc_trim(0)  # what an earlier arm freed goes back first
-    before = _status("VmRSS")
+    before = held()
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
     run()
     peak = _status("VmHWM")
     return peak, peak - before
+
+
+def held(device=None):
+    """Bytes that PyTorch has allocated on CUDA; else the process's resident memory (Linux; elsewhere 0)."""
+    if device is not None and device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    return _status("VmRSS") if os.path.exists("/proc/self/status") else 0
 
 
 def _status(key):

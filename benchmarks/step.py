@@ -15,7 +15,7 @@ from collections import defaultdict
 import torch
 
 from benchmarks import published
-from benchmarks.harness import _status, interleaved, peak_memory, record
+from benchmarks.harness import held, interleaved, peak_memory, record
 from model import build_model
 from processor.trainer import Meters, on_device
 from solver import build_optimizer
@@ -110,6 +110,7 @@ def main(argv=None):
     if args.optimizer:
         return optimizer_time(args)
     device, chosen = pick_device(args.device), options(args)
+    libraries = held(device)
     torch.manual_seed(0)
     model = build_model(chosen, PERSONS)
     model.train()
@@ -132,10 +133,10 @@ def main(argv=None):
         model.zero_grad(set_to_none=True)
     note = "whole process: weights, gradients, Adam's two moments, libraries"
     if all(peak.values()):
-        beyond = {name: (value - 4 * tensors) / 2**20 for name, value in peak.items()}
+        beyond = {name: (value - 4 * tensors - libraries) / 2**20 for name, value in peak.items()}
         peak = {name: value / 2**20 for name, value in peak.items()}
         record(f"{what}, peak memory", peak, "MiB", device=device, note=note)
-        note = "the peak less weights, gradients and Adam's two moments"
+        note = f"the peak less weights, gradients, moments and {libraries / 2**20:.0f} MiB held before"
         record(f"{what}, peak memory beyond these", beyond, "MiB", device=device, note=note)
     if not args.repeats:  # memory alone
         return
@@ -195,16 +196,16 @@ def growth(args):
     model = build_model(chosen, 50)
     batches = [batch_of(4, chosen.img_size, seed) for seed in range(8)]
     batches = [{**batch, "pids": batch["pids"] % 50} for batch in batches]
-    optimizer, held = build_optimizer(chosen, model), {}
+    optimizer, memory = build_optimizer(chosen, model), {}
     first, last = args.growth // 2, args.growth + args.growth // 2
 
     def look(step, meters):
         if step in (first, last):
-            held[step] = _status("VmRSS")
+            memory[step] = held(device)
 
     loader = [batches[step % 8] for step in range(last)]
     train_one_epoch(model, loader, optimizer, device, 1, log_period=10**9, after_step=look)
-    grown = (held[last] - held[first]) / args.growth
+    grown = (memory[last] - memory[first]) / args.growth
     record(
         "host memory, growth a step",
         {"ours": grown},
