@@ -28,7 +28,12 @@ class QuickGELU(nn.Module):
     """x · σ(1.702 x)."""
 
     def forward(self, x):
-        return _QuickGELU.apply(x)
+        # without gradients plain operations: a Function of one's own crashes the ONNX export of PyTorch 2.6
+        return _QuickGELU.apply(x) if torch.is_grad_enabled() else quick_gelu(x)
+
+
+def quick_gelu(x):
+    return (1.702 * x).sigmoid_().mul_(x)
 
 
 class _QuickGELU(torch.autograd.Function):
@@ -37,7 +42,7 @@ class _QuickGELU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
         ctx.save_for_backward(x)
-        return (1.702 * x).sigmoid_().mul_(x)
+        return quick_gelu(x)
 
     @staticmethod
     def backward(ctx, gradient):

@@ -139,7 +139,17 @@ def write_safetensors(encoders, args, folder):
     return largest_difference(encoders, images, ids, image_features, text_features)
 
 
+def can_write_onnx():
+    """Whether this PyTorch's exporter manages: that of 2.6 ends in errors or crashes, 2.9 and 2.14 do."""
+    return tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 9)
+
+
 def write_onnx(encoders, args, folder):
+    if not can_write_onnx():
+        raise InputError(
+            f"--format onnx needs PyTorch 2.9 or newer, and this is {torch.__version__}: choose safetensors "
+            "or open_clip, or export where a newer one is"
+        )
     onnx, runtime = extra("onnx"), extra("onnxruntime")
     extra("onnxscript")
     images, ids = sample_inputs(encoders)
@@ -150,7 +160,7 @@ def write_onnx(encoders, args, folder):
     sessions = {}
     for name, (module, example, input_name, axes) in parts.items():
         path = folder / f"{name}.onnx"
-        with quiet():
+        with quiet(), torch.no_grad():
             torch.onnx.export(
                 module.eval(),
                 (example,),
