@@ -127,23 +127,26 @@ def train_some(argv, epochs):
     how many samples of each batch this process had."""
     args = get_args(argv)
     with process_group(CPU):
-        torch.manual_seed(args.seed)
-        loader, *_, num_classes = build_dataloader(args)
-        plain = build_model(args, num_classes)
-        start = {name: value.clone() for name, value in plain.state_dict().items()}
-        optimizer = build_optimizer(args, plain)
-        scheduler = build_lr_scheduler(args, optimizer)
-        model = replicate(plain, CPU, args.micro_batch)
-        reports, batches = [], Counted(loader)
-        for epoch in range(1, epochs + 1):
-            loader.set_epoch(epoch)
-            after_step = StepReports(reports)
-            train_one_epoch(
-                model, batches, optimizer, CPU, epoch, after_step=after_step, micro_batch=args.micro_batch
-            )
-            scheduler.step()
-        weights = plain.state_dict()
-        return {"reports": reports, "start": start, "weights": weights, "sizes": batches.sizes}
+        return _train_some(args, epochs)
+
+
+def _train_some(args, epochs):
+    torch.manual_seed(args.seed)
+    loader, *_, num_classes = build_dataloader(args)
+    plain = build_model(args, num_classes)
+    start = {name: value.clone() for name, value in plain.state_dict().items()}
+    optimizer = build_optimizer(args, plain)
+    scheduler = build_lr_scheduler(args, optimizer)
+    model = replicate(plain, CPU, args.micro_batch)
+    reports, batches = [], Counted(loader)
+    for epoch in range(1, epochs + 1):
+        loader.set_epoch(epoch)
+        after_step = StepReports(reports)
+        train_one_epoch(
+            model, batches, optimizer, CPU, epoch, after_step=after_step, micro_batch=args.micro_batch
+        )
+        scheduler.step()
+    return {"reports": reports, "start": start, "weights": plain.state_dict(), "sizes": batches.sizes}
 
 
 class Counted:

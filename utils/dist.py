@@ -5,8 +5,11 @@ Several processes are started by torchrun. One process that was started alone is
 function here then does nothing.
 """
 
+import gc
 import os
+import sys
 import time
+import traceback
 import uuid
 from contextlib import contextmanager
 
@@ -104,8 +107,23 @@ def process_group(device):
         _leave_if_said(message, fresh)
         raise InputError(message) from error
     finally:
+        _let_go_of_replicas()
         dist.destroy_process_group()
         _store = None
+
+
+def _let_go_of_replicas():
+    """Free what replicate made, or what holds it in the frames of an error on its way out.
+
+    A DistributedDataParallel that outlives the group ends it when it is freed itself, holding Python's lock:
+    where a thread of gloo needs that lock and is waited for, that is a deadlock (seen with PyTorch 2.6).
+    """
+    error = sys.exc_info()[1]
+    if error is None:
+        gc.collect()
+    while error is not None:  # no collection: torchrun may end this process before it has said its sentence
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__
 
 
 def _name_of_this_start(store, number, size):
