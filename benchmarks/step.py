@@ -10,6 +10,7 @@ rate of bf16 matrix products measured here. Only on an accelerator.
 """
 
 import argparse
+import functools
 from collections import defaultdict
 
 import torch
@@ -69,10 +70,12 @@ def our_step(model, optimizer, batch, device, meters):
 
 
 def arms_of(options, model, batch, device, names):
-    """{arm: a function that takes one step}. All work on one model, each with an optimiser of its own."""
+    """{arm: a function that takes one step}. All work on one model; those with the published optimiser share
+    it, since two moments of each weight for each arm are more than a small machine holds."""
+    shared = functools.cache(lambda: published.optimizer_of(options, model))
 
     def plain(switches, merged):
-        optimizer = build_optimizer(options, model) if merged else published.optimizer_of(options, model)
+        optimizer = build_optimizer(options, model) if merged else shared()
         meters = defaultdict(published.Meter)
         return lambda: published.train_step(model, optimizer, batch, device, meters, switches)
 
@@ -98,7 +101,7 @@ def main(argv=None):
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--tiny", action="store_true", help="a tiny model: whether the benchmark runs at all")
     parser.add_argument(
-        "--alone", action="store_true", help="each shortcut alone too (memory for six optimisers)"
+        "--alone", action="store_true", help="each shortcut alone too (memory for three optimisers)"
     )
     parser.add_argument("--compile", action="store_true", help="an arm with compiled encoders too")
     parser.add_argument("--optimizer", action="store_true")
