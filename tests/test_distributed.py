@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 
 import pytest
 import torch
@@ -334,6 +335,38 @@ def test_the_name_of_a_start_is_never_taken_from_an_earlier_one():
         for thread in threads:
             thread.join()
     assert [len(set(names[i : i + 3])) for i in (0, 3, 6)] == [1, 1, 1] and len(set(names)) == 3
+
+
+@pytest.mark.parametrize("kind", ["plain", "from None", "in another's handling", "leaves silently"])
+def test_an_error_on_its_way_out_lets_go_of_the_replicas(kind):
+    """… before the group ends; else its end may wait for ever."""
+    from utils.dist import _let_go_of_replicas
+
+    class Replica:
+        pass
+
+    alive = []
+
+    def fit():
+        replica = Replica()
+        alive.append(weakref.ref(replica))
+        raise InputError("at work")
+
+    def work():
+        try:
+            fit()
+        except InputError as error:
+            if kind == "plain":
+                raise
+            if kind == "leaves silently":
+                raise SystemExit(2) from None
+            raise InputError("said anew") from (None if kind == "from None" else error)
+
+    try:
+        work()
+    except (InputError, SystemExit):
+        _let_go_of_replicas()
+        assert alive[0]() is None
 
 
 def test_a_signal_that_comes_twice_under_torchrun_still_lets_the_run_save(monkeypatch, caplog):

@@ -118,12 +118,15 @@ def _let_go_of_replicas():
     A DistributedDataParallel that outlives the group ends it when it is freed itself, holding Python's lock:
     where a thread of gloo needs that lock and is waited for, that is a deadlock (seen with PyTorch 2.6).
     """
-    error = sys.exc_info()[1]
-    if error is None:
-        gc.collect()
-    while error is not None:  # no collection: torchrun may end this process before it has said its sentence
-        traceback.clear_frames(error.__traceback__)
-        error = error.__cause__
+    errors, seen = [sys.exc_info()[1]], set()
+    if errors == [None]:
+        gc.collect()  # not after an error: torchrun may end this process before it has said its sentence
+    while errors:
+        error = errors.pop()
+        if error is not None and id(error) not in seen:
+            seen.add(id(error))
+            traceback.clear_frames(error.__traceback__)
+            errors += [error.__cause__, error.__context__]  # `from None` only hides the context
 
 
 def _name_of_this_start(store, number, size):
