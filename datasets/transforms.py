@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 from utils.errors import InputError
 
@@ -20,8 +20,12 @@ FLOAT, INTEGER = (
 LOG_RATIO = torch.tensor(ERASE_RATIO).log().tolist()  # in fp32, as torchvision takes it
 
 
+# EPS is a program, and PIL would have Ghostscript run it, also inside a file of another format (IPTC)
+EpsImagePlugin.gs_binary = False
+
+
 def open_image(path):
-    """PIL's picture of a file, not decoded yet. EPS is refused: it is a program, and PIL would run it."""
+    """PIL's picture of a file, not decoded yet. EPS is refused."""
     image = Image.open(path)
     if image.format == "EPS":
         image.close()

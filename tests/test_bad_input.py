@@ -715,18 +715,32 @@ def test_planted_code_is_refused_and_never_runs(
         assert not marker.exists()
 
 
-def test_a_postscript_program_among_the_images_is_not_run(tmp_path, monkeypatch):
+def in_iptc(contents):
+    """An IPTC file that holds another one, which Pillow opens in its turn."""
+    fields = [
+        (3, 60, b"\x01\x00"),
+        (3, 20, b"\x00\x0a"),
+        (3, 30, b"\x00\x0a"),
+        (3, 120, b"\x05"),
+        (8, 10, contents),
+    ]
+    return b"".join(bytes([0x1C, *tag]) + len(data).to_bytes(2, "big") + data for *tag, data in fields)
+
+
+@pytest.mark.parametrize("wrap", [lambda contents: contents, in_iptc], ids=["EPS", "EPS in IPTC"])
+def test_a_postscript_program_among_the_images_is_not_run(wrap, tmp_path, monkeypatch):
     """Pillow gives EPS, whatever its name, to Ghostscript where that is; here it leaves a mark."""
     (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch '{tmp_path}/it ran'\nexit 1\n")
     (tmp_path / "gs").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # looked for anew
-    (tmp_path / "0.jpg").write_bytes(BROKEN_IMAGES["EPS"])
+    path = tmp_path / "0.jpg"
+    path.write_bytes(wrap(BROKEN_IMAGES["EPS"]))
     for read in (read_image, open_picture):
-        with pytest.raises(InputError, match="0.jpg cannot be read .EPS is a program"):
-            read(tmp_path / "0.jpg")
+        with pytest.raises(InputError, match="0.jpg cannot be read"):
+            read(path)
     assert not (tmp_path / "it ran").exists()
-    with pytest.raises(Exception), Image.open(tmp_path / "0.jpg") as image:  # noqa: B017
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # as Pillow has it: to be looked for
+    with pytest.raises(Exception), Image.open(path) as image:  # noqa: B017
         image.load()
     assert (tmp_path / "it ran").exists()  # else the test would prove nothing
 
