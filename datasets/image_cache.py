@@ -73,7 +73,8 @@ class CacheFile(KeptImages):
         shape = (len(index["images"]), 3, *index["img_size"])
         if not shape[0] or os.path.getsize(file) != start + math.prod(shape):
             raise ValueError("it is cut short")
-        self.file, self.img_size, self.pillow = file, tuple(index["img_size"]), index["pillow"]
+        self.file, self.img_size = file, tuple(index["img_size"])
+        self.pillow = index.get("pillow", "of an unknown version")
         self.identities = {path: identity for path, *identity in index["images"]}
         pixels = np.memmap(file, np.uint8, "r", start, shape)
         super().__init__(pixels, {path: row for row, path in enumerate(self.identities)})
@@ -178,7 +179,7 @@ def write_cache(file, old, wanted, img_size, num_workers):
     index = json.dumps(index).encode()
     start = -(-(len(index) + 64) // PAGE) * PAGE
     size = start + len(images) * 3 * math.prod(img_size)
-    remove_leftovers(file.parent)  # of a build that was killed: as large as a cache
+    remove_leftovers(file.parent, file.name)  # of a build that was killed: as large as a cache
     free = shutil.disk_usage(file.parent).free
     if size > free:
         raise InputError(

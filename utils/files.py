@@ -74,9 +74,22 @@ def link_or_copy(source, target):
         remove(beside)
 
 
-def remove_leftovers(folder):
-    """Delete what a killed process left half-written in the folder."""
-    for path in Path(folder).glob(".*.[0-9]*"):
+def remove_leftovers(folder, name="*"):
+    """Delete what a killed process left half-written in the folder, of the files of that name."""
+    for path in Path(folder).glob(f".{name}.[0-9]*"):
         pid = path.name.rsplit(".", 1)[1]
-        if pid.isdigit() and not Path(f"/proc/{pid}").exists():
-            path.unlink(missing_ok=True)
+        if pid.isdigit() and not lives(int(pid)):
+            remove(path)
+
+
+def lives(pid):
+    """Whether this machine has such a process; yes where that cannot be told."""
+    if os.name != "posix":  # Windows would end it
+        return True
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
