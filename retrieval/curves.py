@@ -32,7 +32,10 @@ def new_figure(width, height):
 
 def save_figure(figure, path):
     data = io.BytesIO()
-    figure.savefig(data, dpi=120, format="png")
+    try:
+        figure.savefig(data, dpi=120, format="png")
+    except ValueError as error:  # larger than a picture may be
+        raise InputError(f"cannot draw {path}: {error}") from None
     write_whole(path, data.getvalue())
 
 

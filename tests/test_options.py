@@ -215,9 +215,10 @@ def test_a_wrong_command_line_ends_with_status_2_and_one_line_that_says_what_is_
 
 
 def test_of_many_processes_the_first_says_what_is_wrong(refused, monkeypatch, capsys):
-    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_RANK", "0")
     assert "--lr" in refused("--lr", "fast")
-    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("LOCAL_RANK", "3")
     with pytest.raises(SystemExit) as stopped:
         get_args(["--lr", "fast"])
     assert stopped.value.code == 2 and capsys.readouterr() == ("", "")

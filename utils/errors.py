@@ -5,8 +5,13 @@ import functools
 import os
 import sys
 import traceback
+import unicodedata
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+
+
+UNPRINTABLE = ("Cc", "Cs", "Zl", "Zp")  # control characters, lone surrogates, line and paragraph ends
+BIDI = frozenset("\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")  # reorder what is read
 
 
 class InputError(Exception):
@@ -21,7 +26,10 @@ class InputError(Exception):
 
 def printable(text):
     """The text on one line: file names and records may hold line ends and a terminal's control sequences."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return "".join(
+        c.encode("unicode_escape").decode() if c in BIDI or unicodedata.category(c) in UNPRINTABLE else c
+        for c in text
+    )
 
 
 def reports_errors(main):
@@ -46,7 +54,7 @@ def reports_errors(main):
         except OSError as error:  # of a log or TensorBoard's file; checkpoints say more (utils.files)
             if error.errno not in NO_ROOM:
                 raise
-            where = f" to {error.filename}" if error.filename else ""
+            where = f" to {printable(str(error.filename))}" if error.filename else ""
             print(
                 f"error: cannot write{where}: {error.strerror}; make room there and start again (a training "
                 "goes on from its last checkpoint with --resume)",

@@ -4,6 +4,9 @@ import argparse
 import difflib
 import math
 import os
+import time
+
+from utils.errors import printable
 
 
 def nearest(word, names):
@@ -59,11 +62,14 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
 
     def error(self, message):
-        self.exit(2, f"error: {message} ({self.prog} --help lists every option)\n")
+        self.exit(2, f"error: {printable(message)} ({self.prog} --help lists every option)\n")
 
     def exit(self, status=0, message=None):
-        """Under torchrun every process reads the same words: one of them says what is wrong with them."""
-        super().exit(status, message if os.environ.get("RANK", "0") == "0" else None)
+        """Under torchrun all processes read the same words: one on each machine says what is wrong."""
+        if status and "WORLD_SIZE" in os.environ and os.environ.get("LOCAL_RANK", "0") != "0":
+            time.sleep(2)  # torchrun ends the others as soon as one has ended
+            message = None
+        super().exit(status, message)
 
     def parse_args(self, argv=None, namespace=None):
         args, unknown = self.parse_known_args(argv, namespace)
