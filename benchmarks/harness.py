@@ -119,7 +119,7 @@ def machine(device=None):
 
 def versions():
     found = {"python": platform.python_version()}
-    for package in ("torch", "torchvision", "numpy", "Pillow"):
+    for package in ("torch", "torchvision", "numpy", "Pillow", "faiss-cpu"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

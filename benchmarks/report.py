@@ -17,20 +17,24 @@ def read(folder=RESULTS):
 
 
 def table(lines):
-    rows = ["| figure | published | ours | ratio | command |", "|---|---|---|---|---|"]
+    rows = ["| figure | published | ours | ratio | on | command |", "|---|---|---|---|---|---|"]
+    places = {}  # where it was measured, by letter
     for line in lines:
         unit, arms = line["unit"], line["arms"]
+        place = places.setdefault(place_of(line), chr(ord("a") + len(places)))
         baseline = shown(arms["published"], unit) if "published" in arms else ""
         for name, value in arms.items():
             if name != "published":
                 what = line["figure"] + ("" if name == "ours" else f": {name}")
                 ratio = f"{line['ratio'][name]:.3g}x" if name in line["ratio"] else ""
-                cells = what, baseline, shown(value, unit), ratio, f"`{line['command']}`"
+                cells = what, baseline, shown(value, unit), ratio, place, f"`{line['command']}`"
                 rows.append(f"| {' | '.join(cells)} |")
-    for line in lines[-1:]:
-        rows += ["", ", ".join(f"{name} {number}" for name, number in line["versions"].items())]
-    machines = dict.fromkeys(line["machine"].split(", load")[0] for line in lines)
-    return "\n".join([*rows, *(f"Machine: {machine}" for machine in machines)])
+    return "\n".join([*rows, "", *(f"- {letter}: {place}" for place, letter in places.items())])
+
+
+def place_of(line):
+    machine, versions = line["machine"].split(", load")[0], line["versions"].items()
+    return "; ".join([machine, ", ".join(f"{name} {number}" for name, number in versions)])
 
 
 def shown(value, unit):

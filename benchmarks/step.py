@@ -204,7 +204,7 @@ def growth(args):
 
     def look(step, meters):
         if step in (first, last):
-            memory[step] = held(device)
+            memory[step] = held()
 
     loader = [batches[step % 8] for step in range(last)]
     train_one_epoch(model, loader, optimizer, device, 1, log_period=10**9, after_step=look)

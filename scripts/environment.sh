@@ -147,7 +147,7 @@ Delete the folder .venv and start again, or activate an environment where it loa
 announce_install() { # MISSING PIP_ARGUMENTS
     local size="about 1 GB on disk; 2 to 5 minutes"
     if [ "$(uname -s)" = Linux ]; then
-        size="about 6 GB on disk, nearly all of it PyTorch with CUDA; 5 to 15 minutes"
+        size="5.5 to 6 GB on disk, nearly all of it PyTorch with CUDA; 5 to 15 minutes"
     fi
     cat <<TEXT
 The active Python ($(command -v "$python"), $("$python" --version 2>&1)) lacks $1.
