@@ -51,7 +51,7 @@ def peak_memory(run, device=None):
     if device is not None and device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
+        before = held(device)
         run()
         peak = torch.cuda.max_memory_allocated(device)
         return peak, peak - before

@@ -13,6 +13,7 @@ import os
 import statistics
 import tempfile
 import time
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -92,18 +93,7 @@ def indices(number, kinds, queries, build_threads):
     vectors, asked = drawn(number, queries)
     faiss.omp_set_num_threads(build_threads)
     _, exact = new_faiss("flat", vectors).search(asked, 10)
-    figures = {
-        name: {}
-        for name in (
-            "build, s",
-            "build CPU, s",
-            "file, MiB",
-            "load, s",
-            "query, ms",
-            "query CPU, ms",
-            "recall at 10, %",
-        )
-    }
+    figures = defaultdict(dict)  # by name and unit, then by type of index
     for kind in kinds:
         faiss.omp_set_num_threads(build_threads)
         start, before = time.perf_counter(), time.process_time()
