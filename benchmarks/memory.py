@@ -23,9 +23,9 @@ from benchmarks import step
 from benchmarks.harness import peak_memory, record, synchronise
 from model import build_model
 from processor.micro_batch import backward_in_parts
-from processor.trainer import cut, on_device, total_loss
+from processor.trainer import cut, total_loss
 from solver import build_optimizer
-from utils.dist import pick_device
+from utils.dist import pick_device, to_device
 
 NO_HEAP = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}  # of glibc
 ARMS = {  # whether activations are computed twice, how many parts a batch is cut into
@@ -48,7 +48,7 @@ def measure(name, args):
 
     def one_step(batch):
         parts = [
-            {key: on_device(value, device) for key, value in {**part, **model.plan(part)}.items()}
+            {key: to_device(value, device) for key, value in {**part, **model.plan(part)}.items()}
             for part in cut(batch, -(-args.batch_size // pieces))
         ]
         optimizer.zero_grad(set_to_none=True)

@@ -18,9 +18,9 @@ import torch
 from benchmarks import published
 from benchmarks.harness import held, interleaved, peak_memory, record
 from model import build_model
-from processor.trainer import Meters, on_device
+from processor.trainer import Meters
 from solver import build_optimizer
-from utils.dist import pick_device
+from utils.dist import pick_device, to_device
 from utils.options import get_args
 
 GFLOP = 158.154
@@ -60,7 +60,7 @@ def options(args):
 
 def our_step(model, optimizer, batch, device, meters):
     """As in processor.trainer, between two log lines."""
-    batch = {key: on_device(value, device) for key, value in {**batch, **model.plan(batch)}.items()}
+    batch = {key: to_device(value, device) for key, value in {**batch, **model.plan(batch)}.items()}
     optimizer.zero_grad(set_to_none=True)  # before the forward pass, whose memory takes the gradients' place
     report = model(batch)
     loss = sum(value for name, value in report.items() if "loss" in name)

@@ -9,6 +9,7 @@ from datasets.image_cache import DecodedImages
 from datasets.sampler import mixed
 from datasets.tokenizer import mask_tokens, tokenize_all
 from datasets.transforms import draw_augmentation, erase, normalise, place
+from utils.dist import to_device
 from utils.errors import InputError
 
 
@@ -138,7 +139,7 @@ class CaptionDataset(Dataset):
 
 def finish(images, device, boxes=None):
     """uint8 [B, 3, H, W] to normalised floats on the device, the boxes erased."""
-    images = normalise(images.to(device, non_blocking=True))
+    images = normalise(to_device(images, device))
     if boxes is not None and bool((boxes[:, 2] > 0).any()):
-        erase(images, boxes.to(device, non_blocking=True))
+        erase(images, to_device(boxes, device))
     return images

@@ -59,9 +59,14 @@ def resize(image, size):
 
 def normalise(pixels):
     """uint8 [..., 3, H, W] to floats: to [0, 1], then CLIP's mean and standard deviation."""
-    mean = torch.tensor(MEAN, device=pixels.device)[:, None, None]
-    std = torch.tensor(STD, device=pixels.device)[:, None, None]
+    mean, std = triple(MEAN, pixels.device), triple(STD, pixels.device)
     return pixels.float().div_(255).sub_(mean).div_(std)
+
+
+def triple(numbers, device):
+    """Three numbers as (3, 1, 1) on the device. Filled there: for a tensor made on the host one would have to
+    wait, and with it for all that the device has yet to do."""
+    return torch.stack([torch.full((1, 1), number, device=device) for number in numbers])
 
 
 def augment(pixels, generator, img_aug):
@@ -134,5 +139,4 @@ def erase(images, boxes):
     inside_rows = (rows >= top) & (rows < top + h)  # (B, H)
     inside_columns = (columns >= left) & (columns < left + w)
     inside = inside_rows[:, None, :, None] & inside_columns[:, None, None, :]
-    mean = torch.tensor(MEAN, device=images.device)[:, None, None]
-    return torch.where(inside, mean, images, out=images)
+    return torch.where(inside, triple(MEAN, images.device), images, out=images)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from utils.dist import gather, rank, share, total
+from utils.dist import gather, rank, share, to_device, total
 from utils.metrics import Ranks, rank_by, ranks_by, similarity_between, summary
 
 FIGURES = ("R1", "R5", "R10", "mAP", "mINP")
@@ -34,7 +34,8 @@ def encode(model, img_loader, txt_loader, device, progress=False):
     image_pids, image = [none], [no_features(model, device)]
     for pids, images in bar(img_loader, "images", progress):
         image_pids.append(pids)
-        image.append(F.normalize(model.encode_image(images.to(device)), dim=1))
+        image.append(F.normalize(model.encode_image(to_device(images, device)), dim=1))
+        del images  # 0.3 GB on the device for 512, while the next ones come
     model.train(was_training)
     image_pids, text_pids = (gather(pids.to(device)).cpu() for pids in (torch.cat(image_pids), text_pids))
     return Features(gather(text), text_pids, gather(torch.cat(image)), image_pids)
@@ -54,7 +55,7 @@ def encode_captions(model, batches, device):
     order = length.argsort(stable=True)
     parts = []
     for rows in order.split(len(batches[0])):
-        part = ids[rows, : int(length[rows].max())].to(device)
+        part = to_device(ids[rows, : int(length[rows].max())], device)
         parts.append(F.normalize(model.encode_text(part), dim=1))
     text = torch.cat(parts)
     return torch.empty_like(text).index_copy_(0, order.to(text.device), text)

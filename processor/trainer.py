@@ -7,7 +7,7 @@ import torch
 
 from processor.micro_batch import backward_in_parts
 from solver import frac_unmoved, sampled_weights
-from utils.dist import from_all, rank, unwrapped
+from utils.dist import from_all, rank, to_device, unwrapped
 from utils.errors import InputError
 
 logger = logging.getLogger("IRRA.train")
@@ -27,6 +27,7 @@ def train_one_epoch(
     max_grad_norm=None,
     after_step=None,
     micro_batch=None,
+    watch=None,
 ):
     """One pass over the loader, whose batches model.forward takes. Returns the epoch's averages by name, and
     `frac_unmoved`, the share of weights that the last logged step left as they were.
@@ -35,17 +36,18 @@ def train_one_epoch(
     after_step: called with (step, meters) after each step; may raise to leave.
     micro_batch: samples that have activations at a time; the losses are those of the whole batch all the
     same. Raises NotFinite, before the step is taken, when the loss or a gradient is not a number.
+    watch: the FiniteWatch of this epoch, for a caller whose after_step saves: it must look first.
     """
     model.train()
     meters = meters or Meters()
-    watch = FiniteWatch(model, optimizer, epoch, period=1 if device.type == "cpu" else log_period)
+    watch = watch or FiniteWatch(model, optimizer, epoch, look_period(device, log_period))
     steps, began, step = start + len(loader), time.time(), start
     for step, batch in enumerate(progress_bar(loader, epoch, batch_size), start=start + 1):
         samples = batch.get("batch_size", len(batch["pids"]))  # of all processes
         if not samples:  # all its images were left out
             continue
         parts = [
-            {key: on_device(value, device) for key, value in {**part, **unwrapped(model).plan(part)}.items()}
+            {key: to_device(value, device) for key, value in {**part, **unwrapped(model).plan(part)}.items()}
             for part in cut(batch, micro_batch)
         ]
         optimizer.zero_grad(set_to_none=True)
@@ -58,14 +60,14 @@ def train_one_epoch(
             loss.backward()
         watch.before_step(step, loss, report, batch)
         if max_grad_norm:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
-        logged = step % log_period == 0
-        before = sampled_weights(unwrapped(model)) if logged else None
-        optimizer.step()
-
+            clip_gradients(model, max_grad_norm)
+        if step % log_period:
+            optimizer.step()
+        else:
+            meters.latest["frac_unmoved"] = step_and_compare(optimizer, unwrapped(model))
         meters.update({"loss": loss, **report}, samples)
-        if logged:
-            meters.latest["frac_unmoved"] = float(frac_unmoved(unwrapped(model), before))
+        del batch, parts, loss, report  # or they stay on the device until the next ones are there
+        if step % log_period == 0:
             lr = optimizer.param_groups[0]["lr"]
             logger.info(f"Epoch[{epoch}] Iteration[{step}/{steps}], {meters.shown()}, Base Lr: {lr:.2e}")
         if after_step:
@@ -74,7 +76,7 @@ def train_one_epoch(
     speed = ""
     if step > start:  # else it was stopped after its last batch, and this is the rest of it
         seconds = (time.time() - began) / (step - start)
-        images = (batch_size or len(batch["pids"])) / seconds
+        images = (batch_size or samples) / seconds
         speed = f" Time per batch: {seconds:.3f}[s] Speed: {images:.1f}[samples/s]"
     logger.info(f"Epoch {epoch} done.{speed}")
     return {**meters.averages(), **meters.latest}
@@ -95,8 +97,24 @@ def cut(batch, size):
     ]
 
 
-def on_device(value, device):
-    return value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+def step_and_compare(optimizer, model):
+    """Take the step; returns the share of weights that it left as they were, a number."""
+    before = sampled_weights(model)
+    optimizer.step()
+    return float(frac_unmoved(model, before))
+
+
+def clip_gradients(model, max_norm):
+    """torch.nn.utils.clip_grad_norm_, but gradients in fp16 are added up and scaled in fp32: their norm may
+    be above 65504, and then the step would be 0 without a word."""
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    if all(gradient.element_size() >= 4 for gradient in gradients):
+        torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+        return
+    norms = torch._foreach_norm(gradients, 2, dtype=torch.float32)
+    scale = (max_norm / (torch.stack(norms).norm() + 1e-6)).clamp(max=1)
+    for gradient in gradients:
+        gradient.copy_(gradient.float() * scale)
 
 
 def progress_bar(loader, epoch, batch_size):
@@ -124,10 +142,12 @@ class Meters:
         if not self.names:
             known = [name for name in ORDER if name in report]
             self.names = known + [name for name in report if name not in ORDER]
-        values = torch.stack([report[name].detach().double() for name in self.names])
-        weights = torch.tensor([1.0 if name == "mlm_acc" else batch_size for name in self.names]).double()
-        weighted = values * weights.to(values.device, non_blocking=True)
-        self.sums = weighted if self.sums is None else self.sums.to(values.device) + weighted
+        weights = [1.0 if name == "mlm_acc" else batch_size for name in self.names]
+        values = [report[name].detach().double() for name in self.names]
+        # times numbers, not a tensor made on the host, for which it would have to wait
+        weighted = torch.stack([value * weight for value, weight in zip(values, weights, strict=True)])
+        weights = torch.tensor(weights, dtype=torch.float64)
+        self.sums = weighted if self.sums is None else self.sums.to(weighted.device) + weighted
         self.weights = weights if self.weights is None else self.weights + weights
 
     def averages(self):
@@ -172,51 +192,60 @@ class NotFinite(InputError):
         )
 
 
-def whole_batch(batch):
+def whole_batch(ids):
     """What tells the samples of a batch, as lists; of all processes' shares in order."""
-    keys = [key for key in ("pids", "image_ids", "caption_ids") if key in batch]
-    shares = from_all({key: batch[key].tolist() for key in keys})
-    return {key: [row for share in shares for row in share[key]] for key in keys}
+    shares = from_all({key: values.tolist() for key, values in ids.items()})
+    return {key: [row for share in shares for row in share[key]] for key in ids}
+
+
+def look_period(device, log_period):
+    """Steps between two looks of the host: on a CPU, which computes at once, each; else when it logs."""
+    return 1 if device.type == "cpu" else log_period
 
 
 class FiniteWatch:
     """Keeps steps with a loss or gradient that is not finite from being taken.
 
-    The optimiser is told through `found_inf`, as torch.amp's GradScaler tells it: a fused one skips the step
+    The optimiser is told through `found_inf`, as torch.amp's GradScaler tells it: then the step is left out
     on the device, so that the host need not wait. Every `period` steps the host looks whether that happened.
+    Of the steps in between it keeps the ids; losses are kept of the first bad one only, on the device.
     """
 
     def __init__(self, model, optimizer, epoch, period):
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer, self.epoch = optimizer, epoch
-        self.fused = bool(optimizer.defaults.get("fused"))  # others refuse found_inf: then the host looks
-        self.period = period if self.fused else 1
-        self.first, self.recent = None, []
+        self.fused = bool(optimizer.defaults.get("fused"))
+        self.skips = self.fused or hasattr(optimizer, "found_inf")  # solver.skip; others refuse it
+        self.period = period if self.skips else 1
+        self.first, self.names, self.losses = None, (), None  # the first bad step of this period, its losses
+        self.ids = {}  # of each step since the last look
 
     def before_step(self, step, loss, report, batch):
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         # the largest magnitude, not the 2-norm, which overflows in fp16 where no gradient does
         largest = torch.nn.utils.get_total_norm(gradients, norm_type=float("inf"))
         finite = torch.isfinite(loss.detach()) & torch.isfinite(largest)
-        if self.fused:
-            self.optimizer.found_inf = (~finite).float()
-        failed = torch.where(finite, torch.inf, float(step))
-        self.first = failed if self.first is None else torch.minimum(self.first, failed)
-        losses = {name: value.detach() for name, value in report.items() if "loss" in name}
-        self.recent.append((step, losses, batch))
+        self.names = [name for name in report if "loss" in name]
+        losses = torch.stack([report[name].detach() for name in self.names])
+        if self.first is None:
+            self.first, self.losses = torch.full_like(loss, torch.inf).detach(), torch.zeros_like(losses)
+        is_first = ~finite & self.first.isinf()
+        self.losses = torch.where(is_first, losses, self.losses)
+        self.first = torch.where(is_first, float(step), self.first)
+        if self.skips:
+            # a fused optimiser counts the steps that it takes on the device; another one has to stand still
+            # from the first bad step on, since its next would be corrected for a step too many
+            bad = ~finite if self.fused else self.first.isfinite()
+            self.optimizer.found_inf = bad.float()
+        self.ids[step] = {key: batch[key] for key in ("pids", "image_ids", "caption_ids") if key in batch}
         if step % self.period == 0:
             self.look()
 
     def look(self):
-        first = float("inf") if self.first is None else float(self.first)
-        for step, losses, batch in self.recent:
-            if step == first:
-                raise NotFinite(
-                    {
-                        "epoch": self.epoch,
-                        "iteration": step,
-                        "losses": {name: float(value) for name, value in losses.items()},
-                        **whole_batch(batch),
-                    }
-                )
-        self.first, self.recent = None, []
+        """Wait for the device; raises NotFinite when a step since the last look was bad."""
+        ids, self.ids = self.ids, {}
+        if ids and (first := float(self.first)) in ids:
+            losses = dict(zip(self.names, self.losses.tolist(), strict=True))
+            raise NotFinite(
+                {"epoch": self.epoch, "iteration": int(first), "losses": losses, **whole_batch(ids[first])}
+            )

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from PIL import ImageOps, UnidentifiedImageError
 
+from datasets.image_text import finish
 from datasets.tokenizer import EOT, SimpleTokenizer, tokenize
-from datasets.transforms import normalise, open_image, resize
+from datasets.transforms import open_image, resize
 from model.build import build_trained_model
 from utils.checkpoint import load_checkpoint
 from utils.dist import pick_device
@@ -46,7 +47,7 @@ class Encoders:
     @torch.inference_mode()
     def image_features(self, pictures):
         """[n, D] of uint8 tensors [3, H, W], as `pixels` gives them."""
-        images = normalise(torch.stack(pictures).to(self.device, non_blocking=True))
+        images = finish(torch.stack(pictures), self.device)
         return F.normalize(self.model.encode_image(images), dim=1).cpu().numpy()
 
     def pixels(self, path):

@@ -6,16 +6,17 @@ from bisect import bisect_right
 import torch
 from torch.optim.lr_scheduler import LRScheduler
 
+from solver.skip import skips_on_device
 from utils.errors import InputError
+from utils.precision import EPS
 
-OPTIMIZERS = {
-    # eps 1e-3 is part of the recipe: in fp16 most second moments round to 0, which leaves momentum SGD
-    "Adam": lambda groups, args: torch.optim.Adam(
-        groups, lr=args.lr, betas=(args.alpha, args.beta), eps=1e-3, fused=True
+OPTIMIZERS = {  # how: fused or foreach, see build_optimizer
+    "Adam": lambda groups, args, how: torch.optim.Adam(
+        groups, lr=args.lr, betas=(args.alpha, args.beta), eps=EPS["Adam"], **how
     ),
-    "SGD": lambda groups, args: torch.optim.SGD(groups, lr=args.lr, momentum=args.momentum, fused=True),
-    "AdamW": lambda groups, args: torch.optim.AdamW(
-        groups, lr=args.lr, betas=(args.alpha, args.beta), eps=1e-8, fused=True
+    "SGD": lambda groups, args, how: torch.optim.SGD(groups, lr=args.lr, momentum=args.momentum, **how),
+    "AdamW": lambda groups, args, how: torch.optim.AdamW(
+        groups, lr=args.lr, betas=(args.alpha, args.beta), eps=EPS["AdamW"], **how
     ),
 }
 
@@ -47,7 +48,17 @@ def param_groups(args, model):
 
 
 def build_optimizer(args, model):
-    return OPTIMIZERS[args.optimizer](param_groups(args, model), args)
+    """The optimiser that --optimizer names, in the arithmetic that the weights' precision asks for.
+
+    With weights in fp16 the roundings of the published step are part of the recipe: a chain of fp16
+    operations, each of which rounds, so that the second moment is stored as 0 below |g| = 5.5e-3. `foreach`
+    rounds as that chain does. A fused step computes in fp32 and rounds once: in fp32 the same step, in fp16
+    another recipe.
+    """
+    groups = param_groups(args, model)
+    if all(p.element_size() >= 4 for group in groups for p in group["params"]):
+        return OPTIMIZERS[args.optimizer](groups, args, {"fused": True})
+    return skips_on_device(OPTIMIZERS[args.optimizer](groups, args, {"foreach": True}))
 
 
 def lr_at(

@@ -144,9 +144,9 @@ def _gain_and_bias(prefix, width):
     return {f"{prefix}.weight": (width,), f"{prefix}.bias": (width,)}
 
 
-def _text_shapes(embed_dim, text_width, text_layers):
+def _text_shapes(embed_dim, text_width, text_layers, context=CONTEXT):
     return {
-        "positional_embedding": (CONTEXT, text_width),
+        "positional_embedding": (context, text_width),
         "text_projection": (text_width, embed_dim),
         **_blocks("transformer.resblocks", text_width, text_layers),
         "token_embedding.weight": (VOCABULARY, text_width),
@@ -154,10 +154,12 @@ def _text_shapes(embed_dim, text_width, text_layers):
     }
 
 
-def clip_shapes(embed_dim, grid, patch, vision_width, vision_layers, text_width, text_layers):
+def clip_shapes(
+    embed_dim, grid, patch, vision_width, vision_layers, text_width, text_layers, context=CONTEXT
+):
     """{OpenAI key: shape} of a CLIP with a vision transformer; grid² patches in its image."""
     return {
-        **_text_shapes(embed_dim, text_width, text_layers),
+        **_text_shapes(embed_dim, text_width, text_layers, context),
         "visual.class_embedding": (vision_width,),
         "visual.positional_embedding": (grid * grid + 1, vision_width),
         "visual.proj": (vision_width, embed_dim),

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from processor.trainer import NotFinite, train_one_epoch
+from processor.trainer import FiniteWatch, NotFinite, train_one_epoch
+from solver.skip import skips_on_device
 from tests import children
 from tests.children import differ, draw, only_run, run, words
 from utils.checkpoint import load_checkpoint
@@ -82,8 +83,6 @@ def test_it_stops_before_the_step_is_taken(bad, optimizer_of):
 @pytest.mark.parametrize("optimizer_of", list(OPTIMIZERS.values())[:3], ids=list(OPTIMIZERS)[:3])
 def test_a_fused_optimiser_skips_the_bad_step_until_the_host_looks(optimizer_of):
     """Between two looks the bad step is left out on the device, and good ones are taken; then it ends."""
-    from processor.trainer import FiniteWatch
-
     model = Line()
     optimizer, after = optimizer_of(model.parameters()), []
     watch = FiniteWatch(model, optimizer, epoch=4, period=5)
@@ -103,9 +102,87 @@ def test_a_fused_optimiser_skips_the_bad_step_until_the_host_looks(optimizer_of)
     assert none is None and after[3] == expected[2]  # moments untouched too
 
 
-def test_a_bad_step_after_the_last_look_ends_the_epoch_all_the_same():
-    from processor.trainer import FiniteWatch
+CHAINS = {
+    "Adam": lambda p: skips_on_device(torch.optim.Adam(p, lr=0.5, eps=1e-3, foreach=True)),
+    "SGD": lambda p: skips_on_device(torch.optim.SGD(p, lr=0.5, momentum=0.9, foreach=True)),
+    "AdamW": lambda p: skips_on_device(torch.optim.AdamW(p, lr=0.5, eps=1e-3, foreach=True)),
+}
 
+
+def moments(optimizer):
+    return [[t.tolist() for name, t in state.items() if name != "step"] for state in optimizer.state.values()]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("bad_at", [1, 3, 4])
+@pytest.mark.parametrize("optimizer_of", CHAINS.values(), ids=CHAINS)
+def test_a_chain_stands_still_from_the_bad_step_to_the_look(optimizer_of, bad_at, dtype):
+    """No fused kernel, and the host does not look before step 5: weights and moments are put back."""
+    slopes = [GOOD, OTHER, GOOD, OTHER, GOOD]
+    slopes[bad_at - 1] = BAD["NaN"]
+
+    def run(slopes, period):
+        model = Line().to(dtype)
+        optimizer, after = optimizer_of(model.parameters()), [(model.weight.tolist(), [])]
+        watch = FiniteWatch(model, optimizer, epoch=4, period=period)
+        loader = batches(*slopes)
+
+        def look(step, meters):
+            after.append((model.weight.tolist(), moments(optimizer)))
+
+        try:
+            train_one_epoch(model, loader, optimizer, CPU, 4, after_step=look, watch=watch)
+        except NotFinite as error:
+            return after, error
+        return after, None
+
+    after, error = run(slopes, period=5)
+    assert error.evidence["iteration"] == bad_at and len(after) == 5  # the fifth step looked
+    assert {key: error.evidence[key] for key in GIVEN} == GIVEN
+    assert all(math.isnan(value) for value in error.evidence["losses"].values())
+    expected, none = run(slopes[: bad_at - 1], period=1)
+    assert none is None and [weight for weight, _ in after[:bad_at]] == [weight for weight, _ in expected]
+    for weight, moment in after[bad_at:]:
+        assert weight == expected[-1][0]
+        assert moment == (expected[-1][1] or [[[0, 0]] * len(m) for m in moment])  # none before the first
+
+
+@pytest.mark.parametrize("optimizer_of", CHAINS.values(), ids=CHAINS)
+def test_a_good_step_of_a_watched_chain_is_that_of_an_unwatched_one(optimizer_of):
+    ends = []
+    for watched in (True, False):
+        torch.manual_seed(0)
+        model = nn.Linear(50, 30).half()
+        model.add_module("norm", nn.LayerNorm(30))
+        optimizer = optimizer_of(model.parameters())
+        for _ in range(4):
+            for parameter in model.parameters():
+                parameter.grad = torch.randn_like(parameter)
+            if watched:
+                optimizer.found_inf = torch.zeros(())
+            optimizer.step()
+        ends.append([p.tolist() for p in model.parameters()] + moments(optimizer))
+    assert ends[0] == ends[1]
+
+
+def test_what_is_saved_within_an_epoch_is_looked_at_first():
+    """A step that was left out does not count as done in a checkpoint."""
+    model, saved = Line(), []
+    optimizer = OPTIMIZERS["fused Adam"](model.parameters())
+    watch = FiniteWatch(model, optimizer, epoch=1, period=100)
+
+    def after_step(step, meters):
+        if step == 3:
+            watch.look()
+            saved.append(step)
+
+    with pytest.raises(NotFinite) as raised:
+        loader = batches(GOOD, BAD["NaN"], OTHER, GOOD)
+        train_one_epoch(model, loader, optimizer, CPU, 1, after_step=after_step, watch=watch)
+    assert raised.value.evidence["iteration"] == 2 and not saved
+
+
+def test_a_bad_step_after_the_last_look_ends_the_epoch_all_the_same():
     model = Line()
     watch = FiniteWatch(model, OPTIMIZERS["fused Adam"](model.parameters()), epoch=1, period=100)
     report = model(batches(BAD["NaN"])[0])
@@ -128,6 +205,17 @@ def test_max_grad_norm_scales_by_hand(norm):
     expected = torch.tensor([1.0, 2.0]) - 0.5 * slope * min(1.0, norm / 5)
     assert error is None
     torch.testing.assert_close(torch.tensor(weight), expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("slope", [[3.0, -4.0], [60000.0, -60000.0], [6.0, 0.5]])
+def test_max_grad_norm_adds_up_fp16_gradients_in_fp32(slope):
+    """Above 65504 the 2-norm is infinite in fp16, and the step was scaled to nothing without a word."""
+    model = Line().half()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5, foreach=True)
+    train_one_epoch(model, batches(slope), optimizer, CPU, 1, max_grad_norm=1.0)
+    norm = math.hypot(*slope)
+    expected = [w - 0.5 * s * min(1.0, 1 / norm) for w, s in zip((1.0, 2.0), slope, strict=True)]
+    assert model.weight.tolist() == pytest.approx(expected, rel=2e-3)
 
 
 # ---- whole trainings ----

@@ -64,9 +64,14 @@ def pick_device(name="auto"):
     return torch.device(name)
 
 
-def pick_precision(name, device):
-    """--precision, or the device's own: fp16 on CUDA as published, fp32 on a CPU."""
-    return name or ("fp16" if device.type == "cuda" else "fp32")
+def to_device(value, device):
+    """A tensor on the device, anything else as it is. It leaves from page-locked memory: from any other the
+    host would have to wait for the copy, and with it for all that the device has yet to do."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    if device.type == "cuda" and value.device.type == "cpu":
+        value = value.pin_memory()
+    return value.to(device, non_blocking=True)
 
 
 def number_of_gpus(device):
