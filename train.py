@@ -70,12 +70,15 @@ def train(args, device, checkpoint=None):
     from solver import build_lr_scheduler, build_optimizer
     from utils.checkpoint import load_checkpoint
     from utils.dist import number_of_gpus, out_of_memory
+    from utils.precision import check_precision
     from utils.run import RunFiles, Stopped, StopSignals, leave_signals_to_parent, setup_logger
 
     run = RunFiles(args)
     logger = setup_logger("IRRA")
     log = logger.getChild("train")
+    precision = check_precision(args, device)  # before anything is loaded
     logger.info(f"Using {number_of_gpus(device)} GPUs")
+    logger.info(precision)
     logger.info(run.described(args))
     for note in args.notes:
         logger.info(note)
@@ -125,10 +128,8 @@ def train(args, device, checkpoint=None):
 
 def fit(args, device, loaders, parts, done, run, stop):
     """The epochs that are not done yet: train, evaluate, keep the best and the last."""
-    from processor.evaluator import encode, evaluate, log_table
-    from processor.trainer import Meters, train_one_epoch
-    from retrieval.contact_sheet import gallery_paths, retrieval_picture
-    from utils.dist import any_process, from_all, replicate, world_size
+    from processor.trainer import FiniteWatch, Meters, look_period, train_one_epoch
+    from utils.dist import any_process, replicate, world_size
     from utils.run import Stopped
 
     train_loader, img_loader, txt_loader = loaders
@@ -139,6 +140,7 @@ def fit(args, device, loaders, parts, done, run, stop):
         asks = world_size() == 1 or device.type == "cpu" or step % 10 == 0
         stopped = asks and any_process(stop.asked, device)
         if stopped or (args.save_period and step % args.save_period == 0):
+            watch.look()  # what a bad step was left out of is not saved as if it had been taken
             run.save("last.pth", parts, **{**done, "iteration": step, "meters": meters.state_dict()})
         if stopped:
             raise Stopped(f"stopped in epoch {done['epoch'] + 1} after iteration {step}")
@@ -146,6 +148,7 @@ def fit(args, device, loaders, parts, done, run, stop):
     for epoch in range(done["epoch"] + 1, args.num_epoch + 1):
         start, meters = done["iteration"], Meters.from_state(done["meters"])
         train_loader.set_epoch(epoch, start)
+        watch = FiniteWatch(model, parts["optimizer"], epoch, look_period(device, args.log_period))
         averages = train_one_epoch(
             model,
             train_loader,
@@ -159,6 +162,7 @@ def fit(args, device, loaders, parts, done, run, stop):
             max_grad_norm=args.max_grad_norm,
             after_step=after_step,
             micro_batch=args.micro_batch,
+            watch=watch,
         )
         shown = {name: value for name, value in averages.items() if value > 0}  # no zeros, as published
         run.board(epoch, lr=parts["scheduler"].get_last_lr()[0], **shown)
@@ -166,24 +170,33 @@ def fit(args, device, loaders, parts, done, run, stop):
         done.update(epoch=epoch, iteration=0, meters={})
 
         if epoch % args.eval_period == 0:
-            run.log.info(f"Validation Results - Epoch: {epoch}")
-            features = encode(parts["model"], img_loader, txt_loader, device)
-            rows, ranking = evaluate(features, i2t=True)
-            log_table({"t2i": rows["t2i"]})
-            for task, figures in rows.items():
-                run.board(epoch, **{f"{task}/{name}": value for name, value in figures.items()})
-            paths = gallery_paths(img_loader.dataset, from_all(img_loader.left_out))
-            run.picture(
-                epoch, retrieval_picture(features, ranking.indices, paths, txt_loader.dataset.captions)
-            )
-            if rows["t2i"]["R1"] > done["best_R1"]:
-                done.update(best_R1=rows["t2i"]["R1"], best_epoch=epoch)
+            R1 = evaluate_epoch(parts["model"], img_loader, txt_loader, device, run, epoch)
+            if R1 > done["best_R1"]:
+                done.update(best_R1=R1, best_epoch=epoch)
                 run.log.info(f"Saving checkpoint to {run.folder / 'best.pth'}")
                 run.save("best.pth", parts, iteration=0, epoch=epoch)
         run.save("last.pth", parts, **done)
         run.keep_numbered(epoch, args.keep)
         if epoch < args.num_epoch and any_process(stop.asked, device):
             raise Stopped(f"stopped after epoch {epoch}")
+
+
+def evaluate_epoch(model, img_loader, txt_loader, device, run, epoch):
+    """Table, TensorBoard's figures and its picture; returns text-to-image R1. A function of its own, so that
+    no feature stays on the device while the training goes on."""
+    from processor.evaluator import encode, evaluate, log_table
+    from retrieval.contact_sheet import gallery_paths, retrieval_picture
+    from utils.dist import from_all
+
+    run.log.info(f"Validation Results - Epoch: {epoch}")
+    features = encode(model, img_loader, txt_loader, device)
+    rows, ranking = evaluate(features, i2t=True)
+    log_table({"t2i": rows["t2i"]})
+    for task, figures in rows.items():
+        run.board(epoch, **{f"{task}/{name}": value for name, value in figures.items()})
+    paths = gallery_paths(img_loader.dataset, from_all(img_loader.left_out))
+    run.picture(epoch, retrieval_picture(features, ranking.indices, paths, txt_loader.dataset.captions))
+    return rows["t2i"]["R1"]
 
 
 def restore(parts, state, source):

@@ -7,9 +7,10 @@ from model.clip_model import CLIP, Transformer
 from model.irra import IRRA
 from model.pretrained import architecture, image_grid, load_clip, new_clip
 from utils.checkpoint import load_weights
-from utils.dist import pick_device, pick_precision
+from utils.dist import pick_device
 from utils.errors import InputError
 from utils.options import losses
+from utils.precision import pick_precision
 
 
 def build_model(args, num_classes):
@@ -85,13 +86,12 @@ def place(model, args):
     heads too; embeddings and normalisations in fp32; no loss scaling. bf16: fp32 weights under autocast.
     """
     device = pick_device(getattr(args, "device", "auto"))
-    precision = pick_precision(getattr(args, "precision", None), device)
-    model.to(device)
+    precision = pick_precision(args, device)
     if precision == "fp16":
-        model.apply(_to_half)
+        model.apply(_to_half)  # before it moves: the device never holds the fp32 weights
     elif precision == "bf16":
         model.autocast_dtype = torch.bfloat16
-    return model
+    return model.to(device)
 
 
 def _to_half(module):

@@ -243,12 +243,6 @@ def test_mlm_with_a_resnet_is_refused_and_the_other_losses_are_not(refused, name
     assert get_args(["--pretrain_choice", name, "--loss_names", "sdm+id"]).pretrain_choice == name
 
 
-def test_adamw_in_fp16_is_allowed_with_a_warning():
-    assert get_args("--optimizer AdamW --loss_names sdm --precision bf16".split()).notes == []
-    (note,) = get_args("--optimizer AdamW --loss_names sdm --precision fp16".split()).notes
-    assert "NaN" in note and "AdamW" in note
-
-
 # ---- config files ----
 
 

@@ -126,8 +126,8 @@ def train_parser():
         "--precision",
         default=None,
         type=one_of(*PRECISIONS),
-        help="fp16: as published, the default on CUDA; bf16: autocast over fp32 weights, another recipe; "
-        "fp32: the default on CPU",
+        help="fp16: as published, the default on CUDA where the run can train in it; bf16: autocast over "
+        "fp32 weights, another recipe; fp32: the default on a CPU, for AdamW and for random weights",
     )
     add(
         "--compile",
@@ -300,7 +300,7 @@ def test_parser():
         "--precision",
         default=None,
         type=one_of(*PRECISIONS),
-        help="fp16 is the default on CUDA, as published; fp32 on CPU",
+        help="default: fp16 on CUDA, as published (fp32 for AdamW and for random weights), fp32 on a CPU",
     )
     add("--chance", action="store_true", help="add a row for random order")
     add("--picture", default=None, metavar="FILE", help="draw a few queries with their ten best images")
@@ -383,8 +383,6 @@ def reconcile(args):
         raise InputError(
             f"--vocab_size {args.vocab_size}: the tokeniser has 49408 entries and no other size exists"
         )
-    if args.precision == "fp16" and args.optimizer == "AdamW":
-        args.notes.append("AdamW (eps 1e-8) in fp16 ends in NaN within some 20 steps: use --precision bf16")
 
 
 def get_test_args(argv=None):
