@@ -107,7 +107,7 @@ class Transformer(nn.Module):
         """pick: see ResidualAttentionBlock; it acts in the last block."""
         for block in self.resblocks[:-1]:
             x = (
-                checkpoint(block, x, use_reentrant=False)
+                checkpoint(block, x, use_reentrant=False, preserve_rng_state=False)  # nothing is drawn in it
                 if self.checkpointing and self.training
                 else block(x)
             )
