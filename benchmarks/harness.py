@@ -87,24 +87,30 @@ def record(figure, arms, unit, baseline="published", better="less", device=None,
     for name, value in arms.items():
         if reference and value and name != baseline:
             ratio[name] = round(value / reference if better == "more" else reference / value, 3)
+    arms = {name: float(f"{value:.5g}") for name, value in arms.items()}
+    keep({"figure": figure, "unit": unit, "arms": arms, "ratio": ratio, **details}, device)
+
+
+def left_out(figure, arm, reason, device=None):
+    """Say in a line of its own why a figure has no such arm."""
+    keep({"figure": figure, "unit": "", "arms": {}, "ratio": {}, "left_out": {arm: reason}}, device)
+
+
+def keep(line, device=None):
+    """At once: what a later part does loses nothing of it."""
+    program = Path(sys.argv[0]).stem
     line = {
-        "figure": figure,
-        "unit": unit,
-        "arms": {name: float(f"{value:.5g}") for name, value in arms.items()},
-        "ratio": ratio,
-        **details,
-        "command": "python -m " + " ".join([f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
+        **line,
+        "command": " ".join([f"python -m benchmarks.{program}", *sys.argv[1:]]),
         "machine": machine(device),
         "versions": versions(),
         "date": time.strftime("%Y-%m-%d"),
     }
     text = json.dumps(line, ensure_ascii=False)
     print(text, flush=True)
-    if "PYTEST_CURRENT_TEST" not in os.environ:
-        RESULTS.mkdir(exist_ok=True)
-        with open(RESULTS / f"{Path(sys.argv[0]).stem}.jsonl", "a", encoding="utf-8") as file:
-            file.write(text + "\n")
-    return line
+    RESULTS.mkdir(exist_ok=True)
+    with open(RESULTS / f"{program}.jsonl", "a", encoding="utf-8") as file:
+        file.write(text + "\n")
 
 
 def machine(device=None):

@@ -22,10 +22,9 @@ import torch
 from benchmarks import step
 from benchmarks.harness import peak_memory, record, synchronise
 from model import build_model
-from processor.micro_batch import backward_in_parts
-from processor.trainer import cut, total_loss
+from processor.trainer import backward, cut
 from solver import build_optimizer
-from utils.dist import pick_device, to_device
+from utils.dist import pick_device
 
 NO_HEAP = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}  # of glibc
 ARMS = {  # whether activations are computed twice, how many parts a batch is cut into
@@ -47,15 +46,8 @@ def measure(name, args):
     whole = step.batch_of(args.batch_size, chosen.img_size)
 
     def one_step(batch):
-        parts = [
-            {key: to_device(value, device) for key, value in {**part, **model.plan(part)}.items()}
-            for part in cut(batch, -(-args.batch_size // pieces))
-        ]
         optimizer.zero_grad(set_to_none=True)
-        if pieces > 1:
-            backward_in_parts(model, parts)
-        else:
-            total_loss(model(parts[0])).backward()
+        backward(model, batch, device, -(-args.batch_size // pieces) if pieces > 1 else None)
         optimizer.step()
 
     one_step(cut(whole, 2)[0])  # Adam's moments come into being
@@ -93,8 +85,9 @@ def main(argv=None):
             )
             found[name].append(json.loads(said.stdout.splitlines()[-1]))
     device = torch.device(args.device)
-    precision = args.precision or ("fp16" if device.type == "cuda" else "fp32")
-    what = f"training step, batch {args.batch_size}, {precision}" + (", tiny model" if args.tiny else "")
+    what = f"training step, batch {args.batch_size}, {step.options(args).precision}" + (
+        ", tiny model" if args.tiny else ""
+    )
     notes = {
         "peak memory": (
             "peak",

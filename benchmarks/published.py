@@ -116,7 +116,7 @@ def optimizer_of(args, model):
     for name, parameter in model.named_parameters():
         lr, decay = lr_and_decay(name, args)
         groups.append({"params": [parameter], "lr": lr, "weight_decay": decay})
-    return torch.optim.Adam(groups, lr=args.lr, betas=(args.alpha, args.beta), eps=1e-3)
+    return torch.optim.Adam(groups, lr=args.lr, betas=(args.alpha, args.beta), eps=1e-3, foreach=False)
 
 
 class Meter:

@@ -16,11 +16,12 @@ from collections import defaultdict
 import torch
 
 from benchmarks import published
-from benchmarks.harness import held, interleaved, peak_memory, record
-from model import build_model
-from processor.trainer import Meters
+from benchmarks.harness import held, interleaved, left_out, peak_memory, record
+from benchmarks.pretended import DEVICE, Pretended
+from model.build import build_model, in_precision, new_model
+from processor.trainer import FiniteWatch, Meters, backward, look_period
 from solver import build_optimizer
-from utils.dist import pick_device, to_device
+from utils.dist import pick_device
 from utils.options import get_args
 
 GFLOP = 158.154
@@ -50,23 +51,29 @@ def batch_of(size, img_size, seed=0):
 
 
 def options(args):
+    """The recipe's, from random weights; in fp16 on a GPU, where that is the recipe's precision."""
     words = ["--pretrain_choice", "random", "--MLM", "--loss_names", "sdm+mlm+id", "--device", args.device]
+    words += ["--precision", args.precision or ("fp32" if pick_device(args.device).type == "cpu" else "fp16")]
     if args.tiny:
         words += ["--img_size", "64", "32", "--clip_architecture", *TINY]
-    if args.precision:
-        words += ["--precision", args.precision]
     return get_args(words)
 
 
-def our_step(model, optimizer, batch, device, meters):
-    """As in processor.trainer, between two log lines."""
-    batch = {key: to_device(value, device) for key, value in {**batch, **model.plan(batch)}.items()}
-    optimizer.zero_grad(set_to_none=True)  # before the forward pass, whose memory takes the gradients' place
-    report = model(batch)
-    loss = sum(value for name, value in report.items() if "loss" in name)
-    loss.backward()
-    optimizer.step()
-    meters.update({"loss": loss, **report}, len(batch["pids"]))
+class OurStep:
+    """A step as processor.trainer takes it between two log lines, its watch and its meters included."""
+
+    def __init__(self, model, optimizer, batch, device, log_period=100):
+        self.model, self.optimizer, self.batch, self.device = model, optimizer, batch, device
+        self.watch = FiniteWatch(model, optimizer, 1, look_period(device, log_period))
+        self.meters, self.number = Meters(), 0
+
+    def __call__(self):
+        self.number += 1
+        self.optimizer.zero_grad(set_to_none=True)
+        loss, report = backward(self.model, self.batch, self.device)
+        self.watch.before_step(self.number, loss, report, self.batch)
+        self.optimizer.step()
+        self.meters.update({"loss": loss, **report}, len(self.batch["pids"]))
 
 
 def arms_of(options, model, batch, device, names):
@@ -79,15 +86,11 @@ def arms_of(options, model, batch, device, names):
         meters = defaultdict(published.Meter)
         return lambda: published.train_step(model, optimizer, batch, device, meters, switches)
 
-    def ours():
-        optimizer, meters = build_optimizer(options, model), Meters()
-        return lambda: our_step(model, optimizer, batch, device, meters)
-
     made = {
         "published": lambda: plain((), False),
-        "merged, fused optimiser": lambda: plain((), True),
+        "merged optimiser": lambda: plain((), True),
         **{name: lambda name=name: plain((name,), False) for name in (*published.SWITCHES, "no waits")},
-        "ours": ours,
+        "ours": lambda: OurStep(model, build_optimizer(options, model), batch, device),
     }
     return {name: made[name]() for name in names}
 
@@ -120,36 +123,24 @@ def main(argv=None):
     batch = batch_of(args.batch_size, chosen.img_size)
     if device.type == "cuda":
         batch = {key: value.pin_memory() for key, value in batch.items()}
-    precision = args.precision or ("fp16" if device.type == "cuda" else "fp32")
-    what = f"training step, batch {args.batch_size}, {precision}" + (", tiny model" if args.tiny else "")
-    names = ["published", *published.SWITCHES, "no waits", "merged, fused optimiser", "ours"]
-    if not args.alone:
-        names = ["published", "ours"]
-    tensors = sum(p.numel() * p.element_size() for p in model.parameters())
+    what = f"training step, batch {args.batch_size}, {chosen.precision}" + (
+        ", tiny model" if args.tiny else ""
+    )
     # memory first, one arm at a time: two optimisers' states at once would hide what a step needs
-    peak, beyond = {}, {}
-    for name in ("published", "ours"):
-        step = arms_of(chosen, model, batch, device, [name])[name]
-        step()
-        peak[name], _ = peak_memory(step, device)
-        del step
-        model.zero_grad(set_to_none=True)
-    note = "whole process: weights, gradients, Adam's two moments, libraries"
-    if all(peak.values()):
-        beyond = {name: (value - 4 * tensors - libraries) / 2**20 for name, value in peak.items()}
-        peak = {name: value / 2**20 for name, value in peak.items()}
-        record(f"{what}, peak memory", peak, "MiB", device=device, note=note)
-        note = f"the peak less weights, gradients, moments and {libraries / 2**20:.0f} MiB held before"
-        record(f"{what}, peak memory beyond these", beyond, "MiB", device=device, note=note)
+    fitting = memory(what, args, chosen, model, batch, device, libraries)
     if not args.repeats:  # memory alone
         return
-    arms = arms_of(chosen, model, batch, device, names)
+    names = ["published", *published.SWITCHES, "no waits", "merged optimiser", "ours"]
+    arms = arms_of(chosen, model, batch, device, [name for name in (names if args.alone else fitting)])
     if args.compile:
         compiled = build_model(chosen, PERSONS)
         compiled.train()
-        compiled.compile_encoders()
+        compiled.compile_encoders(**({"backend": "eager"} if args.tiny else {}))
         arms["ours, compiled"] = arms_of(chosen, compiled, batch, device, ["ours"])["ours"]
-    warm_up = 3 if device.type == "cuda" else 0
+    for name in [name for name, step in arms.items() if device.type == "cuda" and not fits(step, model)]:
+        del arms[name]
+        left_out(f"{what}, time", name, "out of memory", device)
+    warm_up = 2 if device.type == "cuda" else 0
     seconds, cpu_seconds = interleaved(arms, args.repeats, warm_up, device)
     record(f"{what}, time", {name: 1000 * s for name, s in seconds.items()}, "ms", device=device)
     if device.type == "cpu":
@@ -162,6 +153,64 @@ def main(argv=None):
         mfu = {name: 100 * GFLOP * 1e9 * s / rate for name, s in speed.items()}
         note = f"of {rate / 1e12:.0f} TFLOP/s measured in bf16"
         record(f"{what}, MFU", mfu, "%", better="more", device=device, note=note)
+
+
+def memory(what, args, chosen, model, batch, device, libraries):
+    """Record the peak of a step, on a GPU beside the estimate; returns the names of the arms that fit."""
+    peak, tensors = {}, sum(p.numel() * p.element_size() for p in model.parameters())
+    for name in ("published", "ours"):
+        step = arms_of(chosen, model, batch, device, [name])[name]
+        if fits(step, model):
+            peak[name], _ = peak_memory(step, device)
+        else:
+            left_out(f"{what}, peak memory", name, "out of memory", device)
+        del step
+        model.zero_grad(set_to_none=True)
+    if all(peak.values()):
+        beyond = {name: (value - 4 * tensors - libraries) / 2**20 for name, value in peak.items()}
+        shown = {name: value / 2**20 for name, value in peak.items()}
+        note = "whole process: weights, gradients, Adam's two moments, libraries"
+        if device.type == "cuda":
+            note = "what PyTorch allocated: weights, gradients, Adam's two moments, activations"
+            estimates = {
+                f"{name}, estimate": estimate(name, chosen, args.batch_size) / 2**20 for name in shown
+            }
+            shown.update(estimates)
+        record(f"{what}, peak memory", shown, "MiB", device=device, note=note)
+        note = f"the peak less weights, gradients, moments and {libraries / 2**20:.0f} MiB held before"
+        record(f"{what}, peak memory beyond these", beyond, "MiB", device=device, note=note)
+    return list(peak)
+
+
+def fits(step, model):
+    """Whether the step can be taken in the memory that is there; else all is as before."""
+    try:
+        step()
+        return True
+    except torch.OutOfMemoryError:
+        model.zero_grad(set_to_none=True)
+        return False
+
+
+def estimate(name, chosen, batch_size):
+    """Bytes that a GPU holds at the peak of a full-size step of this arm, counted on a pretended one. Without
+    the CUDA context and the libraries' work space, half a GiB or so."""
+    with torch.device("meta"):  # shapes and types alone
+        model = in_precision(new_model(chosen, PERSONS), chosen.precision).train()
+    batch = batch_of(batch_size, chosen.img_size)
+    with Pretended(values=False) as gpu:
+        model.to(DEVICE)
+        if name == "published":
+            optimizer, meters = published.optimizer_of(chosen, model), defaultdict(published.Meter)
+            step = functools.partial(
+                published.train_step, model, optimizer, batch, DEVICE, meters, ("no waits",)
+            )
+        else:
+            step = OurStep(model, build_optimizer(chosen, model), batch, DEVICE)
+        step()  # the moments come into being
+        gpu.peak = gpu.live
+        step()
+        return gpu.peak
 
 
 def bf16_rate(device, size=8192):
@@ -178,16 +227,20 @@ def optimizer_time(args):
     for parameter in model.parameters():
         parameter.data = parameter.data.flatten()[:1].clone()
         parameter.grad = torch.ones_like(parameter)
-    arms = {
-        "published": published.optimizer_of(chosen, model).step,
-        "ours": build_optimizer(chosen, model).step,
-    }
+    ours = build_optimizer(chosen, model)
+
+    def our_step():
+        if device.type != "cpu":  # there the watch lets the device decide
+            ours.found_inf = torch.zeros((), device=device)
+        ours.step()
+
+    arms = {"published": published.optimizer_of(chosen, model).step, "ours": our_step}
     tensors = len(list(model.parameters()))
     measured = interleaved(arms, max(args.repeats, 21), 3, device)
     for seconds, what in zip(measured, ("host time", "host CPU time"), strict=True):
         milliseconds = {name: 1000 * s for name, s in seconds.items()}
         note = f"{tensors} tensors of one number each"
-        record(f"optimiser step, {what}", milliseconds, "ms", device=device, note=note)
+        record(f"optimiser step, {chosen.precision}, {what}", milliseconds, "ms", device=device, note=note)
 
 
 def growth(args):

@@ -15,17 +15,23 @@ from utils.precision import pick_precision
 
 def build_model(args, num_classes):
     """The IRRA that training starts with: pretrained CLIP, new heads; on its device and in its precision."""
+    model = place(new_model(args, num_classes), args)
+    if getattr(args, "compile", False):
+        model.compile_encoders()
+    return model
+
+
+def new_model(args, num_classes):
+    """build_model's IRRA, in fp32 and not on its device yet."""
     clip = load_clip(
         args.pretrain_choice, args.img_size, args.stride_size, getattr(args, "clip_architecture", None)
     )
     check_text_length(args.text_length, clip)
-    model = place(_with_heads(args, clip, losses(args), num_classes, args.cmt_depth), args)
+    model = _with_heads(args, clip, losses(args), num_classes, args.cmt_depth)
     if getattr(args, "grad_checkpointing", False):
         for module in model.modules():
             if isinstance(module, Transformer):
                 module.checkpointing = True
-    if getattr(args, "compile", False):
-        model.compile_encoders()
     return model
 
 
@@ -80,18 +86,22 @@ def _with_heads(args, clip, loss_names, num_classes, cmt_depth):
 
 
 def place(model, args):
-    """Move to the device and set the precision: the one place where it is decided.
+    """Set the precision and move to the device."""
+    device = pick_device(getattr(args, "device", "auto"))
+    return in_precision(model, pick_precision(args, device)).to(device)  # never there in fp32 for fp16
+
+
+def in_precision(model, precision):
+    """The one place where the precision takes effect.
 
     fp16, as published: convolutions, linear layers, attention and projections in half precision, the new
     heads too; embeddings and normalisations in fp32; no loss scaling. bf16: fp32 weights under autocast.
     """
-    device = pick_device(getattr(args, "device", "auto"))
-    precision = pick_precision(args, device)
     if precision == "fp16":
-        model.apply(_to_half)  # before it moves: the device never holds the fp32 weights
+        model.apply(_to_half)
     elif precision == "bf16":
         model.autocast_dtype = torch.bfloat16
-    return model.to(device)
+    return model
 
 
 def _to_half(module):

@@ -46,18 +46,8 @@ def train_one_epoch(
         samples = batch.get("batch_size", len(batch["pids"]))  # of all processes
         if not samples:  # all its images were left out
             continue
-        parts = [
-            {key: to_device(value, device) for key, value in {**part, **unwrapped(model).plan(part)}.items()}
-            for part in cut(batch, micro_batch)
-        ]
         optimizer.zero_grad(set_to_none=True)
-        if micro_batch:
-            report = backward_in_parts(unwrapped(model), parts)
-            loss = total_loss(report)
-        else:
-            report = model(parts[0])
-            loss = total_loss(report)
-            loss.backward()
+        loss, report = backward(model, batch, device, micro_batch)
         watch.before_step(step, loss, report, batch)
         if max_grad_norm:
             clip_gradients(model, max_grad_norm)
@@ -66,7 +56,7 @@ def train_one_epoch(
         else:
             meters.latest["frac_unmoved"] = step_and_compare(optimizer, unwrapped(model))
         meters.update({"loss": loss, **report}, samples)
-        del batch, parts, loss, report  # or they stay on the device until the next ones are there
+        del batch, loss, report  # or they stay on the device until the next ones are there
         if step % log_period == 0:
             lr = optimizer.param_groups[0]["lr"]
             logger.info(f"Epoch[{epoch}] Iteration[{step}/{steps}], {meters.shown()}, Base Lr: {lr:.2e}")
@@ -80,6 +70,21 @@ def train_one_epoch(
         speed = f" Time per batch: {seconds:.3f}[s] Speed: {images:.1f}[samples/s]"
     logger.info(f"Epoch {epoch} done.{speed}")
     return {**meters.averages(), **meters.latest}
+
+
+def backward(model, batch, device, micro_batch=None):
+    """Leave the gradients of a batch in the parameters; returns the sum of its losses, and its report."""
+    parts = [
+        {key: to_device(value, device) for key, value in {**part, **unwrapped(model).plan(part)}.items()}
+        for part in cut(batch, micro_batch)
+    ]
+    if micro_batch:
+        report = backward_in_parts(unwrapped(model), parts)
+        return total_loss(report), report
+    report = model(parts[0])
+    loss = total_loss(report)
+    loss.backward()
+    return loss, report
 
 
 def total_loss(report):
@@ -214,7 +219,7 @@ class FiniteWatch:
     def __init__(self, model, optimizer, epoch, period):
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer, self.epoch = optimizer, epoch
-        self.fused = bool(optimizer.defaults.get("fused"))
+        self.fused = all(group.get("fused") for group in optimizer.param_groups)
         self.skips = self.fused or hasattr(optimizer, "found_inf")  # solver.skip; others refuse it
         self.period = period if self.skips else 1
         self.first, self.names, self.losses = None, (), None  # the first bad step of this period, its losses

@@ -10,7 +10,7 @@ from solver.skip import skips_on_device
 from utils.errors import InputError
 from utils.precision import EPS
 
-OPTIMIZERS = {  # how: fused or foreach, see build_optimizer
+OPTIMIZERS = {  # how: of HOW
     "Adam": lambda groups, args, how: torch.optim.Adam(
         groups, lr=args.lr, betas=(args.alpha, args.beta), eps=EPS["Adam"], **how
     ),
@@ -19,6 +19,10 @@ OPTIMIZERS = {  # how: fused or foreach, see build_optimizer
         groups, lr=args.lr, betas=(args.alpha, args.beta), eps=EPS["AdamW"], **how
     ),
 }
+# In fp16 the roundings of the published step are part of the recipe: a chain of fp16 operations, each of
+# which rounds, so that the second moment is stored as 0 below |g| = 5.5e-3. `foreach` rounds as that chain
+# does. A fused step computes in fp32 and rounds once: the same for fp32 weights, another recipe for fp16.
+HOW = {"fp32": {"fused": True, "foreach": False}, "fp16": {"fused": False, "foreach": True}}
 
 
 def lr_and_decay(name, args):
@@ -34,31 +38,29 @@ def lr_and_decay(name, args):
 
 
 def param_groups(args, model):
-    """One group for each pair of rate and decay, in the order in which the parameters meet them.
+    """One group for each rate, decay and way to compute, in the order in which the parameters meet them.
 
     The published code makes a group of each parameter, which triples the host time of a step.
     """
     groups = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups.setdefault(lr_and_decay(name, args), []).append(parameter)
+            stored = "fp16" if parameter.element_size() == 2 else "fp32"
+            groups.setdefault((*lr_and_decay(name, args), stored), []).append(parameter)
     grouped = sum(len(parameters) for parameters in groups.values())
     assert grouped == sum(p.requires_grad for p in model.parameters())
-    return [{"params": params, "lr": lr, "weight_decay": decay} for (lr, decay), params in groups.items()]
+    return [
+        {"params": parameters, "lr": lr, "weight_decay": decay, **HOW[stored]}
+        for (lr, decay, stored), parameters in groups.items()
+    ]
 
 
 def build_optimizer(args, model):
-    """The optimiser that --optimizer names, in the arithmetic that the weights' precision asks for.
-
-    With weights in fp16 the roundings of the published step are part of the recipe: a chain of fp16
-    operations, each of which rounds, so that the second moment is stored as 0 below |g| = 5.5e-3. `foreach`
-    rounds as that chain does. A fused step computes in fp32 and rounds once: in fp32 the same step, in fp16
-    another recipe.
-    """
+    """The optimiser that --optimizer names. It heeds `found_inf`, by which the device leaves a step out."""
     groups = param_groups(args, model)
-    if all(p.element_size() >= 4 for group in groups for p in group["params"]):
-        return OPTIMIZERS[args.optimizer](groups, args, {"fused": True})
-    return skips_on_device(OPTIMIZERS[args.optimizer](groups, args, {"foreach": True}))
+    if all(group["fused"] for group in groups):
+        return OPTIMIZERS[args.optimizer](groups, args, HOW["fp32"])
+    return skips_on_device(OPTIMIZERS[args.optimizer](groups, args, HOW["fp16"]))
 
 
 def lr_at(

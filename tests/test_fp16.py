@@ -17,6 +17,7 @@ from processor.trainer import FiniteWatch, total_loss, train_one_epoch
 from solver import build_optimizer
 from tests.recipe import _folder, arrays, clip_weights, figures, fill_heads, off, pixels
 from tests.recipe import arguments as words_of
+from utils.checkpoint import load_optimizer
 from utils.options import get_args
 
 MODEL = figures("fp16/model")
@@ -226,6 +227,9 @@ def test_what_is_fused_is_asked_of_the_weights(name):
         optimizer = build_optimizer(args, model)
         assert type(optimizer) is getattr(torch.optim, name)
         assert {kind for kind in ("foreach", "fused") if optimizer.defaults[kind]} == {how}
+        of_weight, *of_bias = optimizer.param_groups
+        assert [p is model.weight for p in of_weight["params"]] == [True] and of_weight[how]
+        assert all(group["fused"] and not group["foreach"] for group in of_bias)
 
 
 def test_adamw_rounds_as_a_chain_too():
@@ -361,3 +365,21 @@ def test_with_a_fused_optimiser_they_do_not(regime):
     failed = {figure for figure in found if found[figure] > tolerance[figure]}
     expected = {"unmoved_total", "unmoved_by_kind", "update_l2_fp16", "update_l2_by_kind"}
     assert failed >= expected | ({"losses_11_50", "losses_51_120"} if regime == "b" else set())
+
+
+def test_a_checkpoint_does_not_say_how_a_step_is_computed(tmp_path):
+    """A run of fp32, or one saved when fp16 was fused too, goes on in fp16 as the recipe has it."""
+    for saved_in, loaded_in in ((torch.float32, torch.float16), (torch.float16, torch.float32)):
+        args, optimizers = get_args([]), []
+        for dtype in (saved_in, loaded_in):
+            model = One(torch.ones(4, dtype=dtype))
+            model.weight.grad = torch.full((4,), 0.5, dtype=dtype)
+            optimizers.append(build_optimizer(args, model))
+        optimizers[0].step()
+        how = [{key: group[key] for key in ("fused", "foreach")} for group in optimizers[1].param_groups]
+        load_optimizer(optimizers[1], optimizers[0].state_dict(), "last.pth")
+        loaded = optimizers[1].param_groups
+        assert [{key: group[key] for key in ("fused", "foreach")} for group in loaded] == how
+        optimizers[1].step()
+        (state,) = optimizers[1].state.values()
+        assert float(state["step"]) == 2 and state["exp_avg"].dtype == loaded_in

@@ -8,6 +8,8 @@ import torch
 from utils.errors import InputError
 from utils.files import whole_file
 
+HOW = ("fused", "foreach", "capturable", "differentiable")  # PyTorch's words for ways to compute one step
+
 
 def save_checkpoint(path, parts, **values):
     """Write {name: part.state_dict(), …, **values}; the file is whole or the earlier one stays.
@@ -82,7 +84,12 @@ def load_optimizer(optimizer, saved, source):
             for name, moment in moments.items():
                 if isinstance(moment, torch.Tensor) and moment.ndim and moment.shape != shapes[index]:
                     raise ValueError(f"{name} of parameter {index} is {list(moment.shape)}")
-        optimizer.load_state_dict(saved)
+        # how a step is computed follows from this run's weights: fused in fp16 would be another recipe
+        groups = [
+            {**group, **{key: own[key] for key in HOW if key in own}}
+            for group, own in zip(saved["param_groups"], optimizer.param_groups, strict=True)
+        ]
+        optimizer.load_state_dict({**saved, "param_groups": groups})
     except (TypeError, KeyError, IndexError, AttributeError, ValueError) as error:
         reason = f"its optimizer part does not fit ({type(error).__name__}: {_first(error)})"
         raise InputError(f"{source} cannot be resumed: {reason}") from None

@@ -1,0 +1,339 @@
+"""What only a GPU can tell, in one command of at most nine minutes: does the default path work, and how fast.
+
+python -m benchmarks.gpu                 needs a CUDA GPU, this repository and its requirements; nothing else
+python -m benchmarks.gpu --dry           every part tiny, on the CPU: does it run at all
+python -m benchmarks.gpu --estimate      no GPU: the memory that a step needs, counted on a pretended one
+python -m benchmarks.gpu --parts step    some parts only (names as it prints them)
+
+Parts run in the order of their worth. Each figure is printed and added to benchmarks/results/gpu.jsonl once
+it is known, so a run that is cut short loses nothing; a part that fails says so and the next one begins. A
+part that might end too late is left out. `python -m benchmarks.report` makes a table of the file.
+"""
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from benchmarks import evaluate, harness, loader, step
+from benchmarks.harness import left_out, record
+from benchmarks.step import PERSONS, batch_of
+from model import build_model
+from processor.trainer import train_one_epoch
+from solver import build_optimizer
+from utils.checkpoint import load_checkpoint, load_optimizer, load_weights, save_checkpoint
+from utils.dist import pick_device
+
+ROOT = Path(__file__).parent.parent
+TINY_DEMO = ["--num_epoch", "1", "--batch_size", "16", "--eval_period", "1"]
+
+
+# ---- does it work ----
+
+
+def demo(args, device, folder):
+    """The demo's training and its test, as run_irra.sh starts them: Rank-1 and seconds."""
+    began = time.time()
+    run = train_drawn(args, folder, "demo", [])
+    seconds = time.time() - began
+    words = ["--config_file", str(run), "--chance", "--device", device.type]
+    python(["test.py", *words])
+    found = json.loads((run / "results.json").read_text())
+    arms = {"t2i": found["t2i"]["R1"], "chance": found["chance"]["R1"]}
+    record("demo, Rank-1", arms, "%", "chance", "more", device)
+    record(
+        "demo, training",
+        {"ours": seconds},
+        "s",
+        device=device,
+        note="drawing, start-up and evaluation included",
+    )
+
+
+def train_drawn(args, folder, name, words, launcher=()):
+    """Train the demo's model on the demo's data; returns the run's folder."""
+    people = ["24", "4", "8"] if args.dry else ["400", "20", "100"]
+    ids = [word for pair in zip(("--ids", "--val_ids", "--test_ids"), people, strict=True) for word in pair]
+    python(["-m", "datasets.synthetic", "--root", str(folder / "data"), *ids])
+    words = ["--config_file", "configs/demo.yaml", "--root_dir", str(folder / "data"), "--name", name, *words]
+    words += ["--output_dir", str(folder / "logs"), "--device", "cpu" if args.dry else "cuda"]
+    python([*launcher, "train.py", *words, *(TINY_DEMO if args.dry else [])])
+    (run,) = (folder / "logs").glob(f"*/*_{name}")
+    return run
+
+
+def python(words):
+    """Run a program of this repository; its words are shown only where it fails."""
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, timeout=400)
+    if done.returncode:
+        said = (done.stderr.strip() or done.stdout.strip() or "nothing").splitlines()
+        raise RuntimeError(f"{' '.join(words[:4])} … ended with {done.returncode}: {said[-1]}")
+
+
+def full_size(args, device, folder):
+    """300 steps of the recipe in its precision, from weights made on the spot, through the training loop;
+    then 50 more twice, the second time from a checkpoint."""
+    steps, more = (40, 2) if args.dry else (300, 50)
+    chosen, model, optimizer = fresh(args)
+    losses, unmoved = [], []
+
+    def after_step(number, meters):
+        # the sums stay on the device: read at the end only
+        losses.append(meters.sums[0].clone())
+        if "frac_unmoved" in meters.latest:
+            unmoved.append(meters.latest["frac_unmoved"])
+
+    batches = Batches(args, chosen, device, steps)
+    train_one_epoch(model, batches, optimizer, device, 1, log_period=steps // 4, after_step=after_step)
+    sums = [0.0, *torch.stack(losses).tolist()]
+    each = [(b - a) / batches.size for a, b in zip(sums, sums[1:], strict=False)]
+    tenth = steps // 10  # a few times all its batches
+    first, last = sum(each[:tenth]) / tenth, sum(each[-tenth:]) / tenth
+    note = f"{chosen.precision}, {steps} steps of {batches.size}: mean loss of the first and last {tenth}"
+    record("full size, loss", {"first": first, "last": last}, "", "first", device=device, note=note)
+    record("full size, weights that a step leaves", {"ours": 100 * unmoved[-1]}, "%", device=device)
+    assert all(map(math.isfinite, each)) and last < first, f"losses do not fall: {first} to {last}"
+
+    parts = {"model": model, "optimizer": optimizer}
+    save_checkpoint(folder / "full.pth", parts)
+    train_one_epoch(model, Batches(args, chosen, device, more), optimizer, device, 2)
+    unbroken = {name: weight.detach().cpu() for name, weight in model.state_dict().items()}
+    del model, optimizer, parts
+    _, model, optimizer = fresh(args)
+    state = load_checkpoint(folder / "full.pth")
+    load_weights(model, state["model"], "full.pth")
+    load_optimizer(optimizer, state["optimizer"], "full.pth")
+    train_one_epoch(model, Batches(args, chosen, device, more), optimizer, device, 2)
+    pairs = [(weight.detach().cpu(), unbroken[name]) for name, weight in model.state_dict().items()]
+    differ = sum(int((a != b).sum()) for a, b in pairs) / sum(a.numel() for a, _ in pairs)
+    apart = max(float((a.double() - b.double()).abs().max()) for a, b in pairs)
+    record(
+        "full size, weights that differ after a resume",
+        {"ours": 100 * differ},
+        "%",
+        device=device,
+        note=f"after {more} steps; the largest difference is {apart:.3g}",
+    )
+
+
+def fresh(args):
+    chosen = step.options(step_args(args, device="cpu" if args.dry else "cuda"))
+    torch.manual_seed(0)
+    model = build_model(chosen, PERSONS)
+    return chosen, model, build_optimizer(chosen, model)
+
+
+def step_args(args, **more):
+    return argparse.Namespace(**{"tiny": args.dry, "precision": "fp16", **more})
+
+
+class Batches:
+    """A few batches in turn, ids on the host and images on the device, as the loader gives them."""
+
+    def __init__(self, args, chosen, device, steps):
+        self.steps, self.size, number = (steps, 4, 2) if args.dry else (steps, 32, 10)
+        self.batches = [batch_of(self.size, chosen.img_size, seed) for seed in range(number)]
+        for batch in self.batches:
+            batch["images"] = batch["images"].to(device)
+
+    def __len__(self):
+        return self.steps
+
+    def __iter__(self):
+        return (dict(self.batches[number % len(self.batches)]) for number in range(self.steps))
+
+
+def one_process(args, device, folder):
+    """torchrun with one process (NCCL on a GPU) against none: the same weights after an epoch."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
+    weights = []
+    for name, how in (("alone", []), ("group", launcher)):
+        run = train_drawn(args, folder, name, ["--num_epoch", "1", "--eval_period", "9"], how)
+        weights.append(load_checkpoint(run / "last.pth")["model"])
+    apart = max(float((weights[0][key] - weights[1][key]).abs().max()) for key in weights[0])
+    note = "largest difference of a weight after an epoch of the demo"
+    record("one process of a group against none", {"ours": apart}, "", device=device, note=note)
+
+
+def compiled(args, device, folder):
+    """--compile: no graph is made anew for other batches and lengths once there were two."""
+    from torch._dynamo.utils import counters
+
+    _, model, optimizer = fresh(args)
+    model.compile_encoders(**({"backend": "eager"} if args.dry else {}))
+    sizes = (6, 4) if args.dry else (32, 17)
+    made = []
+    for size in (*sizes, *sizes, sizes[0] - 1):
+        for seed in range(2):
+            batch = batch_of(size, step.options(step_args(args, device=device.type)).img_size, seed)
+            train_one_epoch(model, [batch_on(batch, device)], optimizer, device, 1)
+        made.append(counters["stats"]["unique_graphs"])
+    record(
+        "--compile, graphs made anew",
+        {"at the start": made[1], "after": made[-1] - made[1]},
+        "",
+        "",
+        device=device,
+        note=f"batches of {sizes[0]}, {sizes[1]} and {sizes[0] - 1}",
+    )
+
+
+def batch_on(batch, device):
+    return {**batch, "images": batch["images"].to(device)}
+
+
+# ---- how fast ----
+
+
+def program(main, words, dry):
+    """A part that is another benchmark with these words, or with those for --dry."""
+    return lambda args, device, folder: main(dry if args.dry else ["--device", "cuda", *words])
+
+
+def fed(args, device, folder):
+    """Training with batches from the loader, files and cache, against batches that are there already."""
+    from datasets.build import TrainLoader, as_it_is
+    from datasets.image_cache import open_images
+    from datasets.image_text import PairDataset
+    from datasets.sampler import BatchShares, RandomOrder
+
+    chosen, model, optimizer = fresh(args)
+    number, size, workers = (16, 4, 0) if args.dry else (768, 64, 8)
+    drawn = loader.draw_files(folder, min(number, 192))
+    samples = [drawn[i % len(drawn)] for i in range(number)]
+    settings = dict(img_size=tuple(chosen.img_size), text_length=77, seed=1, img_aug=True, masking=(0.8, 0.1))
+    cache = open_images(folder, [sample.image_path for sample in drawn], settings["img_size"], "gpu")
+    speed = {}
+    for name, images in (("files", None), ("--image_cache", cache)):
+        dataset = PairDataset(samples, **settings, images=images)
+        batches = TrainLoader(
+            dataset,
+            batch_sampler=BatchShares(RandomOrder(number, 1), size),
+            collate_fn=as_it_is,
+            device=device,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=device.type != "cpu",
+        )
+        for epoch in (1, 2):  # the first one starts the loading processes
+            batches.set_epoch(epoch)
+            speed[name] = number / epoch_time(model, batches, optimizer, device)
+    there = [batch_on(batch_of(size, chosen.img_size, seed), device) for seed in range(number // size)]
+    speed["already there"] = number / epoch_time(model, there, optimizer, device)
+    note = f"{workers} loading processes, batches of {size}"
+    record("training fed by the loader", speed, "samples/s", "already there", "more", device, note=note)
+
+
+def epoch_time(model, batches, optimizer, device):
+    harness.synchronise(device)
+    began = time.perf_counter()
+    train_one_epoch(model, batches, optimizer, device, 1)
+    harness.synchronise(device)
+    return time.perf_counter() - began
+
+
+TINY = ["--tiny", "--batch_size", "2", "--repeats", "1"]
+SPLIT = ["--images", "3074", "--captions", "6156", "--repeats", "2"]  # CUHK-PEDES' test split
+PARTS = {  # name: what it does, seconds that it may take on a 24 GB card; in the order of their worth
+    "demo": (demo, 60),
+    "full size": (full_size, 90),
+    "step": (
+        program(
+            step.main,
+            ["--batch_size", "64", "--alone", "--compile"],
+            [*TINY, "--precision", "fp16", "--alone", "--compile"],
+        ),
+        110,
+    ),
+    "evaluation": (program(evaluate.main, SPLIT, [*TINY, "--images", "6", "--captions", "8"]), 60),
+    "one process": (one_process, 40),
+    "compile": (compiled, 60),
+    "step of 128": (program(step.main, ["--batch_size", "128", "--repeats", "3"], TINY), 40),
+    "optimiser": (program(step.main, ["--optimizer"], ["--optimizer", *TINY]), 15),
+    "fed": (fed, 60),
+}
+
+
+def run_parts(args, device):
+    """Returns the names of the parts that failed."""
+    began, failed = time.time(), []
+    for name, (part, needed) in PARTS.items():
+        if args.parts and name not in args.parts:
+            continue
+        spent = time.time() - began
+        if spent + needed > 60 * args.minutes and not args.dry:
+            left_out(
+                name,
+                "ours",
+                f"it may take {needed} s, and {spent:.0f} of {args.minutes} min are spent",
+                device,
+            )
+            continue
+        print(f"== {name}", flush=True)
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                part(args, device, Path(folder))
+        except Exception as error:  # whatever it was, the other parts tell something too
+            failed.append(name)
+            left_out(name, "ours", f"{type(error).__name__}: {str(error).splitlines()[0][:300]}", device)
+            if args.debug:
+                raise
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    return failed
+
+
+# ---- what it would need ----
+
+
+def estimates(args):
+    """The table of --estimate, in Markdown. The published code knows no autocast; its precision is fp16."""
+    rows = ["| batch | image | precision | published, GiB | here, GiB |", "|---|---|---|---|---|"]
+    for batch_size in args.batch_size:
+        for precision in args.precision:
+            chosen = step.options(argparse.Namespace(tiny=False, precision=precision, device="cpu"))
+            chosen.img_size = args.img_size
+            ours = step.estimate("ours", chosen, batch_size) / 2**30
+            plain = (
+                "" if precision == "bf16" else f"{step.estimate('published', chosen, batch_size) / 2**30:.1f}"
+            )
+            size = "x".join(map(str, args.img_size))
+            rows.append(f"| {batch_size} | {size} | {precision} | {plain} | {ours:.1f} |")
+    return "\n".join(rows)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    add = parser.add_argument
+    add("--dry", action="store_true", help="every part tiny, on the CPU; nothing is kept")
+    add("--parts", nargs="+", choices=PARTS, metavar="PART", help=", ".join(PARTS))
+    add("--minutes", type=float, default=9.0, help="parts that would end later are left out")
+    add("--debug", action="store_true", help="stop at the first part that fails, with its traceback")
+    add("--estimate", action="store_true", help="print the memory of a step, sdm+mlm+id, ViT-B/16")
+    add("--batch_size", type=int, nargs="+", default=[64, 128], help="for --estimate")
+    add("--img_size", type=int, nargs=2, default=[384, 128], help="for --estimate")
+    add("--precision", nargs="+", default=["fp16", "bf16", "fp32"], help="for --estimate")
+    args = parser.parse_args(argv)
+    if args.estimate:
+        print(estimates(args))
+        return 0
+    if not args.dry and not torch.cuda.is_available():
+        print("error: PyTorch sees no CUDA GPU here; --dry and --estimate need none", file=sys.stderr)
+        return 2
+    device = pick_device("cpu" if args.dry else "cuda")
+    with tempfile.TemporaryDirectory() as folder:
+        if args.dry:
+            harness.RESULTS = Path(folder)
+        failed = run_parts(args, device)
+    print(f"failed: {', '.join(failed)}" if failed else "all parts ran", flush=True)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
