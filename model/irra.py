@@ -9,7 +9,7 @@ from torch import nn
 from model import objectives
 from model.clip_model import LayerNorm, QuickGELU, Transformer, at_least_fp32, attend
 from model.clip_resnet import ModifiedResNet
-from utils.dist import gather, total
+from utils.dist import gather, share_sizes, total
 from utils.errors import InputError
 
 LENGTH_STEP = 16  # clean captions are encoded at a length that is a multiple of this, or whole
@@ -172,7 +172,9 @@ class IRRA(nn.Module):
 
     def compare(self, image_features, text_features, pids):
         """The losses and accuracies that need features only, over the whole batch of all processes."""
-        image_features, text_features, pids = gather(image_features), gather(text_features), gather(pids)
+        sizes = share_sizes(len(pids), pids.device)
+        image_features, text_features = gather(image_features, sizes), gather(text_features, sizes)
+        pids = gather(pids, sizes)
         report = {"temperature": self.temperature}
         if "itc" in self.loss_names:
             report["itc_loss"] = objectives.compute_itc(image_features, text_features, self.logit_scale)

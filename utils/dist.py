@@ -194,10 +194,7 @@ class _Gather(torch.autograd.Function):
     that each computed for the rows of this one."""
 
     @staticmethod
-    def forward(ctx, rows):
-        sizes = [torch.zeros(1, dtype=torch.long, device=rows.device) for _ in range(world_size())]
-        dist.all_gather(sizes, torch.tensor([len(rows)], device=rows.device))
-        sizes = torch.cat(sizes).tolist()
+    def forward(ctx, rows, sizes):
         ctx.start, ctx.size = sum(sizes[: rank()]), len(rows)
         padded = rows.new_zeros(max(sizes), *rows.shape[1:])
         padded[: len(rows)] = rows
@@ -209,7 +206,7 @@ class _Gather(torch.autograd.Function):
     def backward(ctx, gradient):
         gradient = gradient.clone(memory_format=torch.contiguous_format)  # another branch may hold it too
         dist.all_reduce(gradient)
-        return gradient[ctx.start : ctx.start + ctx.size]
+        return gradient[ctx.start : ctx.start + ctx.size], None
 
 
 class _Total(torch.autograd.Function):
@@ -228,14 +225,27 @@ class _Total(torch.autograd.Function):
         return gradient
 
 
-def gather(rows):
+def share_sizes(number, device):
+    """How many rows each process has, in order of rank. On an accelerator the host waits for that."""
+    if world_size() == 1:
+        return [number]
+    sizes = [torch.zeros(1, dtype=torch.long, device=device) for _ in range(world_size())]
+    dist.all_gather(sizes, torch.full((1,), number, device=device))
+    return torch.cat(sizes).tolist()
+
+
+def gather(rows, sizes=None):
     """Rows of all processes [ΣB, …], in order of rank, with gradients; shares may differ in size.
+
+    sizes: what share_sizes gave, where several things of the same rows are gathered.
 
     A loss of gathered rows is the same number in each process, and DistributedDataParallel, which averages
     over
     processes, then gives the parameters the gradient that one process with the whole batch would give them.
     """
-    return rows if world_size() == 1 else _Gather.apply(rows)
+    if world_size() == 1:
+        return rows
+    return _Gather.apply(rows, sizes or share_sizes(len(rows), rows.device))
 
 
 def total(x):
