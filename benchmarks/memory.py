@@ -22,8 +22,9 @@ import torch
 from benchmarks import step
 from benchmarks.harness import peak_memory, record, synchronise
 from model import build_model
-from processor.trainer import backward, cut
+from processor.trainer import backward
 from solver import build_optimizer
+from utils.batch import Batch
 from utils.dist import pick_device
 
 NO_HEAP = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}  # of glibc
@@ -43,14 +44,14 @@ def measure(name, args):
     torch.manual_seed(0)
     model = build_model(chosen, step.PERSONS).train()
     optimizer = build_optimizer(chosen, model)
-    whole = step.batch_of(args.batch_size, chosen.img_size)
+    whole = Batch.of(step.batch_of(args.batch_size, chosen.img_size))
 
     def one_step(batch):
         optimizer.zero_grad(set_to_none=True)
         backward(model, batch, device, -(-args.batch_size // pieces) if pieces > 1 else None)
         optimizer.step()
 
-    one_step(cut(whole, 2)[0])  # Adam's moments come into being
+    one_step(whole.parts(2)[0])  # Adam's moments come into being
     synchronise(device)
     start = time.perf_counter(), time.process_time()
     optimizer.zero_grad(set_to_none=True)

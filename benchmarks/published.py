@@ -14,6 +14,7 @@ from datasets.tokenizer import MASK, SimpleTokenizer, tokenize
 from datasets.transforms import MEAN, STD
 from model.clip_model import at_least_fp32
 from solver.build import lr_and_decay
+from utils.batch import Batch
 
 # ---- model: sequence first, nn.MultiheadAttention, a mask of -inf, every position to the end ----
 
@@ -93,9 +94,9 @@ def forward(model, batch, switches=()):
     same = "one text pass" in switches
     masked = texts if same else text_of(clip, batch["mlm_ids"])
     if "labelled positions" in switches:
-        plan = model.plan({key: value.cpu() for key, value in batch.items() if key != "images"})
-        at, rows = plan["mlm_at"].to(ids.device), plan["mlm_rows"].to(ids.device)
-        scores, labels = model.predict_masked(masked, images, batch["mlm_labels"], at, rows)
+        ids_of = {key: value.cpu() for key, value in batch.items() if key != "images"}
+        plan = Batch.of(ids_of).planned().to(ids.device)
+        scores, labels = model.predict_masked(masked, images, plan)
     else:
         head = model.mlm_head
         x = head.dense(cross(model, masked, images))

@@ -21,6 +21,7 @@ from benchmarks.pretended import DEVICE, Pretended
 from model.build import build_model, in_precision, new_model
 from processor.trainer import FiniteWatch, Meters, backward, look_period
 from solver import build_optimizer
+from utils.batch import Batch
 from utils.dist import pick_device
 from utils.options import get_args
 
@@ -63,7 +64,7 @@ class OurStep:
     """A step as processor.trainer takes it between two log lines, its watch and its meters included."""
 
     def __init__(self, model, optimizer, batch, device, log_period=100):
-        self.model, self.optimizer, self.batch, self.device = model, optimizer, batch, device
+        self.model, self.optimizer, self.batch, self.device = model, optimizer, Batch.of(batch), device
         self.watch = FiniteWatch(model, optimizer, 1, look_period(device, log_period))
         self.meters, self.number = Meters(), 0
 
@@ -73,7 +74,7 @@ class OurStep:
         loss, report = backward(self.model, self.batch, self.device)
         self.watch.before_step(self.number, loss, report, self.batch)
         self.optimizer.step()
-        self.meters.update({"loss": loss, **report}, len(self.batch["pids"]))
+        self.meters.update({"loss": loss, **report}, self.batch.samples)
 
 
 def arms_of(options, model, batch, device, names):

@@ -10,6 +10,7 @@ from datasets.annotations import annotation_file, log_statistics, read_splits
 from datasets.image_cache import open_images
 from datasets.image_text import CaptionDataset, ImageDataset, PairDataset, finish
 from datasets.sampler import BatchShares, IdentityOrder, RandomOrder, Share
+from utils.batch import Batch
 from utils.dist import pick_device, total, world_size
 from utils.errors import InputError
 
@@ -17,11 +18,8 @@ logger = logging.getLogger("IRRA.dataset")
 
 
 class TrainLoader(DataLoader):
-    """Batches are dicts on the host, but for `images`, which are normalised floats on the device.
-
-    Ids stay on the host, where the model plans its work on them; the training loop moves them. Under torchrun
-    a batch is this process's share, and `batch_size` says how many samples all have together.
-    """
+    """Gives utils.batch.Batch, its images on the device, its ids on the host. Under torchrun each is this
+    process's share, and its batch_size says how many samples all have together."""
 
     def __init__(self, *args, device, **kwargs):
         super().__init__(*args, **kwargs)
@@ -38,7 +36,9 @@ class TrainLoader(DataLoader):
                 if self.dataset.skip_bad:  # any of them may have left some out
                     size = int(total(torch.tensor(len(batch["pids"]), device=self._device)))
                 batch["batch_size"] = size
-            yield {**batch, "images": finish(batch["images"], self._device, boxes)}
+            images = finish(batch.pop("images"), self._device, boxes)
+            yield Batch(images=images, **batch)
+            del images  # not kept here while the next batch is made
 
     def set_epoch(self, epoch, start=0):
         """start: how many batches of the epoch an interrupted run has had."""

@@ -4,11 +4,12 @@ import torch
 from torch import nn
 
 from model.clip_model import CLIP, Transformer
-from model.irra import IRRA
+from model.irra import IRRA, PARTS
 from model.pretrained import architecture, image_grid, load_clip, new_clip
 from utils.checkpoint import load_weights
 from utils.dist import pick_device
 from utils.errors import InputError
+from utils.losses import LOSSES
 from utils.options import losses
 from utils.precision import pick_precision
 
@@ -51,13 +52,16 @@ def build_trained_model(args, weights, source):
             f"(img_size {args.img_size[0]} {args.img_size[1]}, stride_size {args.stride_size})"
         )
     begun = {key.split(".")[0] for key in weights}  # a head of which a key is missing is still one
-    heads = [name for name, head in (("id", "classifier"), ("mlm", "mlm_head")) if head in begun]
+    heads = [
+        name for name in LOSSES if any(part in begun and row.loss == name for part, row in PARTS.items())
+    ]
     num_classes = max((len(weights[key]) for key in weights if key.startswith("classifier.")), default=0)
     depth = (
         len({key.split(".")[2] for key in weights if key.startswith("cross_modal_transformer.")})
         or args.cmt_depth
     )
-    plain = [name for name in losses(args) if name not in ("id", "mlm")]
+    with_heads = {row.loss for row in PARTS.values()}
+    plain = [name for name in losses(args) if name not in with_heads]
     clip = new_clip(sizes, args.img_size, args.stride_size, source)
     check_text_length(args.text_length, clip)
     model = _with_heads(args, clip, plain + heads, num_classes, depth)
@@ -80,8 +84,7 @@ def _with_heads(args, clip, loss_names, num_classes, cmt_depth):
         num_classes,
         temperature=args.temperature,
         cmt_depth=cmt_depth,
-        id_loss_weight=args.id_loss_weight,
-        mlm_loss_weight=args.mlm_loss_weight,
+        loss_weights={name: vars(args)[row.weight] for name, row in LOSSES.items() if row.weight},
     )
 
 

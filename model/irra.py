@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from contextlib import nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -9,35 +10,51 @@ from torch import nn
 from model import objectives
 from model.clip_model import LayerNorm, QuickGELU, Transformer, at_least_fp32, attend
 from model.clip_resnet import ModifiedResNet
+from utils.batch import Batch
 from utils.dist import gather, share_sizes, total
 from utils.errors import InputError
+from utils.losses import LOSSES
 
-LENGTH_STEP = 16  # clean captions are encoded at a length that is a multiple of this, or whole
+
+class Part(NamedTuple):
+    """What stands at the top of IRRA, and what others must know of it."""
+
+    loss: str | None  # that brings it: a head; without, every model has it
+    lr_factor: float | None = None  # of its rate; None: the published rule, which reads parameters' names
+    encodes: bool = False  # features depend on it, so a search index is of these weights
+
+
+PARTS = {  # a parameter of a part without a row here has no learning rate: that is an error
+    "base_model": Part(None, encodes=True),
+    "classifier": Part("id"),
+    "cross_attn": Part("mlm"),
+    "cross_modal_transformer": Part("mlm"),
+    "ln_pre_t": Part("mlm"),
+    "ln_pre_i": Part("mlm"),
+    "ln_post": Part("mlm"),
+    "mlm_head": Part("mlm"),
+}
 
 
 class IRRA(nn.Module):
     """arXiv 2303.12501. Legend: B batch, L text length, N image tokens, D width, K persons, V vocabulary."""
 
-    def __init__(
-        self,
-        clip,
-        loss_names,
-        num_classes,
-        temperature=0.02,
-        cmt_depth=4,
-        id_loss_weight=1.0,
-        mlm_loss_weight=1.0,
-    ):
-        """clip: a model.clip_model.CLIP. loss_names: of sdm, itc, cmpm, id, mlm; the last two bring heads."""
+    parts = PARTS
+
+    def __init__(self, clip, loss_names, num_classes, temperature=0.02, cmt_depth=4, loss_weights=None):
+        """clip: a model.clip_model.CLIP. loss_names: of utils.losses; id and mlm bring heads.
+        loss_weights: {name: factor} of those losses that have one."""
         super().__init__()
         self.loss_names = tuple(loss_names)
-        self.loss_weights = {"id": id_loss_weight, "mlm": mlm_loss_weight}
+        self.loss_weights = dict(loss_weights or {})
         self.logit_scale = 1 / temperature  # a constant, not a parameter
         self.register_buffer("temperature", torch.tensor(1 / self.logit_scale), persistent=False)  # to report
         self.autocast_dtype = None  # set by model.build for --precision bf16
-        self.compiled = None  # set by compile_encoders: training's encode_image and encode_text
+        self.compiled = (
+            None  # set by compile_encoders: encode_image and encode_text where gradients are wanted
+        )
         self.base_model = clip
-        D = clip.text_projection.shape[1]
+        self.width = D = clip.text_projection.shape[1]  # of a feature
         if "id" in self.loss_names:
             self.classifier = nn.Linear(D, num_classes)
         if "mlm" in self.loss_names:
@@ -62,13 +79,44 @@ class IRRA(nn.Module):
 
     def encode_image(self, images):
         """(B, 3, H, W), normalised pixels, to (B, D) fp32, not L2-normalised."""
-        with self.autocast(images.device):
-            return pooled(self.base_model.encode_image(images, class_only=True))
+        return self.image_side(images)[0]
 
     def encode_text(self, ids):
         """(B, L) token ids to (B, D) fp32, not L2-normalised: the feature at EOT."""
+        return self.text_side(ids)[0]
+
+    def image_side(self, images, all_tokens=False):
+        """(B, D) features, and the tokens they are read from: (B, N, D), or the class token's (B, 1, D)."""
+        encode = (
+            self.compiled[0] if self.compiled and torch.is_grad_enabled() else self.base_model.encode_image
+        )
+        with self.autocast(images.device):
+            tokens = encode(images, class_only=not all_tokens)
+        return pooled(tokens), tokens
+
+    def text_side(self, ids):
+        """(B, D) features, and the tokens (B, L, D) that they are read from."""
+        encode = (
+            self.compiled[1] if self.compiled and torch.is_grad_enabled() else self.base_model.encode_text
+        )
         with self.autocast(ids.device):
-            return at_eot(self.base_model.encode_text(ids), ids)
+            tokens = encode(ids)
+        return at_eot(tokens, ids), tokens
+
+    def features(self, batch, words=False):
+        """The one way from a planned batch, whole or a part, to its features, (B, D) and (B, D).
+
+        words: also the (n, V) scores and (n,) labels of its masked words; else None.
+        """
+        with self.autocast(batch.caption_ids.device):
+            image, image_tokens = self.image_side(batch.images, all_tokens=words)
+            if words and batch.same_caption:
+                text, masked_tokens = self.text_side(batch.caption_ids)
+            else:
+                text, _ = self.text_side(batch.caption_ids[:, : batch.text_length])
+                masked_tokens = self.text_side(batch.mlm_ids)[1] if words else None
+            masked = self.predict_masked(masked_tokens, image_tokens, batch) if words else None
+        return image, text, masked
 
     def compile_encoders(self, **options):
         """Train with encoders that torch.compile makes; evaluation, whose sizes vary, goes without.
@@ -107,88 +155,45 @@ class IRRA(nn.Module):
 
     # ---- training ----
 
-    @staticmethod
-    def plan(batch):
-        """What forward must know of a batch's ids to waste nothing; found on the host.
-
-        same_caption: whether every loss sees the masked caption (then one text pass serves all).
-        text_length: up to the last EOT; a causal encoder does not see what follows. Rounded up, so that a GPU
-        meets few lengths.
-        mlm_at (B, M): the positions with a label, filled up with others.
-        mlm_rows (n,): where, in (B · M), there is a label.
-        """
-        ids, labels = batch["caption_ids"], batch.get("mlm_labels")
-        longest = max((ids.argmax(dim=1) + 1).tolist(), default=1)  # a process's share may be empty
-        plan = {"text_length": min(-(-longest // LENGTH_STEP) * LENGTH_STEP, ids.shape[1])}
-        if labels is not None:
-            labelled = labels != 0
-            most = max(labelled.sum(dim=1).tolist(), default=1) or 1
-            at = labelled.int().argsort(dim=1, descending=True, stable=True)[:, :most]
-            plan["mlm_at"] = at
-            plan["mlm_rows"] = labelled.gather(1, at).flatten().nonzero()[:, 0]
-            plan["same_caption"] = torch.equal(ids, batch["mlm_ids"])
-        return plan
-
     def forward(self, batch):
         """A training batch to named numbers: <name>_loss for each loss asked for, weighted, and img_acc,
-        txt_acc, mlm_acc, temperature. batch: pids, images, caption_ids; with mlm also mlm_ids, mlm_labels.
+        txt_acc, mlm_acc, temperature. batch: a utils.batch.Batch, or a dict with its keys.
 
         Under torchrun the batch is this process's share, and the numbers are those of the whole batch.
         """
-        image_features, text_features, masked = self.encode(batch)
-        report = self.compare(image_features, text_features, batch["pids"])
+        batch = Batch.of(batch).planned()
+        image_features, text_features, masked = self.features(batch, words="mlm" in self.loss_names)
+        report = self.compare(image_features, text_features, batch.pids)
         if masked:
             count = total(torch.full((), float(len(masked[1])), device=image_features.device))
             report.update({name: total(part) for name, part in self.fill_in(*masked, count).items()})
         return report
 
-    def encode(self, batch):
-        """(B, D) and (B, D) fp32 features, and with mlm the (n, V) scores and (n,) labels of masked words."""
-        if "text_length" not in batch:
-            batch = {**batch, **self.plan(batch)}
-        caption_ids, mlm = batch["caption_ids"], "mlm" in self.loss_names
-        plain = self.base_model.encode_image, self.base_model.encode_text
-        encode_image, encode_text = self.compiled or plain
-        with self.autocast(caption_ids.device):
-            image_tokens = encode_image(batch["images"], class_only=not mlm)  # (B, N, D)
-            if mlm and batch["same_caption"]:
-                masked_tokens = text_tokens = encode_text(caption_ids)  # (B, L, D)
-            else:
-                caption_ids = caption_ids[:, : batch["text_length"]]
-                text_tokens = encode_text(caption_ids)
-                masked_tokens = encode_text(batch["mlm_ids"]) if mlm else None
-            masked = None
-            if mlm:
-                masked = self.predict_masked(
-                    masked_tokens, image_tokens, batch["mlm_labels"], batch["mlm_at"], batch["mlm_rows"]
-                )
-        return pooled(image_tokens), at_eot(text_tokens, caption_ids), masked
-
-    def features(self, batch):
-        """The two features that encode gives, without what only masked words need. batch: planned."""
-        return self.encode_image(batch["images"]), self.encode_text(
-            batch["caption_ids"][:, : batch["text_length"]]
-        )
-
     def compare(self, image_features, text_features, pids):
-        """The losses and accuracies that need features only, over the whole batch of all processes."""
+        """The losses and accuracies that need features only, over the whole batch of all processes.
+
+        What their functions may ask for, by the name of an argument, stands in `given`.
+        """
         sizes = share_sizes(len(pids), pids.device)
-        image_features, text_features = gather(image_features, sizes), gather(text_features, sizes)
-        pids = gather(pids, sizes)
+        given = {
+            "image_features": gather(image_features, sizes),  # (B, D), not normalised
+            "text_features": gather(text_features, sizes),
+            "pids": gather(pids, sizes),  # (B,)
+            "logit_scale": self.logit_scale,
+        }
         report = {"temperature": self.temperature}
-        if "itc" in self.loss_names:
-            report["itc_loss"] = objectives.compute_itc(image_features, text_features, self.logit_scale)
-        if "sdm" in self.loss_names:
-            report["sdm_loss"] = objectives.compute_sdm(image_features, text_features, pids, self.logit_scale)
-        if "cmpm" in self.loss_names:
-            report["cmpm_loss"] = objectives.compute_cmpm(image_features, text_features, pids)
-        if "id" in self.loss_names:
-            image_logits, text_logits = self.classify(image_features), self.classify(text_features)
-            id_loss = objectives.compute_id(image_logits, text_logits, pids)
-            report["id_loss"] = id_loss * self.loss_weights["id"]
-            report["img_acc"] = accuracy(image_logits, pids)
-            report["txt_acc"] = accuracy(text_logits, pids)
+        of_batch = [name for name in LOSSES if name in self.loss_names and LOSSES[name].of == "batch"]
+        for name in sorted(of_batch, key=lambda name: name != "itc"):  # first, as published: sums round so
+            if name == "id":
+                for side in ("image", "text"):
+                    given[f"{side}_logits"] = self.classify(given[f"{side}_features"])  # (B, K), fp32
+                report["img_acc"] = accuracy(given["image_logits"], given["pids"])
+                report["txt_acc"] = accuracy(given["text_logits"], given["pids"])
+            report[f"{name}_loss"] = self.weighted(name, objectives.compute(name, given))
         return report
+
+    def weighted(self, name, loss):
+        return loss * self.loss_weights[name] if name in self.loss_weights else loss
 
     def classify(self, features):
         """(B, D) features to (B, K) logits, fp32; the classifier sees them in its own precision."""
@@ -198,22 +203,23 @@ class IRRA(nn.Module):
     def fill_in(self, scores, labels, count):
         """What these masked words add to the batch's mlm loss and accuracy. scores: (n, V). labels: (n,).
         count: the labels of the whole batch, of which these may be a part."""
-        loss = objectives.compute_mlm(scores, labels, count) * self.loss_weights["mlm"]
+        loss = self.weighted("mlm", objectives.compute_mlm(scores, labels, count))
         right = (scores.detach().argmax(dim=1) == labels).float().sum()
         return {"mlm_loss": loss, "mlm_acc": right / count.clamp(min=1)}
 
-    def predict_masked(self, text, image, labels, at, rows):
+    def predict_masked(self, text, image, batch):
         """Scores over the vocabulary, fp32, and labels, at the n labelled positions only: (n, V), (n,).
 
         The published code scores all L positions and ignores the rest in the loss: the same value.
         """
+        at, rows = batch.mlm_at, batch.mlm_rows
 
         def pick(x):
             return x.gather(1, at[:, :, None].expand(-1, -1, x.shape[-1]))
 
         x = self.cross_former(text, image, pick)  # (B, M, D)
         x = x.flatten(0, 1)[rows]  # (n, D)
-        return at_least_fp32(self.mlm_head(x)), labels.gather(1, at).flatten()[rows]
+        return at_least_fp32(self.mlm_head(x)), batch.mlm_labels.gather(1, at).flatten()[rows]
 
 
 def pooled(image_tokens):

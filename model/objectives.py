@@ -1,4 +1,8 @@
-"""The five losses, pure functions in fp32, and what they share."""
+"""The losses, pure functions in fp32, and what they share. A loss is compute_<name> here and a row of
+utils.losses.LOSSES."""
+
+import functools
+import inspect
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +17,18 @@ def row_kl(logits, log_true):
     """mean_i Σ_j p_ij (log p_ij − log q_ij): KL(softmax of a row || true row). logits, log_true: [B, B]."""
     log_predicted = F.log_softmax(logits, dim=1)
     return (log_predicted.exp() * (log_predicted - log_true)).sum(dim=1).mean()
+
+
+def compute(name, given):
+    """The loss of that name, of what its function asks for. given: see model.irra.IRRA.compare."""
+    return globals()[f"compute_{name}"](**{argument: given[argument] for argument in needs(name)})
+
+
+@functools.cache
+def needs(name):
+    """The arguments of compute_<name> that have no default."""
+    parameters = inspect.signature(globals()[f"compute_{name}"]).parameters.values()
+    return tuple(parameter.name for parameter in parameters if parameter.default is parameter.empty)
 
 
 def normalised(image_features, text_features):

@@ -42,7 +42,7 @@ def encode(model, img_loader, txt_loader, device, progress=False):
 
 
 def no_features(model, device):
-    return torch.empty(0, model.base_model.text_projection.shape[1], device=device)
+    return torch.empty(0, model.width, device=device)
 
 
 def encode_captions(model, batches, device):

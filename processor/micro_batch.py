@@ -8,28 +8,29 @@ gradient for each feature, then each part again with activations, with that grad
 import torch
 
 from utils.dist import average_gradients, total, world_size
+from utils.losses import is_loss
 
 
 def backward_in_parts(model, parts):
     """Leave in the parameters' .grad what one backward pass of the whole batch would; returns its report.
 
-    model: an IRRA, not wrapped. parts: the batch in planned parts; one has activations at a time. Exact but
-    for rounding, since nothing in a ViT looks across a batch (a ResNet's normalisation does).
+    model: an IRRA, not wrapped. parts: the batch in planned parts (utils.batch); one has activations at a
+    time. Exact but for rounding, since nothing in a ViT looks across a batch (a ResNet's normalisation does).
     """
     with torch.no_grad():
-        features = [model.features(part) for part in parts]
+        features = [model.features(part)[:2] for part in parts]
     image, text = (torch.cat(side).requires_grad_() for side in zip(*features, strict=True))
-    report = model.compare(image, text, torch.cat([part["pids"] for part in parts]))
-    losses = [value for name, value in report.items() if "loss" in name]
+    report = model.compare(image, text, torch.cat([part.pids for part in parts]))
+    losses = [value for name, value in report.items() if is_loss(name)]
     if losses:
         sum(losses).backward()  # the features' gradients, and the classifier's
     mlm = "mlm" in model.loss_names
     if mlm:
-        count = total(torch.tensor(float(sum(len(part["mlm_rows"]) for part in parts)), device=image.device))
+        count = total(torch.tensor(float(sum(len(part.mlm_rows) for part in parts)), device=image.device))
         words = []
-    sizes = [len(part["pids"]) for part in parts]
+    sizes = [len(part.pids) for part in parts]
     for part, image_grad, text_grad in zip(parts, grads(image, sizes), grads(text, sizes), strict=True):
-        image_features, text_features, masked = model.encode(part)
+        image_features, text_features, masked = model.features(part, words=mlm)
         surrogate = (image_features * image_grad).sum() + (text_features * text_grad).sum()
         if mlm:
             words.append(model.fill_in(*masked, count))

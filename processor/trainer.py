@@ -7,11 +7,12 @@ import torch
 
 from processor.micro_batch import backward_in_parts
 from solver import frac_unmoved, sampled_weights
-from utils.dist import from_all, rank, to_device, unwrapped
+from utils.batch import Batch
+from utils.dist import from_all, rank, unwrapped
 from utils.errors import InputError
+from utils.losses import REPORTED, is_loss, total_loss
 
 logger = logging.getLogger("IRRA.train")
-ORDER = ("loss", "sdm_loss", "itc_loss", "cmpm_loss", "id_loss", "mlm_loss", "img_acc", "txt_acc", "mlm_acc")
 
 
 def train_one_epoch(
@@ -43,7 +44,8 @@ def train_one_epoch(
     watch = watch or FiniteWatch(model, optimizer, epoch, look_period(device, log_period))
     steps, began, step = start + len(loader), time.time(), start
     for step, batch in enumerate(progress_bar(loader, epoch, batch_size), start=start + 1):
-        samples = batch.get("batch_size", len(batch["pids"]))  # of all processes
+        batch = Batch.of(batch)
+        samples = batch.samples
         if not samples:  # all its images were left out
             continue
         optimizer.zero_grad(set_to_none=True)
@@ -73,11 +75,8 @@ def train_one_epoch(
 
 
 def backward(model, batch, device, micro_batch=None):
-    """Leave the gradients of a batch in the parameters; returns the sum of its losses, and its report."""
-    parts = [
-        {key: to_device(value, device) for key, value in {**part, **unwrapped(model).plan(part)}.items()}
-        for part in cut(batch, micro_batch)
-    ]
+    """Leave the gradients of a Batch in the parameters; returns the sum of its losses, and its report."""
+    parts = [part.planned().to(device) for part in batch.parts(micro_batch)]
     if micro_batch:
         report = backward_in_parts(unwrapped(model), parts)
         return total_loss(report), report
@@ -85,21 +84,6 @@ def backward(model, batch, device, micro_batch=None):
     loss = total_loss(report)
     loss.backward()
     return loss, report
-
-
-def total_loss(report):
-    """The sum of every entry that is called a loss: a new one needs no edit here."""
-    return sum(value for name, value in report.items() if "loss" in name)
-
-
-def cut(batch, size):
-    """The batch in parts of `size` samples, or whole. An empty one, a process's share, is one part."""
-    B = max(len(batch["pids"]), 1)
-    rows = {key: value for key, value in batch.items() if isinstance(value, torch.Tensor)}
-    return [
-        {key: value[start : start + (size or B)] for key, value in rows.items()}
-        for start in range(0, B, size or B)
-    ]
 
 
 def step_and_compare(optimizer, model):
@@ -145,8 +129,8 @@ class Meters:
     def update(self, report, batch_size):
         """report: named numbers, tensors of one element."""
         if not self.names:
-            known = [name for name in ORDER if name in report]
-            self.names = known + [name for name in report if name not in ORDER]
+            known = [name for name in REPORTED if name in report]
+            self.names = known + [name for name in report if name not in REPORTED]
         weights = [1.0 if name == "mlm_acc" else batch_size for name in self.names]
         values = [report[name].detach().double() for name in self.names]
         # times numbers, not a tensor made on the host, for which it would have to wait
@@ -238,7 +222,7 @@ class FiniteWatch:
     def before_step(self, step, loss, report, batch):
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         finite = torch.isfinite(loss.detach()) & torch.isfinite(size_of(gradients))
-        self.names = [name for name in report if "loss" in name]
+        self.names = [name for name in report if is_loss(name)]
         losses = torch.stack([report[name].detach() for name in self.names])
         if self.first is None:
             self.first, self.losses = torch.full_like(loss, torch.inf).detach(), torch.zeros_like(losses)
@@ -250,7 +234,7 @@ class FiniteWatch:
             # from the first bad step on, since its next would be corrected for a step too many
             bad = ~finite if self.fused else self.first.isfinite()
             self.optimizer.found_inf = bad.float()
-        self.ids[step] = {key: batch[key] for key in ("pids", "image_ids", "caption_ids") if key in batch}
+        self.ids[step] = Batch.of(batch).ids()
         if step % self.period == 0:
             self.look()
 

@@ -6,23 +6,10 @@ from pathlib import Path
 from utils.errors import InputError
 from utils.extras import extra
 from utils.files import write_whole
+from utils.losses import REPORTED
 
-ORDER = (  # tags as train.py writes them; others come after
-    *("loss", "sdm_loss", "itc_loss", "cmpm_loss", "id_loss", "mlm_loss", "img_acc", "txt_acc", "mlm_acc"),
-    *(
-        "t2i/R1",
-        "t2i/R5",
-        "t2i/R10",
-        "t2i/mAP",
-        "t2i/mINP",
-        "i2t/R1",
-        "i2t/R5",
-        "i2t/R10",
-        "i2t/mAP",
-        "i2t/mINP",
-    ),
-    *("lr", "temperature"),
-)
+FIGURES = tuple(f"{task}/{name}" for task in ("t2i", "i2t") for name in ("R1", "R5", "R10", "mAP", "mINP"))
+ORDER = (*REPORTED, *FIGURES, "lr", "temperature")  # tags as train.py writes them; others come after
 
 
 def new_figure(width, height):

@@ -14,6 +14,7 @@ from datasets.image_text import finish
 from datasets.tokenizer import EOT, SimpleTokenizer, tokenize
 from datasets.transforms import open_image, resize
 from model.build import build_trained_model
+from model.irra import PARTS
 from utils.checkpoint import load_checkpoint
 from utils.dist import pick_device
 from utils.errors import InputError
@@ -27,7 +28,7 @@ class Encoders:
         self.img_size, self.text_length = tuple(img_size), text_length
         self.fingerprint = fingerprint  # as fingerprint_of gives it
         self.tokenizer = tokenizer()
-        self.width = model.base_model.text_projection.shape[1]
+        self.width = model.width
 
     def token_count(self, sentence):
         """Tokens of a sentence with the two at its ends; more than text_length are cut."""
@@ -102,7 +103,7 @@ def fingerprint_of(weights, img_size, stride_size):
     weights: a checkpoint's, so that it is the same on every device and in every precision.
     """
     digest = hashlib.blake2b(f"{list(img_size)} {stride_size}".encode(), digest_size=16)
-    for name in sorted(name for name in weights if name.startswith("base_model.")):
+    for name in sorted(name for name in weights if PARTS[name.split(".")[0]].encodes):
         digest.update(f"{name} {list(weights[name].shape)}".encode())
         digest.update(weights[name].contiguous().numpy())
     return digest.hexdigest()

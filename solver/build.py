@@ -25,8 +25,18 @@ OPTIMIZERS = {  # how: of HOW
 HOW = {"fp32": {"fused": True, "foreach": False}, "fp16": {"fused": False, "foreach": True}}
 
 
-def lr_and_decay(name, args):
-    """The published rules, read top to bottom; a later rule overrides an earlier one."""
+def lr_and_decay(name, args, parts=None):
+    """The published rules, read top to bottom; a later rule overrides an earlier one.
+
+    parts: the model's, by name (model.irra.PARTS); one with an lr_factor of its own goes by that alone.
+    """
+    if parts is not None:
+        part = name.split(".")[0]
+        if part not in parts:
+            raise KeyError(f"{name} has no learning rate: give {part} a row in PARTS (model/irra.py)")
+        if parts[part].lr_factor is not None:
+            decay = args.weight_decay_bias if name.endswith("bias") else args.weight_decay
+            return args.lr * parts[part].lr_factor, decay
     lr, decay = args.lr, args.weight_decay
     if "cross" in name:  # the interaction encoder starts from random weights
         lr = args.lr * args.lr_factor
@@ -46,7 +56,8 @@ def param_groups(args, model):
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             stored = "fp16" if parameter.element_size() == 2 else "fp32"
-            groups.setdefault((*lr_and_decay(name, args), stored), []).append(parameter)
+            rule = lr_and_decay(name, args, getattr(model, "parts", None))
+            groups.setdefault((*rule, stored), []).append(parameter)
     grouped = sum(len(parameters) for parameters in groups.values())
     assert grouped == sum(p.requires_grad for p in model.parameters())
     return [

@@ -8,6 +8,7 @@ import torch
 from benchmarks import published
 from solver import build_optimizer, frac_unmoved, sampled_weights
 from tests import recipe
+from utils.batch import Batch
 
 B, EOT, MASK = 4, 49407, 49405
 EXACT = {torch.float32: 1e-6, torch.float64: 1e-12}
@@ -131,11 +132,11 @@ def test_activation_keeps_only_its_input_and_has_the_plain_slope():
 
 
 def test_clean_captions_are_cut_to_a_few_lengths():
-    model, seen = model_of(), set()
+    seen = set()
     for length in range(2, 78):
         ids = torch.zeros(2, 77, dtype=torch.long)
         ids[0, 1], ids[1, length - 1] = EOT, EOT
-        cut = model.plan({"caption_ids": ids})["text_length"]
+        cut = Batch(pids=ids, caption_ids=ids).planned().text_length
         assert length <= cut <= 77
         seen.add(cut)
     assert seen == {16, 32, 48, 64, 77}

@@ -13,11 +13,12 @@ import pytest
 import torch
 
 from model import build_model
-from processor.trainer import FiniteWatch, total_loss, train_one_epoch
+from processor.trainer import FiniteWatch, train_one_epoch
 from solver import build_optimizer
 from tests.recipe import _folder, arrays, clip_weights, figures, fill_heads, off, pixels
 from tests.recipe import arguments as words_of
 from utils.checkpoint import load_optimizer
+from utils.losses import total_loss
 from utils.options import get_args
 
 MODEL = figures("fp16/model")

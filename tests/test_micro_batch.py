@@ -9,12 +9,13 @@ from benchmarks.harness import peak_memory
 from datasets import build_dataloader
 from model import build_model
 from processor.micro_batch import backward_in_parts
-from processor.trainer import cut, total_loss
 from tests import processes
 from tests.children import draw, words
 from tests.processes import together
 from tests.recipe import off
-from utils.options import LOSSES, get_args
+from utils.batch import Batch
+from utils.losses import LOSSES, total_loss
+from utils.options import get_args
 
 EVERY = ["+".join(names) for n in range(1, len(LOSSES) + 1) for names in combinations(LOSSES, n)]
 B = 11
@@ -52,8 +53,7 @@ def whole(model, batch):
 
 
 def in_parts(model, batch, size):
-    parts = [{**part, **model.plan(part)} for part in cut(batch, size)]
-    return taken(model, backward_in_parts(model, parts))
+    return taken(model, backward_in_parts(model, [part.planned() for part in Batch.of(batch).parts(size)]))
 
 
 def taken(model, report):

@@ -4,6 +4,7 @@ facts that follow from its definition. Tolerances are the recommended ones of th
 import functools
 import hashlib
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from model.irra import IRRA
 from model.pretrained import VIT_B_16, new_clip, resize_positions
 from tests import recipe
 from tests.recipe import CLASSES, FULL, TINY, arrays, figures, off, tiny_args, tiny_model
+from utils.batch import Batch
 from utils.errors import InputError
 
 FORWARD, GRADS = figures("forward"), figures("grads")
@@ -127,11 +129,8 @@ def test_features_and_classifier_logits_are_the_published_ones(batch):
 @torch.no_grad()
 def test_scores_of_the_masked_words_are_the_published_ones(batch, tokens):
     model, published, labels = model_of(0), arrays("forward"), batch["mlm_labels"]
-    plan = model.plan(batch)
     masked = model.base_model.encode_text(batch["mlm_ids"])
-    scores, at_label = model.predict_masked(
-        masked, tokens["image_tokens"], labels, plan["mlm_at"], plan["mlm_rows"]
-    )
+    scores, at_label = model.predict_masked(masked, tokens["image_tokens"], Batch.of(batch).planned())
     assert at_label.tolist() == labels[labels != 0].tolist()
     assert off(scores.logsumexp(dim=1), published["mlm_logits_lse"]) < FEATURES
     assert off(scores[torch.arange(len(scores)), at_label], published["mlm_logits_at_label"]) < FEATURES
@@ -141,9 +140,8 @@ def test_scores_of_the_masked_words_are_the_published_ones(batch, tokens):
 @torch.no_grad()
 def test_scoring_only_the_labelled_positions_equals_scoring_all_of_them(batch, tokens):
     model, labels = model_of(0), batch["mlm_labels"]
-    plan = model.plan(batch)
     masked = model.base_model.encode_text(batch["mlm_ids"])
-    scores, _ = model.predict_masked(masked, tokens["image_tokens"], labels, plan["mlm_at"], plan["mlm_rows"])
+    scores, _ = model.predict_masked(masked, tokens["image_tokens"], Batch.of(batch).planned())
     everywhere = model.mlm_head(tokens["cross_former"])  # (B, L, V)
     assert off(scores, everywhere[labels != 0]) < FEATURES
 
@@ -288,15 +286,15 @@ def close(found, expected):
 def test_one_text_pass_equals_two_when_every_loss_sees_the_masked_caption(few):
     model = model_of(0)
     masked = {**few, "caption_ids": few["mlm_ids"].clone()}
-    plan = model.plan(masked)
-    assert plan["same_caption"]
-    close(model({**masked, **plan}), model({**masked, **plan, "same_caption": False}))
+    planned = Batch.of(masked).planned()
+    assert planned.same_caption
+    close(model(planned), model(replace(planned, same_caption=False)))
 
 
 @torch.no_grad()
 def test_with_clean_captions_only_mlm_sees_the_masked_caption(few):
     model = model_of(0)
-    assert not model.plan(few)["same_caption"]
+    assert not Batch.of(few).planned().same_caption
     clean = model(few)
     masked = model({**few, "caption_ids": few["mlm_ids"]})
     unmasked_mlm = model({**few, "mlm_ids": few["caption_ids"]})
@@ -311,19 +309,18 @@ def test_with_clean_captions_only_mlm_sees_the_masked_caption(few):
 @pytest.mark.parametrize("index", [0, 1], ids=["with mlm", "without"])
 def test_cutting_the_text_after_the_longest_caption_changes_nothing(index, batch):
     model = model_of(index)
-    plan = model.plan(batch)
+    planned = Batch.of(batch).planned()
     lengths = [row.index(49407) + 1 for row in batch["caption_ids"].tolist()]
-    assert max(lengths) <= plan["text_length"] <= -(-max(lengths) // 16) * 16
-    close(model({**batch, **plan}), model({**batch, **plan, "text_length": 77}))
+    assert max(lengths) <= planned.text_length <= -(-max(lengths) // 16) * 16
+    close(model(planned), model(replace(planned, text_length=77)))
 
 
 @torch.no_grad()
 def test_a_caption_that_fills_the_text_length_is_not_cut(batch):
-    model = model_of(1)
     ids = batch["caption_ids"].clone()
     ids[3, 1:76] = torch.arange(1, 76)
     ids[3, 76] = 49407
-    assert model.plan({**batch, "caption_ids": ids})["text_length"] == 77
+    assert Batch.of({**batch, "caption_ids": ids}).planned().text_length == 77
 
 
 @torch.no_grad()

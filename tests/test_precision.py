@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from model import build_model
-from processor.trainer import total_loss
 from solver import build_optimizer
 from tests.children import draw, words
 from tests.test_fp16 import args_of, batches, new_model
 from utils.errors import InputError
+from utils.losses import total_loss
 from utils.options import get_args, get_test_args
 from utils.precision import check_precision, pick_precision
 from utils.run import RunFiles

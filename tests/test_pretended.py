@@ -16,8 +16,10 @@ from processor.evaluator import encode, evaluate
 from processor.trainer import FiniteWatch, NotFinite, train_one_epoch
 from retrieval.encoders import Encoders
 from solver import build_optimizer
+from utils.batch import Batch
+from utils.losses import LOSSES
 from utils.metrics import rank_features
-from utils.options import LOSSES, get_args
+from utils.options import get_args
 
 CPU = torch.device("cpu")
 PERSONS, IMG_SIZE = 7, (64, 32)
@@ -329,12 +331,7 @@ def test_without_values_the_same_bytes_are_held():
     for values in (True, False):
         with Pretended(values) as gpu:
             model, optimizer = build(DEVICE, "fp16")
-            batch = next(iter(Loader(DEVICE, 1)))
-            batch = {
-                key: value.to(DEVICE)
-                for key, value in {**batch, **model.plan(batch)}.items()
-                if key != "text_length" and key != "same_caption"
-            } | {"text_length": 48, "same_caption": True}
+            batch = Batch.of(next(iter(Loader(DEVICE, 1)))).planned().to(DEVICE)
             sum(value for name, value in model(batch).items() if "loss" in name).backward()
             optimizer.step()
             counted.append((gpu.live, gpu.peak))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from utils.config_file import check_options, read_yaml
 from utils.errors import InputError
+from utils.losses import LOSSES
 from utils.option_types import (
     Parser,
     count,
@@ -26,7 +27,6 @@ from utils.option_types import (
 )
 
 DATASETS = ("CUHK-PEDES", "ICFG-PEDES", "RSTPReid")
-LOSSES = ("sdm", "itc", "cmpm", "id", "mlm")
 OPTIMIZERS = ("Adam", "SGD", "AdamW")
 SCHEDULES = ("step", "exp", "poly", "cosine", "linear")
 SAMPLERS = ("random", "identity")

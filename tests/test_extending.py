@@ -1,0 +1,153 @@
+"""What a contributor adds, added as the README says: it works everywhere at once, or fails at once."""
+
+import pytest
+import torch
+from torch import nn
+
+from model import objectives
+from model.irra import IRRA, PARTS, Part
+from processor.micro_batch import backward_in_parts
+from processor.trainer import Meters, train_one_epoch
+from solver import build_optimizer
+from solver.build import lr_and_decay
+from tests import processes
+from tests.children import draw, words
+from tests.processes import together
+from tests.recipe import tiny_args, tiny_model
+from tests.test_micro_batch import assert_same, taken, whole
+from utils.batch import Batch
+from utils.losses import LOSSES, REPORTED, Loss, total_loss
+from utils.options import get_args
+
+
+def compute_l2(image_features, text_features, pids, weight=0.01):
+    """A new loss: squared distances of pairs; the argument with a default is its own."""
+    return weight * (image_features - text_features).square().sum(dim=1).mean() + 0 * pids.sum()
+
+
+@pytest.fixture
+def new_loss(monkeypatch):
+    """The README's two steps: a function in model/objectives.py, a row in utils/losses.py."""
+    monkeypatch.setattr(objectives, "compute_l2", compute_l2, raising=False)
+    monkeypatch.setitem(LOSSES, "l2", Loss())
+    objectives.needs.cache_clear()
+    yield "l2"
+    objectives.needs.cache_clear()
+
+
+def test_a_new_loss_is_an_option_a_report_and_a_term_of_the_total(new_loss):
+    assert get_args(["--loss_names", "sdm+l2"]).loss_names == "sdm+l2"
+    model, batch = tiny_model("sdm+id+l2"), tiny_batch()
+    report = model(batch)
+    image, text = model.encode_image(batch["images"]), model.encode_text(batch["caption_ids"])
+    assert report["l2_loss"].item() == pytest.approx(compute_l2(image, text, batch["pids"]).item(), rel=1e-5)
+    terms = [report[name].item() for name in ("sdm_loss", "id_loss", "l2_loss")]
+    assert total_loss(report).item() == pytest.approx(sum(terms), rel=1e-6)
+
+
+def tiny_batch():
+    from tests.test_exactness import batch_of
+
+    return batch_of(0)
+
+
+def test_a_new_loss_trains_and_is_averaged(new_loss):
+    args = tiny_args("l2", lr=1e-3)
+    model = tiny_model("l2", lr=1e-3)
+    optimizer, loader = build_optimizer(args, model), [tiny_batch()] * 4
+    first = train_one_epoch(model, loader[:1], optimizer, torch.device("cpu"), 1)
+    last = train_one_epoch(model, loader, optimizer, torch.device("cpu"), 2)
+    assert last["l2_loss"] == last["loss"] < first["l2_loss"] == first["loss"]
+
+
+def test_a_new_loss_is_exact_in_micro_batches(new_loss):
+    model, batch = tiny_model("sdm+l2+mlm").double(), tiny_batch()
+    batch["images"] = batch["images"].double()
+    parts = [part.planned() for part in Batch.of(batch).parts(3)]
+    assert_same(taken(model, backward_in_parts(model, parts)), whole(model, batch))
+
+
+def test_a_new_loss_is_the_same_in_two_processes(tmp_path):
+    data = draw(tmp_path)
+    argv = [str(word) for word in words(data, tmp_path, loss_names="sdm+l2", epochs=1)]
+    (one,), two = (together(n, processes.train_with_loss, "l2", compute_l2, argv) for n in (1, 2))
+    assert len(one["reports"]) == len(two[0]["reports"]) > 1
+    for alone, shared in zip(one["reports"], two[0]["reports"], strict=True):
+        assert shared["l2_loss"] == pytest.approx(alone["l2_loss"], rel=1e-5) and alone["l2_loss"] > 0
+
+
+def test_a_loss_without_a_row_is_an_error_and_not_left_out():
+    with pytest.raises(KeyError, match="odd_loss is reported, but LOSSES in utils/losses.py"):
+        total_loss({"sdm_loss": 1.0, "odd_loss": 2.0})
+
+
+def test_every_row_has_a_function_and_every_function_a_row():
+    functions = {name.removeprefix("compute_") for name in dir(objectives) if name.startswith("compute_")}
+    assert functions == set(LOSSES)
+    assert REPORTED[0] == "loss" and [f"{name}_loss" for name in LOSSES] == list(
+        REPORTED[1 : 1 + len(LOSSES)]
+    )
+
+
+def test_a_number_of_ones_own_is_averaged_after_the_known_ones():
+    meters = Meters()
+    meters.update({"mine": torch.tensor(3.0), "sdm_loss": torch.tensor(1.0), "loss": torch.tensor(1.0)}, 2)
+    assert list(meters.averages()) == ["loss", "sdm_loss", "mine"]
+
+
+# ---- heads ----
+
+
+class WithEmbedding(IRRA):
+    """A second embedding on top of the image's."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.second = nn.Linear(self.width, self.width)
+
+
+def two_parts():
+    model = IRRA.__new__(IRRA)
+    nn.Module.__init__(model)
+    model.classifier, model.second = nn.Linear(2, 2), nn.Linear(2, 2)
+    return model
+
+
+def test_a_head_without_a_rule_fails_and_says_what_to_do():
+    with pytest.raises(KeyError, match="second.weight has no learning rate: give second a row in PARTS"):
+        build_optimizer(get_args([]), two_parts())
+
+
+def test_a_head_says_its_rate_where_it_is_defined(monkeypatch):
+    monkeypatch.setitem(PARTS, "second", Part(None, lr_factor=100.0, encodes=True))
+    args, model = get_args(["--lr", "1e-5"]), two_parts()
+    rates = {
+        id(p): (group["lr"], group["weight_decay"])
+        for group in build_optimizer(args, model).param_groups
+        for p in group["params"]
+    }
+    assert rates[id(model.second.weight)] == (pytest.approx(1e-3), args.weight_decay)
+    assert rates[id(model.second.bias)] == (pytest.approx(1e-3), args.weight_decay_bias)
+    assert rates[id(model.classifier.weight)] == (5e-5, args.weight_decay)  # the published rule
+
+
+def test_every_part_of_the_model_has_a_row_and_the_published_rule():
+    model = tiny_model("sdm+id+mlm")
+    assert {name.split(".")[0] for name, _ in model.named_parameters()} == set(PARTS)
+    args = get_args([])
+    for name, _ in model.named_parameters():
+        assert lr_and_decay(name, args, PARTS) == lr_and_decay(name, args)
+
+
+def test_a_search_index_is_of_what_encodes(monkeypatch):
+    from retrieval.encoders import fingerprint_of
+
+    monkeypatch.setitem(PARTS, "second", Part(None, encodes=True))
+    weights = {
+        "base_model.a": torch.ones(2),
+        "classifier.weight": torch.ones(2),
+        "second.weight": torch.ones(2),
+    }
+    before = fingerprint_of(weights, (4, 2), 1)
+    assert fingerprint_of({**weights, "classifier.weight": torch.zeros(2)}, (4, 2), 1) == before
+    assert fingerprint_of({**weights, "second.weight": torch.zeros(2)}, (4, 2), 1) != before

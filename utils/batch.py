@@ -1,0 +1,96 @@
+"""A batch of training pairs: every field named and shaped once."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+
+import torch
+
+from utils.dist import to_device
+
+LENGTH_STEP = 16  # clean captions are encoded at a length that is a multiple of this, or whole
+
+
+@dataclass(eq=False)
+class Batch(Mapping):
+    """A batch, a process's share of one, or a part of that. B samples, L text length, M and n as said below.
+
+    Ids are on the host until `to` moves them: there the batch plans its work. It reads like a dict of what it
+    holds, `batch["pids"]`, which is how the published code and its forks have it.
+    """
+
+    pids: torch.Tensor  # (B,) training person, 0 … K - 1
+    images: torch.Tensor | None = None  # (B, 3, H, W) normalised floats, on the device
+    caption_ids: torch.Tensor | None = None  # (B, L) what every loss but mlm sees: masked too, as published
+    image_ids: torch.Tensor | None = None  # (B,) counts the training images
+    mlm_ids: torch.Tensor | None = None  # (B, L) the masked caption
+    mlm_labels: torch.Tensor | None = None  # (B, L) the token that was masked; 0 where none was
+    batch_size: int | None = None  # samples of all processes together, where there are several
+    more: dict = field(default_factory=dict)  # what else a data set of your own gives, a row a sample
+
+    # what `planned` finds, so that nothing is computed in vain
+    text_length: int | None = None  # up to the last EOT: a causal encoder does not see what follows
+    same_caption: bool | None = None  # every loss sees the masked caption: one text pass serves all
+    mlm_at: torch.Tensor | None = None  # (B, M) the positions with a label, filled up with others
+    mlm_rows: torch.Tensor | None = None  # (n,) where, in (B · M), there is a label
+
+    @classmethod
+    def of(cls, batch):
+        """A Batch as it is; or one of a dict with its keys, and any others of your own."""
+        if isinstance(batch, cls):
+            return batch
+        own = {name.name for name in fields(cls)}
+        more = {key: value for key, value in batch.items() if key not in own}
+        return cls(**{key: value for key, value in batch.items() if key in own}, more=more)
+
+    def _held(self):
+        named = {name.name: getattr(self, name.name) for name in fields(self) if name.name != "more"}
+        return {key: value for key, value in {**named, **self.more}.items() if value is not None}
+
+    def __getitem__(self, key):
+        return self._held()[key]
+
+    def __iter__(self):
+        return iter(self._held())
+
+    def __len__(self):
+        return len(self._held())
+
+    @property
+    def samples(self):
+        """B, of all processes."""
+        return len(self.pids) if self.batch_size is None else self.batch_size
+
+    def ids(self):
+        """What tells its samples; small, and on the host."""
+        return {key: self[key] for key in ("pids", "image_ids", "caption_ids") if key in self}
+
+    def parts(self, size=None):
+        """The batch in parts of `size` samples, or whole. An empty one, a process's share, is one part."""
+        B = max(len(self.pids), 1)
+        return [self.part(slice(start, start + (size or B))) for start in range(0, B, size or B)]
+
+    def part(self, rows):
+        """Those samples, not planned yet. rows: a slice."""
+        rows_of = {key: value[rows] for key, value in self._held().items() if isinstance(value, torch.Tensor)}
+        return Batch.of({key: value for key, value in rows_of.items() if key not in ("mlm_at", "mlm_rows")})
+
+    def planned(self):
+        """With what the model must know of the ids to waste nothing; found on the host. Lengths are rounded
+        up, so that a GPU meets few of them."""
+        if self.text_length is not None:
+            return self
+        ids, labels = self.caption_ids, self.mlm_labels
+        longest = max((ids.argmax(dim=1) + 1).tolist(), default=1)  # a process's share may be empty
+        plan = {"text_length": min(-(-longest // LENGTH_STEP) * LENGTH_STEP, ids.shape[1])}
+        if labels is not None:
+            labelled = labels != 0
+            most = max(labelled.sum(dim=1).tolist(), default=1) or 1
+            at = labelled.int().argsort(dim=1, descending=True, stable=True)[:, :most]
+            plan["mlm_at"] = at
+            plan["mlm_rows"] = labelled.gather(1, at).flatten().nonzero()[:, 0]
+            plan["same_caption"] = torch.equal(ids, self.mlm_ids)
+        return replace(self, **plan)
+
+    def to(self, device):
+        """With its tensors on the device."""
+        return Batch.of({key: to_device(value, device) for key, value in self._held().items()})

@@ -1,0 +1,35 @@
+"""The losses that --loss_names can name, and what a training reports. Without torch: the options read it."""
+
+from typing import NamedTuple
+
+
+class Loss(NamedTuple):
+    """A row of LOSSES. Its function is compute_<name> in model/objectives.py, which gets what its arguments
+    without a default ask for by name: see IRRA.compare for what there is."""
+
+    of: str = "batch"  # or "words": computed of masked words alone, part by part of a batch
+    weight: str | None = None  # the option that multiplies it
+
+
+LOSSES = {  # in the order of log lines and plots
+    "sdm": Loss(),
+    "itc": Loss(),
+    "cmpm": Loss(),
+    "id": Loss(weight="id_loss_weight"),
+    "mlm": Loss(of="words", weight="mlm_loss_weight"),
+}
+REPORTED = ("loss", *(f"{name}_loss" for name in LOSSES), "img_acc", "txt_acc", "mlm_acc")
+
+
+def total_loss(report):
+    """The sum of a report's losses. A loss without a row in LOSSES is an error: it would not be trained."""
+    losses = {name: value for name, value in report.items() if is_loss(name)}
+    unknown = [name for name in losses if name.removesuffix("_loss") not in LOSSES]
+    if unknown:
+        raise KeyError(f"{unknown[0]} is reported, but LOSSES in utils/losses.py has no such row")
+    return sum(losses.values())
+
+
+def is_loss(name):
+    """Whether an entry of a report is a loss, and not an accuracy or another number to average."""
+    return name.endswith("_loss")
