@@ -202,11 +202,12 @@ def evaluate_epoch(model, img_loader, txt_loader, device, run, epoch):
 def restore(parts, state, source):
     """Put a checkpoint's parts back; returns what it says of the progress. Of a published one the weights
     fit, but not the optimiser."""
-    from utils.checkpoint import check_groups, load_optimizer, load_weights
+    from utils.checkpoint import fit_groups, load_optimizer, load_weights
 
-    check_groups(parts["optimizer"], state.get("optimizer"), source)
-    load_weights(parts["model"], state["model"], source)
-    load_optimizer(parts["optimizer"], state["optimizer"], source)
+    model, optimizer = parts["model"], parts["optimizer"]
+    saved = fit_groups(optimizer, state.get("optimizer"), model, state["model"], source)
+    load_weights(model, state["model"], source)
+    load_optimizer(optimizer, saved, source)
     kinds = {"epoch": int, "iteration": int, "best_R1": float, "best_epoch": int, "meters": dict}
     kept = {key: state[key] for key in kinds if key in state}
     try:

@@ -26,7 +26,8 @@ def backward_in_parts(model, parts):
         sum(losses).backward()  # the features' gradients, and the classifier's
     mlm = "mlm" in model.loss_names
     if mlm:
-        count = total(torch.tensor(float(sum(len(part.mlm_rows) for part in parts)), device=image.device))
+        labelled = float(sum(len(part.mlm_rows) for part in parts))
+        count = total(torch.full((), labelled, device=image.device))
         words = []
     sizes = [len(part.pids) for part in parts]
     for part, image_grad, text_grad in zip(parts, grads(image, sizes), grads(text, sizes), strict=True):

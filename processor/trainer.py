@@ -43,8 +43,9 @@ def train_one_epoch(
     meters = meters or Meters()
     watch = watch or FiniteWatch(model, optimizer, epoch, look_period(device, log_period))
     steps, began, step = start + len(loader), time.time(), start
-    for step, batch in enumerate(progress_bar(loader, epoch, batch_size), start=start + 1):
-        batch = Batch.of(batch)
+    batches, bar = iter(loader), progress_bar(steps - start, epoch, batch_size)
+    while (batch := next(batches, None)) is not None:  # `for`, enumerate and a bar would hold the last batch
+        step, batch = step + 1, Batch.of(batch)
         samples = batch.samples
         if not samples:  # all its images were left out
             continue
@@ -58,12 +59,14 @@ def train_one_epoch(
         else:
             meters.latest["frac_unmoved"] = step_and_compare(optimizer, unwrapped(model))
         meters.update({"loss": loss, **report}, samples)
-        del batch, loss, report  # or they stay on the device until the next ones are there
+        del batch, loss, report  # else they are on the device until the next ones are there
+        bar.update()
         if step % log_period == 0:
             lr = optimizer.param_groups[0]["lr"]
             logger.info(f"Epoch[{epoch}] Iteration[{step}/{steps}], {meters.shown()}, Base Lr: {lr:.2e}")
         if after_step:
             after_step(step, meters)
+    bar.close()
     watch.look()
     speed = ""
     if step > start:  # else it was stopped after its last batch, and this is the rest of it
@@ -106,14 +109,13 @@ def clip_gradients(model, max_norm):
         gradient.copy_(gradient.float() * scale)
 
 
-def progress_bar(loader, epoch, batch_size):
+def progress_bar(steps, epoch, batch_size):
     """On a terminal: images a second and the time that remains in this epoch."""
     from tqdm import tqdm
 
     hidden = None if rank() == 0 else True  # None: where there is no terminal
-    return tqdm(
-        loader, desc=f"epoch {epoch}", unit="img", unit_scale=batch_size or 1, leave=False, disable=hidden
-    )
+    scale = batch_size or 1
+    return tqdm(total=steps, desc=f"epoch {epoch}", unit="img", unit_scale=scale, leave=False, disable=hidden)
 
 
 class Meters:
@@ -229,7 +231,7 @@ class FiniteWatch:
         is_first = ~finite & self.first.isinf()
         self.losses = torch.where(is_first, losses, self.losses)
         self.first = torch.where(is_first, float(step), self.first)
-        if self.skips:
+        if self.skips and self.period > 1:  # else the host looks before the step is taken
             # a fused optimiser counts the steps that it takes on the device; another one has to stand still
             # from the first bad step on, since its next would be corrected for a step too many
             bad = ~finite if self.fused else self.first.isfinite()

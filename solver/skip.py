@@ -19,9 +19,10 @@ def skips_on_device(optimizer):
         flag, optimizer.found_inf = optimizer.found_inf, None  # the chain itself refuses it
         if flag is not None:
             places = dict(_tensors(optimizer))
-            copies = [torch.empty_like(tensor) for tensor in places.values()]
-            torch._foreach_copy_(copies, list(places.values()))
-            kept.append((flag, dict(zip(places, copies, strict=True))))
+            copies = {place: torch.empty_like(tensor) for place, tensor in places.items()}
+            for targets, sources in by_type(copies.values(), places.values()):
+                torch._foreach_copy_(targets, sources)
+            kept.append((flag, copies))
 
     def after(optimizer, args, kwargs):
         if kept:
@@ -56,16 +57,11 @@ def copy_unless(flag, targets, sources):
     What the device alone decides about, without reading the rest, are the fused optimisers. SGD's first step
     with momentum stores the gradient as the momentum, as it is, and at a rate of 0 does nothing else.
     """
-    by_type = {}
-    for target, source in zip(targets, sources, strict=True):
-        pair = by_type.setdefault((target.device, target.dtype), ([], []))
-        pair[0].append(target)
-        pair[1].append(source)
-    for targets, sources in by_type.values():
+    for into, values in by_type(targets, sources):
         torch._fused_sgd_(
-            sources,  # the parameters of this step: changed by 0 times the momentum
-            sources,
-            targets,
+            values,  # the parameters of this step: changed by 0 times the momentum
+            values,
+            into,
             weight_decay=0.0,
             momentum=1.0,
             lr=0.0,
@@ -75,3 +71,13 @@ def copy_unless(flag, targets, sources):
             is_first_step=True,
             found_inf=flag,
         )
+
+
+def by_type(targets, sources):
+    """The pairs as (targets, sources) of one type and device each: only then one kernel serves many."""
+    lists = {}
+    for target, source in zip(targets, sources, strict=True):
+        pair = lists.setdefault((target.device, target.dtype), ([], []))
+        pair[0].append(target)
+        pair[1].append(source)
+    return lists.values()

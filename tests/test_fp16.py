@@ -12,12 +12,25 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks import published
 from model import build_model
 from processor.trainer import FiniteWatch, train_one_epoch
-from solver import build_optimizer
-from tests.recipe import _folder, arrays, clip_weights, figures, fill_heads, off, pixels
+from solver import build_lr_scheduler, build_optimizer
+from solver.build import lr_and_decay
+from tests.recipe import (
+    _folder,
+    arrays,
+    clip_weights,
+    figures,
+    fill_heads,
+    off,
+    pixels,
+    tiny_args,
+    tiny_model,
+)
 from tests.recipe import arguments as words_of
-from utils.checkpoint import load_optimizer
+from utils.checkpoint import fit_groups, load_optimizer
+from utils.errors import InputError
 from utils.losses import total_loss
 from utils.options import get_args
 
@@ -384,3 +397,45 @@ def test_a_checkpoint_does_not_say_how_a_step_is_computed(tmp_path):
         optimizers[1].step()
         (state,) = optimizers[1].state.values()
         assert float(state["step"]) == 2 and state["exp_avg"].dtype == loaded_in
+
+
+@pytest.mark.parametrize(("saved_in", "going_on_in"), [("fp16", "bf16"), ("fp32", "fp16"), ("fp16", "fp16")])
+@pytest.mark.parametrize("grouped", ["as now", "as once"])
+def test_a_run_goes_on_in_another_precision(saved_in, going_on_in, grouped):
+    """Parameter groups depend on the precision; moments find their parameters all the same, also from when
+    fp16 had the groups of fp32. The advice after a NaN is to go on in bf16."""
+    models, optimizers = [], []
+    for precision in (saved_in, going_on_in):
+        args = tiny_args(precision=precision)
+        models.append(tiny_model(precision=precision))
+        optimizers.append(build_optimizer(args, models[-1]))
+        build_lr_scheduler(args, optimizers[-1])  # sets the initial rates
+    if grouped == "as once":
+        rules = {}
+        for name, parameter in models[0].named_parameters():
+            rules.setdefault(lr_and_decay(name, args), []).append(parameter)
+        groups = [{"params": params, "lr": lr, "weight_decay": d} for (lr, d), params in rules.items()]
+        optimizers[0] = torch.optim.Adam(groups, eps=1e-3, foreach=True)
+    for number, parameter in enumerate(models[0].parameters()):
+        parameter.grad = torch.full_like(parameter, 2.0 ** -(number % 12))
+    optimizers[0].step()
+    saved = optimizers[0].state_dict()
+    fitted = fit_groups(optimizers[1], saved, models[1], models[0].state_dict(), "last.pth")
+    load_optimizer(optimizers[1], fitted, "last.pth")
+    for (name, before), after in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        found, expected = optimizers[1].state[after], optimizers[0].state[before]
+        assert torch.equal(found["exp_avg"], expected["exp_avg"].to(after.dtype)), name
+        assert found["exp_avg"].dtype == after.dtype and float(found["step"]) == 1
+    rates = [{group["lr"] for group in optimizer.param_groups} for optimizer in optimizers]
+    assert len(rates[1]) == len(rates[0])
+
+
+def test_published_optimisers_and_damaged_ones_are_refused_still():
+    model = tiny_model()
+    optimizer = build_optimizer(tiny_args(), model)
+    for saved, said in (
+        (published.optimizer_of(tiny_args(), model).state_dict(), "the published code"),
+        ({}, "damaged"),
+    ):
+        with pytest.raises(InputError, match=said):
+            fit_groups(optimizer, saved, model, model.state_dict(), "best.pth")

@@ -106,7 +106,8 @@ def assert_equal(on_cpu, there):
 def test_every_combination_of_losses_computes_there_what_it_does_here(loss_names, precision):
     on_cpu, there, gpu = on_both(precision, loss_names)
     assert_equal(on_cpu, there)
-    assert gpu.waits[READS] == 1  # the watch at the epoch's end; averages and weights are copies
+    # the watch at the epoch's end, the averages, and this test, which reads the weights
+    assert gpu.waits == {READS: 1, "copy to the host": 1 + len(there[1])}
 
 
 WAYS = {
@@ -125,6 +126,8 @@ def test_every_way_to_train_computes_there_what_it_does_here(way, precision):
     on_cpu, there, gpu = on_both(precision, **WAYS[way])
     assert_equal(on_cpu, there)
     assert gpu.waits[READS] == 1
+    if way not in ("clipped", "SGD"):  # there PyTorch asks C++ for the device, which here is the CPU
+        assert gpu.waits["copy to the host"] == 1 + len(there[1]) and len(gpu.waits) == 2
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -170,6 +173,25 @@ def test_live_memory_is_the_same_after_step_3_and_after_step_200(precision, step
             model, Loader(DEVICE, steps), optimizer, DEVICE, 1, after_step=lambda *_: live.append(gpu.live)
         )
     assert len(live) == steps and set(live[2:]) == {live[2]}
+
+
+def test_a_batch_is_gone_when_its_step_is_done():
+    """Before the next one is asked for: what is held does not depend on the size of the batch."""
+    asked = []
+
+    class Asked(Loader):
+        def __iter__(self):
+            for batch in super().__iter__():
+                yield {**batch, "images": batch.pop("images")}
+                del batch
+                asked[-1].append(gpu.live)
+
+    for size in (2, 6):
+        asked.append([])
+        with Pretended() as gpu:
+            model, optimizer = build(DEVICE, "fp16", "sdm")
+            train_one_epoch(model, Asked(DEVICE, 3, size=size), optimizer, DEVICE, 1)
+    assert asked[0] == asked[1] and len(asked[0]) == 3
 
 
 def test_a_watch_that_keeps_batches_is_seen(monkeypatch):

@@ -62,18 +62,59 @@ def _neighbours(path):
     return f" (that folder holds {', '.join(names)})" if names else f" (no .pth file lies in {path.parent})"
 
 
-def check_groups(optimizer, saved, source):
-    """Raises InputError where a saved optimiser has other parameter groups than this one."""
+def fit_groups(optimizer, saved, model, weights, source):
+    """A saved optimiser's state in the parameter groups of this one. They depend on the precision, so a run
+    that goes on in another one has others; InputError where they are not those of any.
+
+    weights: the checkpoint's, whose types tell in which precision it was saved.
+    """
     own = [len(group["params"]) for group in optimizer.param_groups]
     try:
-        groups = [len(group["params"]) for group in saved["param_groups"]]
-    except (TypeError, KeyError):
+        sizes = [len(group["params"]) for group in saved["param_groups"]]
+        if sizes == own:
+            return saved
+        halves = {name for name, value in weights.items() if value.element_size() == 2}
+        for kind in (halves.__contains__, lambda name: None):  # once, fp16 had the groups of fp32
+            groups = _names_by_group(optimizer, model, kind)
+            if [len(group) for group in groups] == sizes:
+                return _regrouped(optimizer, saved, model, [name for group in groups for name in group])
+    except (TypeError, KeyError, AttributeError, ValueError):
         raise InputError(f"{source} cannot be resumed: its optimizer part is missing or damaged") from None
-    if groups != own:
-        raise InputError(
-            f"{source} cannot be resumed: its optimiser has {len(groups)} parameter groups, ours {len(own)} "
-            "(the published code makes one of each parameter; such a file is for test.py)"
-        )
+    raise InputError(
+        f"{source} cannot be resumed: its optimiser has {len(sizes)} parameter groups, ours {len(own)} "
+        "(the published code makes one of each parameter; such a file is for test.py)"
+    )
+
+
+def _names_by_group(optimizer, model, kind):
+    """Names of the parameters in groups of one rate, decay and kind(name), in the order of the model."""
+    rule = {
+        id(parameter): (group.get("initial_lr", group["lr"]), group["weight_decay"])
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+    groups = {}
+    for name, parameter in model.named_parameters():
+        if id(parameter) in rule:
+            groups.setdefault((*rule[id(parameter)], kind(name)), []).append(name)
+    return list(groups.values())
+
+
+def _regrouped(optimizer, saved, model, names):
+    """names: of the parameters in the saved order."""
+    places = [index for group in saved["param_groups"] for index in group["params"]]
+    place_of = dict(zip(names, places, strict=True))
+    group_of = {index: group for group in saved["param_groups"] for index in group["params"]}
+    name_of = {id(parameter): name for name, parameter in model.named_parameters()}
+    state, groups, number = {}, [], 0
+    for group in optimizer.param_groups:
+        found = [place_of[name_of[id(parameter)]] for parameter in group["params"]]
+        numbers = range(number, number + len(found))
+        pairs = zip(numbers, found, strict=True)
+        state.update({n: saved["state"][place] for n, place in pairs if place in saved["state"]})
+        groups.append({**group_of[found[0]], "params": list(numbers)})
+        number += len(found)
+    return {**saved, "state": state, "param_groups": groups}
 
 
 def load_optimizer(optimizer, saved, source):

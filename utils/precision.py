@@ -22,7 +22,7 @@ def why_not_fp16(args):
     if eps < SMALLEST_EPS:
         return f"{args.optimizer}'s eps of {eps:g} rounds to 0 in fp16, and weights to NaN in the second step"
     if args.pretrain_choice == "random":
-        return "weights that start at random do not learn in fp16 without loss scaling"
+        return "fp16 without loss scaling is for fine-tuning, and these weights start at random"
     return None
 
 
@@ -34,6 +34,8 @@ def check_precision(args, device):
             f"--precision fp16 with --optimizer {args.optimizer}: {reason}; use --precision bf16 or fp32, or "
             "Adam"
         )
+    if precision == "fp16" and reason:
+        return f"Precision: fp16, as asked for; but {reason}: --precision bf16 or fp32 is safer"
     if args.precision or device.type == "cpu" or not reason:
         return f"Precision: {precision}"
     return f"Precision: {precision}, since {reason}; --precision bf16 is quicker where the GPU has it"
