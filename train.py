@@ -57,7 +57,6 @@ def options_to_resume(args, checkpoint, argv):
         if key not in ("resume", "resume_ckpt_file", "output_dir", "config_file", "notes", "debug"):
             if getattr(args, key) != value:
                 args.notes.append(f"{key} was {value} before and is {getattr(args, key)} from here on")
-    args.run_dir = str(checkpoint.parent)
     return args
 
 
@@ -73,7 +72,8 @@ def train(args, device, checkpoint=None):
     from utils.precision import check_precision
     from utils.run import RunFiles, Stopped, StopSignals, leave_signals_to_parent, setup_logger
 
-    run = RunFiles(args)
+    goes_on = checkpoint and (checkpoint.parent / "configs.yaml").is_file()  # else it is a run of its own
+    run = RunFiles(args, checkpoint.parent if goes_on else None)
     logger = setup_logger("IRRA")
     log = logger.getChild("train")
     precision = check_precision(args, device)  # before anything is loaded

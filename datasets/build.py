@@ -70,12 +70,11 @@ def build_dataloader(args):
     """
     splits = read_splits(args.dataset_name, args.root_dir)
     log_statistics(splits)
-    device = pick_device(getattr(args, "device", "auto"))
-    training = getattr(args, "training", True)
-    evaluated = args.val_dataset if training else getattr(args, "split", "test")
-    images = images_of(args, splits, evaluated, training)
+    device = pick_device(args.device)
+    evaluated = args.val_dataset if args.training else getattr(args, "split", "test")  # test.py's own option
+    images = images_of(args, splits, evaluated, args.training)
     loaders = eval_loaders(args, splits, evaluated, device, images)
-    if training:
+    if args.training:
         return train_loader(args, splits, device, images), *loaders, splits.num_classes
     return *loaders, splits.num_classes
 
@@ -85,8 +84,7 @@ def images_of(args, splits, evaluated, training):
     paths = list(split_named(splits, evaluated).image_paths)
     if training:
         paths += splits.train_split.image_paths
-    where = getattr(args, "image_cache", "off")
-    return open_images(where, paths, args.img_size, splits.name, args.num_workers)
+    return open_images(args.image_cache, paths, args.img_size, splits.name, args.num_workers)
 
 
 def workers(args, device):
@@ -94,7 +92,7 @@ def workers(args, device):
     if not args.num_workers:
         return {"pin_memory": device.type == "cuda"}
     # images in memory are for all processes to share, which only those that are forked do
-    fork = getattr(args, "image_cache", "off") == "ram" and "fork" in get_all_start_methods()
+    fork = args.image_cache == "ram" and "fork" in get_all_start_methods()
     return {
         "num_workers": args.num_workers,
         "prefetch_factor": 4,
@@ -121,33 +119,31 @@ def train_loader(args, splits, device, images):
             f"share it evenly: choose a multiple of {world_size()}"
         )
     masking = (args.masked_token_rate, args.masked_token_unchanged_rate) if args.MLM else None
-    clean_captions = getattr(args, "clean_captions", False)
-    seed = getattr(args, "seed", 1)
     dataset = PairDataset(
         splits.train,
         args.img_size,
         args.text_length,
-        seed,
+        args.seed,
         args.img_aug,
         masking,
-        clean_captions,
+        args.clean_captions,
         images,
-        skip_bad=getattr(args, "on_bad_image", "stop") == "skip",
+        skip_bad=args.on_bad_image == "skip",
     )
     logger.info(f"using {args.sampler} sampler")
     if masking:
-        who = "mlm alone sees" if clean_captions else "every loss sees, as published,"
+        who = "mlm alone sees" if args.clean_captions else "every loss sees, as published,"
         logger.info(f"training captions are masked; {who} the masked caption")
     if args.sampler == "identity":
         pids = [sample.pid for sample in splits.train]
-        sampler = IdentityOrder(pids, args.batch_size, args.num_instance, seed)
+        sampler = IdentityOrder(pids, args.batch_size, args.num_instance, args.seed)
         if not len(sampler):
             raise InputError(
                 f"--sampler identity draws {args.batch_size // args.num_instance} persons a batch, but there "
                 f"are {splits.num_classes}: lower --batch_size or raise --num_instance"
             )
     else:
-        sampler = RandomOrder(len(dataset), seed)
+        sampler = RandomOrder(len(dataset), args.seed)
     return TrainLoader(
         dataset,
         batch_sampler=BatchShares(sampler, args.batch_size),
@@ -171,7 +167,7 @@ def eval_loaders(args, splits, name, device, images):
             f"{'images' if not split.image_pids else 'captions'} "
             f"in the {name} split: choose another one (--val_dataset or --split: {others})"
         )
-    skip_bad = getattr(args, "on_bad_image", "stop") == "skip"
+    skip_bad = args.on_bad_image == "skip"
     images = ImageLoader(
         ImageDataset(split.image_pids, split.image_paths, args.img_size, images, skip_bad),
         batch_size=args.test_batch_size,

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from model.clip_model import CLIP, Transformer
+from model.clip_resnet import ModifiedResNet
 from model.irra import IRRA, PARTS
 from model.pretrained import architecture, image_grid, load_clip, new_clip
 from utils.checkpoint import load_weights
@@ -17,19 +18,22 @@ from utils.precision import pick_precision
 def build_model(args, num_classes):
     """The IRRA that training starts with: pretrained CLIP, new heads; on its device and in its precision."""
     model = place(new_model(args, num_classes), args)
-    if getattr(args, "compile", False):
+    if args.compile:
         model.compile_encoders()
     return model
 
 
 def new_model(args, num_classes):
     """build_model's IRRA, in fp32 and not on its device yet."""
-    clip = load_clip(
-        args.pretrain_choice, args.img_size, args.stride_size, getattr(args, "clip_architecture", None)
-    )
+    clip = load_clip(args.pretrain_choice, args.img_size, args.stride_size, args.clip_architecture)
     check_text_length(args.text_length, clip)
+    if args.micro_batch and isinstance(clip.visual, ModifiedResNet):  # whatever its file is called
+        raise InputError(
+            f"--micro_batch is exact for a ViT only: {args.pretrain_choice} is a ResNet and normalises over "
+            "the samples at hand"
+        )
     model = _with_heads(args, clip, losses(args), num_classes, args.cmt_depth)
-    if getattr(args, "grad_checkpointing", False):
+    if args.grad_checkpointing:
         for module in model.modules():
             if isinstance(module, Transformer):
                 module.checkpointing = True
@@ -90,7 +94,7 @@ def _with_heads(args, clip, loss_names, num_classes, cmt_depth):
 
 def place(model, args):
     """Set the precision and move to the device."""
-    device = pick_device(getattr(args, "device", "auto"))
+    device = pick_device(args.device)
     return in_precision(model, pick_precision(args, device)).to(device)  # never there in fp32 for fp16
 
 

@@ -481,6 +481,13 @@ def test_a_resnet_gives_one_vector_an_image_and_serves_every_loss_but_mlm(resnet
     assert model.base_model.visual.layer2[1].conv2.weight.grad.abs().sum() > 0
 
 
+def test_micro_batches_of_a_resnet_are_refused_whatever_its_file_is_called(resnet_file):
+    """It normalises over the samples at hand: the losses of a batch in parts are others."""
+    args = tiny_args("sdm+id", pretrain_choice=resnet_file, micro_batch=4)
+    with pytest.raises(InputError, match="--micro_batch is exact for a ViT only: .*resnet.pt is a ResNet"):
+        build_model(args, CLASSES)
+
+
 def test_mlm_with_a_resnet_is_refused_with_the_reason(resnet_file, capsys):
     with pytest.raises(InputError, match="mlm needs image tokens.*choose a ViT or drop mlm"):
         build_model(tiny_args("sdm+mlm", pretrain_choice=resnet_file), CLASSES)

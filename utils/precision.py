@@ -12,8 +12,7 @@ SMALLEST_EPS = 1e-4  # in fp16 a smaller one rounds coarsely, under 3e-8 to 0: t
 def pick_precision(args, device):
     """fp16, bf16 or fp32: what --precision names, or by itself fp32 on a CPU and on an accelerator fp16, as
     published, unless the run cannot train in it. The same rule for training and for testing the run."""
-    named = getattr(args, "precision", None)
-    return named or ("fp32" if device.type == "cpu" or why_not_fp16(args) else "fp16")
+    return args.precision or ("fp32" if device.type == "cpu" or why_not_fp16(args) else "fp16")
 
 
 def why_not_fp16(args):

@@ -14,7 +14,7 @@ from utils.dist import from_main, launched, rank, remember
 from utils.errors import InputError
 from utils.files import link_or_copy, remove_leftovers, write_whole
 
-NOT_SAVED = ("config_file", "notes", "debug", "run_dir")
+NOT_SAVED = ("config_file", "notes", "debug")
 
 
 def new_run_folder(args):
@@ -30,13 +30,12 @@ def new_run_folder(args):
 
 
 class RunFiles:
-    """The folder of a run and what is written there: a new one, or that of the run which is resumed
-    (args.run_dir). Of several processes the main one writes."""
+    """The folder of a run and what is written there: a new one, or `resumed`, that of the run which goes on.
+    Of several processes the main one writes."""
 
     log = logging.getLogger("IRRA.train")
 
-    def __init__(self, args):
-        resumed = getattr(args, "run_dir", None)
+    def __init__(self, args, resumed=None):
         self.is_new = not resumed
         self.folder = Path(resumed) if resumed else from_main(new_run_folder(args))
         self.writes, self.events = rank() == 0, None
@@ -44,7 +43,7 @@ class RunFiles:
 
     def described(self, args):
         """The options as the published log shows them."""
-        shown = {key: value for key, value in vars(args).items() if key not in ("notes", "run_dir")}
+        shown = {key: value for key, value in vars(args).items() if key != "notes"}
         return str(argparse.Namespace(**shown)).replace(",", "\n")
 
     def open(self, args, logger, first_epoch=1):
