@@ -7,32 +7,11 @@ from collections import defaultdict
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+from utils.data_sets import DATA_SETS
 from utils.errors import InputError
 
 logger = logging.getLogger("IRRA.dataset")
-
-
-class Source(NamedTuple):
-    files: tuple  # names that the annotation file goes by, the usual one first
-    path_key: str  # key of the image path in a record
-    offer: str  # where its authors offer it
-    first_pid: int = 0  # training ids start here
-
-
-SOURCES = {  # a data set is a row: annotation files, key of the image path, its authors, first training id
-    "CUHK-PEDES": Source(
-        ("reid_raw.json",),
-        "file_path",
-        "https://github.com/ShuangLI59/Person-Search-with-Natural-Language-Description",
-        first_pid=1,
-    ),
-    "ICFG-PEDES": Source(
-        ("ICFG-PEDES.json", "ICFG_PEDES.json"), "file_path", "https://github.com/zifyloo/SSAN"
-    ),
-    "RSTPReid": Source(
-        ("data_captions.json",), "img_path", "https://github.com/NjtechCVLab/RSTPReid-Dataset"
-    ),
-}
+SOURCES = DATA_SETS  # the name that forks import
 
 
 class TrainSample(NamedTuple):
@@ -72,9 +51,10 @@ def annotation_file(dataset_name, root_dir):
     hint = ""
     if not Path(root_dir).is_dir():
         hint = f" ({root_dir} does not exist)"
-    elif dataset_name == "CUHK-PEDES" and (folder / "caption_all.json").is_file():
+    elif source.raw_file and (folder / source.raw_file).is_file():
         hint = (
-            " (caption_all.json is the raw file; reid_raw.json, with the splits, comes in the same archive)"
+            f" ({source.raw_file} is the raw file; {source.files[0]}, with the splits, comes in the same "
+            "archive)"
         )
     raise InputError(
         f"{dataset_name}: no annotation file at {looked}{hint}. Is --root_dir right? The authors offer it "

@@ -20,13 +20,8 @@ from datasets.annotations import (
     read_splits,
     statistics_table,
 )
+from utils.data_sets import DEFAULT
 from utils.errors import InputError, reports_errors
-
-PUBLISHED = {  # ids, images, captions of train, test, val as the papers give them
-    "CUHK-PEDES": {"train": (11003, 34054, 68126), "test": (1000, 3074, 6156), "val": (1000, 3078, 6158)},
-    "ICFG-PEDES": {"train": (3102, 34674, 34674), "test": (1000, 19848, 19848), "val": (0, 0, 0)},
-    "RSTPReid": {"train": (3701, 18505, 37010), "test": (200, 1000, 2000), "val": (200, 1000, 2000)},
-}
 
 
 class Finding(NamedTuple):
@@ -36,22 +31,21 @@ class Finding(NamedTuple):
 
 def check_counts(splits):
     """Where the counts are not the published ones, with the likely cause."""
-    found = {name: _counts(split) for name, split in _splits(splits).items()}
-    if found == PUBLISHED[splits.name]:
+    row = SOURCES[splits.name]
+    if row.published is None:
         return []
-    differing = [f"{name} {found[name]}, published {PUBLISHED[splits.name][name]}" for name in found]
+    found = {name: _counts(split) for name, split in _splits(splits).items()}
     differing = [
-        text
-        for text, name in zip(differing, found, strict=True)
-        if found[name] != PUBLISHED[splits.name][name]
+        f"{name} {found[name]}, published {row.published[name]}"
+        for name in found
+        if found[name] != row.published[name]
     ]
+    if not differing:
+        return []
     cause = ""
-    if splits.name == "RSTPReid" and [found[name][0] for name in ("train", "val", "test")] == [
-        3901,
-        100,
-        100,
-    ]:
-        cause = ": this is the old file, split 3901/100/100; ask its authors for the present one"
+    if tuple(found[name][0] for name in ("train", "val", "test")) == row.old_ids:
+        old = "/".join(map(str, row.old_ids))
+        cause = f": this is the old file, split {old}; ask its authors for the present one"
     return [
         Finding(f"ids, images, captions are not the published ones: {'; '.join(differing)}{cause}", False)
     ]
@@ -114,7 +108,7 @@ def check_captions(splits, text_length=77):
             Finding(f"{len(cut)} captions are cut at {text_length} tokens, the first is {cut[0]}", False)
         )
     if shared:
-        known = " (known of RSTPReid)" if splits.name == "RSTPReid" else ""
+        known = f" (known of {splits.name})" if SOURCES[splits.name].shares_captions else ""
         findings.append(
             Finding(
                 f'{len(shared)} captions belong to several persons{known}, the first is "{shared[0][:60]}"',
@@ -196,7 +190,7 @@ def main(argv=None):
         description="Check a data set before training: annotation, ids, images, captions.",
         epilog="Exit status: 0 nothing is wrong, 1 something is, 2 the data set cannot be read.",
     )
-    parser.add_argument("--dataset_name", choices=SOURCES, default="CUHK-PEDES")
+    parser.add_argument("--dataset_name", choices=SOURCES, default=DEFAULT)
     parser.add_argument("--root_dir", default="./data", help="folder that holds the data sets' folders")
     parser.add_argument("--decode", action="store_true", help="decode every image too: minutes on a full set")
     parser.add_argument("--text_length", type=int, default=77, help="tokens at which captions are cut")

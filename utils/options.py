@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from utils.config_file import check_options, read_yaml
+from utils.data_sets import DATA_SETS
 from utils.errors import InputError
 from utils.option_types import (
     Parser,
@@ -25,7 +26,7 @@ from utils.option_types import (
     whole,
 )
 
-DATASETS = ("CUHK-PEDES", "ICFG-PEDES", "RSTPReid")
+DATASETS = tuple(DATA_SETS)
 LOSSES = ("sdm", "itc", "cmpm", "id", "mlm")
 OPTIMIZERS = ("Adam", "SGD", "AdamW")
 SCHEDULES = ("step", "exp", "poly", "cosine", "linear")
