@@ -72,11 +72,13 @@ def absolute(path):
 def options_over(before, typed):
     """Options {name: value} with those of a command line over them.
 
-    What names the data set goes together: --annotations comes without the --images of an earlier one, and
-    --dataset_name takes both away.
+    What names the data set goes together: another --annotations comes without the --images of the earlier
+    one, and --dataset_name takes both away.
     """
-    anew = {"annotations", "dataset_name"} & typed.keys()
-    return {**before, **({"annotations": None, "images": None} if anew else {}), **typed}
+    another = "dataset_name" in typed and "annotations" not in typed
+    if another or typed.get("annotations", before["annotations"]) != before["annotations"]:
+        before = {**before, "annotations": None, "images": None}
+    return {**before, **typed}
 
 
 def check_data_options(args):
