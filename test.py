@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from utils.data_sets import name_of
 from utils.errors import reports_errors
 from utils.options import get_test_args, read_run_options
 
@@ -47,7 +48,7 @@ def test(args, device):
         return
 
     results = {
-        "dataset_name": args.dataset_name,
+        "dataset_name": name_of(args),
         "split": args.split,
         "checkpoint": str(checkpoint),
         "epoch": state.get("epoch"),
@@ -67,8 +68,9 @@ def test(args, device):
 
 def results_name(args, run):
     """results.json for the run's own data set; another data set or split has a file of its own."""
-    own = args.dataset_name == read_run_options(run / "configs.yaml").dataset_name and args.split == "test"
-    return "results.json" if own else f"results_{args.dataset_name}_{args.split}.json"
+    trained = read_run_options(run / "configs.yaml")
+    own = args.annotations == trained.annotations and name_of(args) == name_of(trained)
+    return "results.json" if own and args.split == "test" else f"results_{name_of(args)}_{args.split}.json"
 
 
 if __name__ == "__main__":

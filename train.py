@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+from utils.data_sets import name_of
 from utils.errors import InputError, reports_errors
 from utils.options import STOPPED, get_args, read_run_options
 
@@ -35,7 +36,7 @@ def checkpoint_to_resume(args):
     if args.resume_ckpt_file:
         path = Path(args.resume_ckpt_file)
         return path / "last.pth" if path.is_dir() else path
-    folder = Path(args.output_dir) / args.dataset_name
+    folder = Path(args.output_dir) / name_of(args)
     runs = [path for path in sorted(folder.glob("*/last.pth")) if path.parent.name[16:] == args.name]
     if not runs:
         raise InputError(

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from utils.data_sets import name_of
 from utils.errors import InputError, reports_errors
 from utils.tool_options import visualize_args
 
@@ -77,7 +78,7 @@ def split_pictures(args, folder):
         t2i = rank_features(text, image, text_pids, image_pids, reach).cmc.tolist()
         i2t = rank_features(image, text, image_pids, text_pids, min(50, len(text))).cmc.tolist()
         path = folder / f"cmc_{args.split}.png"
-        title = f"{args.name} on {args.dataset_name}, {args.split} split"
+        title = f"{args.name} on {name_of(args)}, {args.split} split"
         draw_cmc({"text to image": t2i, "image to text": i2t}, title, path)
         written.append(path)
     if not (args.queries or args.best or args.worst or args.random):

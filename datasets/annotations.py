@@ -1,38 +1,27 @@
-"""The three data sets' annotation files, read by one parser into records."""
+"""Annotation files, read by one parser into splits: a named data set's, or any file by path."""
 
-import json
 import logging
 import os
 from collections import defaultdict
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import NamedTuple
 
+from datasets.records import SUFFIXES, read_records, read_records_by_path
+from utils.data_sets import DATA_SETS, DataSet, check_data_options, name_of
 from utils.errors import InputError
 
 logger = logging.getLogger("IRRA.dataset")
+SOURCES = DATA_SETS  # the name that forks import
 
 
 class Source(NamedTuple):
-    files: tuple  # names that the annotation file goes by, the usual one first
-    path_key: str  # key of the image path in a record
-    offer: str  # where its authors offer it
-    first_pid: int = 0  # training ids start here
+    """Where a data set lies."""
 
-
-SOURCES = {  # a data set is a row: annotation files, key of the image path, its authors, first training id
-    "CUHK-PEDES": Source(
-        ("reid_raw.json",),
-        "file_path",
-        "https://github.com/ShuangLI59/Person-Search-with-Natural-Language-Description",
-        first_pid=1,
-    ),
-    "ICFG-PEDES": Source(
-        ("ICFG-PEDES.json", "ICFG_PEDES.json"), "file_path", "https://github.com/zifyloo/SSAN"
-    ),
-    "RSTPReid": Source(
-        ("data_captions.json",), "img_path", "https://github.com/NjtechCVLab/RSTPReid-Dataset"
-    ),
-}
+    name: str
+    path: Path  # the annotation file
+    images: Path  # the folder that its image paths start from
+    row: DataSet | None = None  # of utils.data_sets; None: given by path
+    split: str | None = None  # given by path: the split of a file that names none
 
 
 class TrainSample(NamedTuple):
@@ -60,122 +49,154 @@ class Splits(NamedTuple):
     train_split: EvalSplit  # the training images as gallery and queries, for --split train
     test: EvalSplit
     val: EvalSplit
+    source: Source
+    persons: dict  # {(whether of train, pid): the person as in the file}, where that is not the pid
+
+    @property
+    def by_name(self):
+        return {"train": self.train_split, "test": self.test, "val": self.val}
+
+    def person(self, split, pid):
+        """A person of the split named so, as in the file."""
+        return self.persons.get((split == "train", pid), pid)
 
 
-def annotation_file(dataset_name, root_dir):
-    """The data set's annotation file; says where it looked when there is none."""
-    source, folder = SOURCES[dataset_name], Path(root_dir) / dataset_name
-    for name in source.files:
-        if (folder / name).is_file():
-            return folder / name
-    looked = " or ".join(str(folder / name) for name in source.files)
-    hint = ""
-    if not Path(root_dir).is_dir():
-        hint = f" ({root_dir} does not exist)"
-    elif dataset_name == "CUHK-PEDES" and (folder / "caption_all.json").is_file():
-        hint = (
-            " (caption_all.json is the raw file; reid_raw.json, with the splits, comes in the same archive)"
-        )
-    raise InputError(
-        f"{dataset_name}: no annotation file at {looked}{hint}. Is --root_dir right? The authors offer it "
-        f"at {source.offer}; ./run_irra.sh demo needs none"
-    )
+# ---- where a data set lies ----
 
 
-def read_records(path):
-    """The JSON list that an annotation file holds."""
-    try:
-        records = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, RecursionError) as error:
-        raise InputError(
-            f"{path} cannot be read: {getattr(error, 'strerror', None) or 'it is not text'}"
-        ) from None
-    except ValueError as error:
-        raise InputError(f"{path} is not JSON ({error}): is the download complete?") from None
-    if not isinstance(records, list) or not records:
-        raise InputError(f"{path} must hold a list of records, but holds {_kind(records)}")
-    return records
+def source_of(args, split=None):
+    """The Source that the options name. split: that of a file by path which names none itself."""
+    check_data_options(args)
+    if not args.annotations:
+        return named_source(args.dataset_name, args.root_dir)
+    path = Path(args.annotations)
+    images = Path(args.images) if args.images else path.parent
+    if not path.is_file():
+        raise InputError(f"no annotation file at --annotations {path}{_neighbours(path)}")
+    if not images.is_dir():
+        raise InputError(f"no folder --images {images}: the image paths in {path} start there")
+    return Source(name_of(args), path, images, split=split)
 
 
-def _kind(value):
-    return "an empty list" if value == [] else f"a {type(value).__name__}"
+def _neighbours(path):
+    """What somebody who mistyped a file's name needs to see."""
+    if path.is_dir():
+        return " (that is a folder)"
+    if not path.parent.is_dir():
+        return f" (there is no folder {path.parent})"
+    names = sorted(file.name for file in path.parent.iterdir() if file.suffix.lower() in SUFFIXES)
+    return f" (that folder holds {', '.join(names[:5])})" if names else ""
 
 
-def _short(value):
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:80]}…"
-
-
-def check_record(record, number, path, path_key):
-    """(split, pid, relative image path, captions) of one record, or an error that names record and key."""
-    where = f"{path}, record {number}"
-    if not isinstance(record, dict):
-        raise InputError(
-            f"{where} is {_kind(record)}, not a record with the keys split, id, {path_key}, captions"
-        )
-    for key in ("split", "id", path_key, "captions"):
-        if key not in record:
-            raise InputError(f'{where} has no key "{key}" (it has {", ".join(map(str, list(record)[:6]))})')
-    split, pid, image, captions = record["split"], record["id"], record[path_key], record["captions"]
-    try:
-        pid = int(pid) if isinstance(pid, (int, str)) and not isinstance(pid, bool) else None
-    except ValueError:
-        pid = None
-    if pid is None or abs(pid) >= 2**62:  # PyTorch's whole numbers
-        raise InputError(
-            f"{where}: id must be a whole number of at most 18 digits, not {_short(record['id'])}"
-        )
-    if not isinstance(split, str):
-        raise InputError(f"{where}: split must be a word such as train, not {_short(split)}")
-    if not isinstance(image, str) or not image:
-        raise InputError(f"{where}: {path_key} must be the path of an image, not {_short(image)}")
-    if PurePosixPath(image).is_absolute() or ".." in PurePosixPath(image).parts or "\0" in image:
-        raise InputError(f"{where}: {path_key} {_short(image)} leaves the image folder")
-    if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
-        raise InputError(f"{where}: captions must be a list of sentences")
-    return split, pid, image, captions
-
-
-def read_splits(dataset_name, root_dir, images_must_exist=True):
-    """All splits of a data set below root_dir. Every image is looked up, none is decoded.
-
-    Every split other than train and test counts as val, as in the published code.
-    """
-    source = SOURCES[dataset_name]
+def named_source(dataset_name, root_dir):
     path = annotation_file(dataset_name, root_dir)
     images = path.parent / "imgs"
     if not images.is_dir():
         raise InputError(
             f"{dataset_name}: no folder {images}: its images belong there, as the data set comes"
         )
-    train, image_id = [], 0
-    eval_splits = {name: EvalSplit([], [], [], []) for name in ("train", "test", "val")}
-    for number, record in enumerate(read_records(path)):
-        split, pid, image, captions = check_record(record, number, path, source.path_key)
-        image_path = os.path.join(images, image)
-        if split == "train":
-            pid -= source.first_pid
-            train += [TrainSample(pid, image_id, image_path, caption) for caption in captions]
-            image_id += 1
-        into = eval_splits[split if split in ("train", "test") else "val"]
-        into.image_pids.append(pid)
-        into.image_paths.append(image_path)
-        into.caption_pids.extend([pid] * len(captions))
-        into.captions.extend(captions)
-    pids = set(eval_splits["train"].image_pids)
-    check_training_ids(dataset_name, pids, source.first_pid, path)
-    if images_must_exist:
-        check_images(dataset_name, (p for s in eval_splits.values() for p in s.image_paths), images)
-    logger.info(f"=> {dataset_name} Images and Captions are loaded")
-    return Splits(
-        dataset_name, train, len(pids), eval_splits["train"], eval_splits["test"], eval_splits["val"]
+    return Source(dataset_name, path, images, DATA_SETS[dataset_name])
+
+
+def annotation_file(dataset_name, root_dir):
+    """The data set's annotation file; says where it looked when there is none."""
+    row, folder = DATA_SETS[dataset_name], Path(root_dir) / dataset_name
+    for name in row.files:
+        if (folder / name).is_file():
+            return folder / name
+    looked = " or ".join(str(folder / name) for name in row.files)
+    hint = ""
+    if not Path(root_dir).is_dir():
+        hint = f" ({root_dir} does not exist)"
+    elif row.raw_file and (folder / row.raw_file).is_file():
+        hint = (
+            f" ({row.raw_file} is the raw file; {row.files[0]}, with the splits, comes in the same archive)"
+        )
+    raise InputError(
+        f"{dataset_name}: no annotation file at {looked}{hint}. Is --root_dir right? The authors offer it "
+        f"at {row.offer}; ./run_irra.sh demo needs none"
     )
 
 
-def check_training_ids(dataset_name, pids, first, path):
+# ---- splits ----
+
+
+def read_splits(source, root_dir=None, images_must_exist=True):
+    """All splits of a data set. Every image is looked up, none is decoded.
+
+    source: a Source, or the name of a data set below root_dir.
+    Every split other than train and test counts as val, as in the published code.
+    """
+    if isinstance(source, str):
+        source = named_source(source, root_dir)
+    if source.row:
+        records = read_records(source.path, source.row.path_key)
+        pids = {(r.split == "train", r.person): r.person for r in records}
+        pids.update({key: pid - source.row.first_pid for key, pid in pids.items() if key[0]})
+    else:
+        records = read_records_by_path(source.path, source.split)
+        pids = numbered(records, source)
+    train, image_id = [], 0
+    eval_splits = {name: EvalSplit([], [], [], []) for name in ("train", "test", "val")}
+    for record in records:
+        pid = pids[record.split == "train", record.person]
+        image_path = os.path.join(source.images, record.image)
+        if record.split == "train":
+            train += [TrainSample(pid, image_id, image_path, caption) for caption in record.captions]
+            image_id += 1
+        into = eval_splits[record.split if record.split in ("train", "test") else "val"]
+        into.image_pids.append(pid)
+        into.image_paths.append(image_path)
+        into.caption_pids.extend([pid] * len(record.captions))
+        into.captions.extend(record.captions)
+    train_pids = set(eval_splits["train"].image_pids)
+    if source.row:
+        check_training_ids(source, train_pids)
+    if images_must_exist:
+        check_images(source, (path for split in eval_splits.values() for path in split.image_paths))
+    logger.info(f"=> {source.name} Images and Captions are loaded")
+    persons = {(trains, pid): person for (trains, person), pid in pids.items() if person != pid}
+    return Splits(
+        source.name,
+        train,
+        len(train_pids),
+        eval_splits["train"],
+        eval_splits["test"],
+        eval_splits["val"],
+        source,
+        persons,
+    )
+
+
+def numbered(records, source):
+    """{(whether of train, person): pid}: training persons are 0 … K - 1 in order, numbers before texts.
+    Those of the other splits keep their ids, unless one of them is a text: then they are numbered too."""
+    training, others = [], []
+    for people, trains in ((training, True), (others, False)):
+        people += {record.person for record in records if (record.split == "train") == trains}
+        people.sort(key=lambda person: (isinstance(person, str), person))
+    said = []
+    if training:
+        said.append(f"{len(training)} training persons are numbered 0..{len(training) - 1}")
+    if any(isinstance(person, str) for person in others):
+        said.append(f"{len(others)} persons of the other splits are numbered 0..{len(others) - 1}")
+        others = {person: pid for pid, person in enumerate(others)}
+    elif others:
+        said.append(f"{len(others)} persons of the other splits keep their ids")
+        others = {person: person for person in others}
+    logger.info(f"{source.path}: {', '.join(said)}")
+    words = sorted({record.split for record in records} - {"train", "test", "val"})
+    if words:
+        logger.info(f"{source.path}: {', '.join(words[:10])} count as val")
+    pids = {(True, person): pid for pid, person in enumerate(training)}
+    return pids | {(False, person): others[person] for person in others}
+
+
+def check_training_ids(source, pids):
     """Training pids must be 0 … K - 1: they index the classifier's rows."""
     if not pids:
         return
+    first = source.row.first_pid
     last = max(pids) + first
     missing = max(pids) + 1 - sum(pid >= 0 for pid in pids)  # counted, not listed: a mistyped id may be huge
     if missing or min(pids) < 0:
@@ -184,7 +205,8 @@ def check_training_ids(dataset_name, pids, first, path):
             example = next(n for n in range(len(pids) + 1) if n not in pids)
             found = f"{missing} are missing, e.g. {example + first}"
         raise InputError(
-            f"{dataset_name}: training ids must be {first}..{last} without a gap, but {found} ({path.name})"
+            f"{source.name}: training ids must be {first}..{last} without a gap, but {found} "
+            f"({source.path.name})"
         )
 
 
@@ -207,14 +229,17 @@ def number_missing(paths):
     return "1 image is missing" if len(paths) == 1 else f"{len(paths)} images are missing"
 
 
-def check_images(dataset_name, image_paths, folder):
+def check_images(source, image_paths):
     """Every image must be there: all missing ones are counted, the first is named."""
     missing = missing_images(image_paths)
     if missing:
-        below = sorted({os.path.relpath(os.path.dirname(path), folder) for path in missing})
+        below = sorted({os.path.relpath(os.path.dirname(path), source.images) for path in missing})
+        mend = f"unpack into {source.images}"
+        if source.row is None:
+            mend = f"is --images {source.images} where the paths in {source.path} start?"
         raise InputError(
-            f"{dataset_name}: {number_missing(missing)}, the first is {min(missing)[:300]}; unpack "
-            f"into {folder} (below: {', '.join(below[:7])[:300]}{', …' if len(below) > 7 else ''})"
+            f"{source.name}: {number_missing(missing)}, the first is {min(missing)[:300]}; {mend} "
+            f"(below: {', '.join(below[:7])[:300]}{', …' if len(below) > 7 else ''})"
         )
 
 
@@ -223,7 +248,7 @@ def statistics_table(splits):
     from prettytable import PrettyTable
 
     table = PrettyTable(["subset", "ids", "images", "captions"])
-    for subset, split in (("train", splits.train_split), ("test", splits.test), ("val", splits.val)):
+    for subset, split in splits.by_name.items():
         table.add_row([subset, len(set(split.image_pids)), len(split.image_pids), len(split.captions)])
     return table
 

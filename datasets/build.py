@@ -6,11 +6,12 @@ from multiprocessing import get_all_start_methods
 import torch
 from torch.utils.data import DataLoader
 
-from datasets.annotations import annotation_file, log_statistics, read_splits
+from datasets.annotations import log_statistics, read_splits, source_of
 from datasets.image_cache import open_images
 from datasets.image_text import CaptionDataset, ImageDataset, PairDataset, finish
 from datasets.sampler import BatchShares, IdentityOrder, RandomOrder, Share
 from utils.batch import Batch
+from utils.data_sets import ignored_name
 from utils.dist import pick_device, total, world_size
 from utils.errors import InputError
 
@@ -68,10 +69,12 @@ def build_dataloader(args):
     img_loader gives (pids, images) of the gallery, txt_loader (pids, caption_ids) of the queries, of the
     split that --val_dataset (training) or --split (testing) names. num_classes counts the training persons.
     """
-    splits = read_splits(args.dataset_name, args.root_dir)
+    evaluated = args.val_dataset if args.training else getattr(args, "split", "test")  # test.py's own option
+    if ignored := ignored_name(args):
+        logger.info(ignored)
+    splits = read_splits(source_of(args, None if args.training else evaluated))
     log_statistics(splits)
     device = pick_device(args.device)
-    evaluated = args.val_dataset if args.training else getattr(args, "split", "test")  # test.py's own option
     images = images_of(args, splits, evaluated, args.training)
     loaders = eval_loaders(args, splits, evaluated, device, images)
     if args.training:
@@ -81,7 +84,7 @@ def build_dataloader(args):
 
 def images_of(args, splits, evaluated, training):
     """--image_cache: what gives the pixels of the images that are trained on and evaluated."""
-    paths = list(split_named(splits, evaluated).image_paths)
+    paths = list(splits.by_name[evaluated].image_paths)
     if training:
         paths += splits.train_split.image_paths
     return open_images(args.image_cache, paths, args.img_size, splits.name, args.num_workers)
@@ -101,14 +104,11 @@ def workers(args, device):
     }
 
 
-def split_named(splits, name):
-    return {"train": splits.train_split, "test": splits.test, "val": splits.val}[name]
-
-
 def train_loader(args, splits, device, images):
-    where = annotation_file(splits.name, args.root_dir)
     if not splits.train:
-        raise InputError(f"{where} has no captions in the train split: there is nothing to train on")
+        raise InputError(
+            f"{splits.source.path} has no captions in the train split: there is nothing to train on"
+        )
     if args.batch_size > len(splits.train):
         raise InputError(
             f"--batch_size {args.batch_size} is larger than the training set ({len(splits.train)} captions)"
@@ -159,13 +159,12 @@ def as_it_is(batch):
 
 
 def eval_loaders(args, splits, name, device, images):
-    split = split_named(splits, name)
+    split = splits.by_name[name]
     if not split.image_pids or not split.captions:
-        others = ", ".join(n for n in ("test", "val", "train") if n != name)
+        others = [n for n, other in splits.by_name.items() if other.image_pids and other.captions]
         raise InputError(
-            f"{annotation_file(splits.name, args.root_dir)} has no "
-            f"{'images' if not split.image_pids else 'captions'} "
-            f"in the {name} split: choose another one (--val_dataset or --split: {others})"
+            f"{splits.source.path} has no {'captions' if split.image_pids else 'images'} in the {name} "
+            f"split: choose another one with --val_dataset or --split (it has {', '.join(others) or 'none'})"
         )
     skip_bad = args.on_bad_image == "skip"
     images = ImageLoader(

@@ -1,5 +1,5 @@
 """Is a data set as it should be? `python -m datasets.check --dataset_name CUHK-PEDES --root_dir data
-[--decode]`
+[--decode]`, or `python -m datasets.check --annotations my_set.csv --images my_pictures`.
 
 Prints a table and what was found; exit status 0 when nothing is wrong, 1 when training would meet a fault,
 2 when the data set cannot be read at all."""
@@ -12,21 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from datasets.annotations import (
-    SOURCES,
-    annotation_file,
-    missing_images,
-    number_missing,
-    read_splits,
-    statistics_table,
-)
+from datasets.annotations import missing_images, number_missing, read_splits, source_of, statistics_table
+from utils.data_sets import DATA_SETS, DEFAULT, ignored_name
 from utils.errors import InputError, reports_errors
-
-PUBLISHED = {  # ids, images, captions of train, test, val as the papers give them
-    "CUHK-PEDES": {"train": (11003, 34054, 68126), "test": (1000, 3074, 6156), "val": (1000, 3078, 6158)},
-    "ICFG-PEDES": {"train": (3102, 34674, 34674), "test": (1000, 19848, 19848), "val": (0, 0, 0)},
-    "RSTPReid": {"train": (3701, 18505, 37010), "test": (200, 1000, 2000), "val": (200, 1000, 2000)},
-}
 
 
 class Finding(NamedTuple):
@@ -36,29 +24,24 @@ class Finding(NamedTuple):
 
 def check_counts(splits):
     """Where the counts are not the published ones, with the likely cause."""
-    found = {name: _counts(split) for name, split in _splits(splits).items()}
-    if found == PUBLISHED[splits.name]:
+    row = splits.source.row
+    if row is None or row.published is None:
         return []
-    differing = [f"{name} {found[name]}, published {PUBLISHED[splits.name][name]}" for name in found]
+    found = {name: _counts(split) for name, split in splits.by_name.items()}
     differing = [
-        text
-        for text, name in zip(differing, found, strict=True)
-        if found[name] != PUBLISHED[splits.name][name]
+        f"{name} {found[name]}, published {row.published[name]}"
+        for name in found
+        if found[name] != row.published[name]
     ]
+    if not differing:
+        return []
     cause = ""
-    if splits.name == "RSTPReid" and [found[name][0] for name in ("train", "val", "test")] == [
-        3901,
-        100,
-        100,
-    ]:
-        cause = ": this is the old file, split 3901/100/100; ask its authors for the present one"
+    if tuple(found[name][0] for name in ("train", "val", "test")) == row.old_ids:
+        old = "/".join(map(str, row.old_ids))
+        cause = f": this is the old file, split {old}; ask its authors for the present one"
     return [
         Finding(f"ids, images, captions are not the published ones: {'; '.join(differing)}{cause}", False)
     ]
-
-
-def _splits(splits):
-    return {"train": splits.train_split, "test": splits.test, "val": splits.val}
 
 
 def _counts(split):
@@ -68,7 +51,7 @@ def _counts(split):
 def check_images_once(splits):
     """Images that stand in two splits, or twice in one with different persons."""
     where, findings = defaultdict(set), []
-    for name, split in _splits(splits).items():
+    for name, split in splits.by_name.items():
         for pid, path in zip(split.image_pids, split.image_paths, strict=True):
             where[path].add((name, pid))
     across = sorted(path for path, uses in where.items() if len({name for name, _ in uses}) > 1)
@@ -92,18 +75,18 @@ def check_captions(splits, text_length=77):
 
     tokenizer, findings, persons = SimpleTokenizer(), [], defaultdict(set)
     empty, cut, wordless = [], [], []
-    for name, split in _splits(splits).items():
+    for name, split in splits.by_name.items():
         captions = tqdm(split.captions, desc=f"{name} captions", leave=False, disable=None)
         for pid, caption in zip(split.caption_pids, captions, strict=True):
             text = clean(caption)
             persons[text].add((name, pid))
-            pid += SOURCES[splits.name].first_pid if name == "train" else 0  # as in the file
+            person = f"person {splits.person(name, pid)} of {name}"
             if not text:
-                empty.append(f"person {pid} of {name}")
+                empty.append(person)
             elif not any(character.isalpha() for character in text):
-                wordless.append(f'"{caption[:40]}" (person {pid} of {name})')
+                wordless.append(f'"{caption[:40]}" ({person})')
             elif len(tokenizer.encode(caption)) + 2 > text_length:
-                cut.append(f'"{caption[:40]}…" (person {pid} of {name})')
+                cut.append(f'"{caption[:40]}…" ({person})')
     shared = [text for text, uses in persons.items() if text and len(uses) > 1]
     if empty:
         findings.append(Finding(f"{len(empty)} captions are empty, the first of {empty[0]}", True))
@@ -114,7 +97,8 @@ def check_captions(splits, text_length=77):
             Finding(f"{len(cut)} captions are cut at {text_length} tokens, the first is {cut[0]}", False)
         )
     if shared:
-        known = " (known of RSTPReid)" if splits.name == "RSTPReid" else ""
+        row = splits.source.row
+        known = f" (known of {splits.name})" if row and row.shares_captions else ""
         findings.append(
             Finding(
                 f'{len(shared)} captions belong to several persons{known}, the first is "{shared[0][:60]}"',
@@ -137,7 +121,7 @@ def check_pictures(splits, progress=True):
         except InputError as error:
             return path, None, str(error)
 
-    owner = {path: name for name, split in _splits(splits).items() for path in split.image_paths}
+    owner = {path: name for name, split in splits.by_name.items() for path in split.image_paths}
     unreadable, pictures = [], defaultdict(list)
     with ThreadPoolExecutor() as pool:
         looked = tqdm(
@@ -166,20 +150,20 @@ def check_pictures(splits, progress=True):
     return findings
 
 
-def check_dataset(dataset_name, root_dir, decode=False, text_length=77):
-    """(Splits, [Finding, …]). Raises InputError where the annotation cannot be read at all."""
-    splits = read_splits(dataset_name, root_dir, images_must_exist=False)
+def check_dataset(source, decode=False, text_length=77):
+    """(Splits, [Finding, …]) of a datasets.annotations.Source. Raises InputError where the annotation cannot
+    be read at all."""
+    splits = read_splits(source, images_must_exist=False)
     findings = []
-    absent = missing_images([path for split in _splits(splits).values() for path in split.image_paths])
+    absent = missing_images([path for split in splits.by_name.values() for path in split.image_paths])
     if absent:
         folders = Counter(str(Path(path).parent) for path in absent)
         most, number = folders.most_common(1)[0]
         whole = "" if Path(most).is_dir() else ", a folder that does not exist"
         findings.append(
             Finding(
-                f"{number_missing(absent)}, the first is {min(absent)}; {number} of them in "
-                f"{most}{whole}: "
-                "is the archive unpacked whole?",
+                f"{number_missing(absent)}, the first is {min(absent)}; {number} of them in {most}{whole}: "
+                + ("is the archive unpacked whole?" if source.row else f"is --images {source.images} right?"),
                 True,
             )
         )
@@ -196,14 +180,23 @@ def main(argv=None):
         description="Check a data set before training: annotation, ids, images, captions.",
         epilog="Exit status: 0 nothing is wrong, 1 something is, 2 the data set cannot be read.",
     )
-    parser.add_argument("--dataset_name", choices=SOURCES, default="CUHK-PEDES")
-    parser.add_argument("--root_dir", default="./data", help="folder that holds the data sets' folders")
-    parser.add_argument("--decode", action="store_true", help="decode every image too: minutes on a full set")
-    parser.add_argument("--text_length", type=int, default=77, help="tokens at which captions are cut")
-    parser.add_argument("--debug", action="store_true", help="print the traceback of an input error too")
+    add = parser.add_argument
+    add("--dataset_name", choices=DATA_SETS, default=DEFAULT)
+    add("--root_dir", default="./data", help="folder that holds the data sets' folders")
+    add("--annotations", metavar="FILE", help="instead of a name: a JSON, JSON lines, CSV or TSV file")
+    add("--images", metavar="DIR", help="where the image paths in FILE start; default: the folder of FILE")
+    add("--split", choices=("train", "test", "val"), help="of all images, where FILE names no split")
+    add("--decode", action="store_true", help="decode every image too: minutes on a full set")
+    add("--text_length", type=int, default=77, help="tokens at which captions are cut")
+    add("--debug", action="store_true", help="print the traceback of an input error too")
     args = parser.parse_args(argv)
-    splits, findings = check_dataset(args.dataset_name, args.root_dir, args.decode, args.text_length)
-    print(annotation_file(args.dataset_name, args.root_dir))
+    if args.split and not args.annotations:
+        raise InputError(f"--split {args.split} is for an --annotations file that names no split")
+    source = source_of(args, args.split)
+    if ignored := ignored_name(args):
+        print(ignored, file=sys.stderr)
+    splits, findings = check_dataset(source, args.decode, args.text_length)
+    print(source.path)
     print(statistics_table(splits))
     for finding in sorted(findings, key=lambda finding: not finding.fault):
         print(f"{'FAULT' if finding.fault else 'note '} {finding.what}")

@@ -22,14 +22,14 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
 
+from utils.data_sets import DATA_SETS, DEFAULT
 from utils.errors import InputError, reports_errors
 from utils.files import write_whole
 
 VERSION = 1  # of drawing and wording: raise it when either changes, and folders drawn before are drawn again
 FORMATS = {  # annotation file, key of the image path, first id, captions an image
-    "CUHK-PEDES": ("reid_raw.json", "file_path", 1, 2),
-    "ICFG-PEDES": ("ICFG-PEDES.json", "file_path", 0, 1),
-    "RSTPReid": ("data_captions.json", "img_path", 0, 2),
+    name: (row.files[0], row.path_key, row.first_pid, row.captions_per_image)
+    for name, row in DATA_SETS.items()
 }
 SPLITS = ("train", "val", "test")
 CUHK_FOLDERS = ("cam_a", "cam_b", "CUHK01", "CUHK03", "Market", "test_query", "train_query")
@@ -530,7 +530,7 @@ class Parser(argparse.ArgumentParser):
 def main(argv=None):
     parser = Parser(prog="python -m datasets.synthetic", description="Draws a small data set of pedestrians.")
     add = parser.add_argument
-    add("--format", default="CUHK-PEDES", choices=list(FORMATS), help="the data set whose files to imitate")
+    add("--format", default=DEFAULT, choices=list(FORMATS), help="the data set whose files to imitate")
     add("--root", default="data_synthetic", help="the folder in which to make the folder <format>")
     add("--ids", type=int, default=200, help="identities to train on")
     add("--val_ids", type=int, default=20, help="not used for ICFG-PEDES, which has no val split")

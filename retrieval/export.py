@@ -18,6 +18,7 @@ from datasets.tokenizer import EOT, MASK, SOT, VOCABULARY, tokenize_all, vocabul
 from datasets.transforms import MEAN, STD
 from model.clip_resnet import ModifiedResNet
 from model.pretrained import CHECKPOINTS, architecture, new_clip
+from utils.data_sets import name_of
 from utils.errors import InputError
 from utils.extras import extra
 
@@ -331,7 +332,7 @@ def model_card(args, settings, kind, difference):
         longer=longer,
     )
     start = args.pretrain_choice if args.pretrain_choice in (*CHECKPOINTS, "random") else "weights of a file"
-    return f"""# {args.name}: IRRA on {args.dataset_name}
+    return f"""# {args.name}: IRRA on {name_of(args)}
 
 Retrieves the image of a person from a sentence that describes them (IRRA, CVPR 2023, arXiv 2303.12501): an
 image and a text encoder into one space of {settings["architecture"]["embed_dim"]} dimensions. Form: {
@@ -348,7 +349,7 @@ normalised ones.
 
 ## Training
 
-Data set {args.dataset_name}; losses {args.loss_names}; started from {start};
+Data set {name_of(args)}; losses {args.loss_names}; started from {start};
 {args.num_epoch} epochs; temperature {args.temperature}.
 {figures_of(args)}
 ## Check

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from retrieval.encoders import shown
+from utils.data_sets import ignored_name
 from utils.errors import InputError
 from utils.extras import extra
 from utils.files import write_whole
@@ -288,13 +289,14 @@ def locked(folder, say):
 # ---- what search.py and demo.py do first ----
 
 
-def default_folder(run_dir, gallery, split=None):
+def default_folder(run_dir, gallery, split=None, annotations=None):
     """RUN/search/<name>-<where>: each gallery of a run has its own."""
     import zlib
 
     where = os.path.abspath(gallery)
     name = Path(where).name or "root"
-    tag = zlib.crc32(f"{where}\n{split or ''}".encode("utf-8", "surrogateescape"))
+    what = f"{where}\n{split or ''}" + (f"\n{os.path.abspath(annotations)}" if split and annotations else "")
+    tag = zlib.crc32(what.encode("utf-8", "surrogateescape"))
     return Path(run_dir) / "search" / f"{split or name}-{tag:08x}"
 
 
@@ -310,8 +312,10 @@ def open_gallery(encoders, args, say, progress=True):
         if others:
             say(f"{plural(others, 'file')} without a picture's suffix passed over")
     else:
+        if ignored := ignored_name(args):
+            say(ignored)
         gallery, found = split_pictures(args)
-    folder = Path(args.index or default_folder(args.run_dir, gallery, args.split))
+    folder = Path(args.index or default_folder(args.run_dir, gallery, args.split, args.annotations))
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -339,14 +343,13 @@ def plural(number, thing):
 
 
 def split_pictures(args):
-    from datasets.annotations import read_splits
+    from datasets.annotations import read_splits, source_of
 
-    splits = read_splits(args.dataset_name, args.root_dir)
-    split = {"train": splits.train_split, "test": splits.test, "val": splits.val}[args.split]
-    if not split.image_paths:
-        raise InputError(f"{args.dataset_name} has no images in the {args.split} split: choose another one")
-    gallery = Path(args.root_dir) / args.dataset_name / "imgs"
-    return gallery, stamps_of(gallery, split.image_paths)
+    source = source_of(args, args.split)
+    paths = read_splits(source).by_name[args.split].image_paths
+    if not paths:
+        raise InputError(f"{source.path} has no images in the {args.split} split: choose another one")
+    return source.images, stamps_of(source.images, paths)
 
 
 def encode_below(encoders, gallery, paths, args, progress):

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from utils.config_file import check_options, read_yaml
+from utils.data_sets import DATA_SETS, absolute, check_data_options, options_over
 from utils.errors import InputError
 from utils.losses import LOSSES
 from utils.option_types import (
@@ -26,7 +27,7 @@ from utils.option_types import (
     whole,
 )
 
-DATASETS = ("CUHK-PEDES", "ICFG-PEDES", "RSTPReid")
+DATASETS = tuple(DATA_SETS)
 OPTIMIZERS = ("Adam", "SGD", "AdamW")
 SCHEDULES = ("step", "exp", "poly", "cosine", "linear")
 SAMPLERS = ("random", "identity")
@@ -226,6 +227,7 @@ def train_parser():
     add = parser.add_argument_group("data").add_argument
     add("--dataset_name", default="CUHK-PEDES", type=one_of(*DATASETS), help="data set")
     add("--root_dir", default="./data", help="folder that holds the data sets' folders")
+    add_by_path(add, default=None)
     add("--img_aug", action="store_true", help="random crop and erasing besides the flip, as in the recipe")
     add("--sampler", default="random", type=one_of(*SAMPLERS), help="order of the training samples")
     add("--num_instance", default=4, type=count, help="identity sampler: samples of each person in a batch")
@@ -263,6 +265,24 @@ def train_parser():
     return parser
 
 
+def add_by_path(add, default=argparse.SUPPRESS):
+    """A data set by path, of train.py and of tools that read a run's; kept absolute, for other folders."""
+    add(
+        "--annotations",
+        default=default,
+        type=absolute,
+        metavar="FILE",
+        help="instead of a data set's name: a JSON, JSON lines, CSV or TSV file (README.md, Data)",
+    )
+    add(
+        "--images",
+        default=default,
+        type=absolute,
+        metavar="DIR",
+        help="where the image paths in FILE start; default: the folder of FILE",
+    )
+
+
 def test_parser():
     parser = Parser(
         prog="test.py",
@@ -280,6 +300,7 @@ def test_parser():
         type=one_of(*DATASETS),
         help="test on another data set than the run's",
     )
+    add_by_path(add)
     add("--split", default="test", type=one_of("test", "val", "train"), help="split to evaluate")
     add("--i2t", action="store_true", help="image-to-text too")
     add("--test_batch_size", default=argparse.SUPPRESS, type=count, help="batch of images or captions")
@@ -320,11 +341,16 @@ def get_args(argv=None):
     parser = train_parser()
     first = Parser(prog=parser.prog, add_help=False)
     first.add_argument("--config_file")
+    for name in ("dataset_name", "annotations", "images"):
+        first.add_argument(f"--{name}", default=argparse.SUPPRESS)
     try:
-        config_file = None if {"-h", "--help"} & set(argv) else first.parse_known_args(argv)[0].config_file
-        if config_file is not None:
-            parser.set_defaults(**_as_defaults(config_file, parser))
+        typed = {} if {"-h", "--help"} & set(argv) else vars(first.parse_known_args(argv)[0])
+        config_file = typed.pop("config_file", None)
+        before = {} if config_file is None else _as_defaults(config_file, parser)
+        parser.set_defaults(**before)
         args = parser.parse_args(argv)
+        before = {name: before.get(name) for name in ("annotations", "images")}
+        vars(args).update(options_over(before, {name: vars(args)[name] for name in typed}))
         if isinstance(args.clip_architecture, list):
             args.clip_architecture = dict(args.clip_architecture)
         reconcile(args)
@@ -349,6 +375,7 @@ def reconcile(args):
     """Bring options that depend on one another into agreement, or say why that cannot be."""
     args.notes = []
     args.distributed = False
+    check_data_options(args)
     if "mlm" in losses(args) and not args.MLM:
         args.MLM = True
         args.notes.append("mlm is among the losses: training captions are masked, as with --MLM")
@@ -396,8 +423,8 @@ def get_test_args(argv=None):
     if config_file.is_dir():
         config_file = config_file / "configs.yaml"
     args = read_run_options(config_file)
-    for key, value in vars(given).items():
-        setattr(args, key, value)
+    vars(args).update(options_over(vars(args), vars(given)))
+    check_data_options(args)
     args.training, args.run_dir = False, str(config_file.parent)
     return args
 

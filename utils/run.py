@@ -10,6 +10,7 @@ from logging.handlers import MemoryHandler
 from pathlib import Path
 
 from utils.checkpoint import save_checkpoint
+from utils.data_sets import name_of
 from utils.dist import from_main, launched, rank, remember
 from utils.errors import InputError
 from utils.files import link_or_copy, remove_leftovers, write_whole
@@ -23,7 +24,7 @@ def new_run_folder(args):
         raise InputError(
             f'--name "{args.name}" becomes part of a folder name: it may not be empty or hold a /'
         )
-    root = Path(args.output_dir) / args.dataset_name
+    root = Path(args.output_dir) / name_of(args)
     while (folder := root / f"{time.strftime('%Y%m%d_%H%M%S')}_{args.name}").exists():
         time.sleep(0.1)
     return folder

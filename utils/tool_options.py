@@ -4,9 +4,10 @@ import argparse
 import sys
 from pathlib import Path
 
+from utils.data_sets import check_data_options, options_over
 from utils.errors import InputError
 from utils.option_types import Parser, count, count_or_0, number, one_of
-from utils.options import DATASETS, EXIT_STATUS, read_run_options, test_parser
+from utils.options import DATASETS, EXIT_STATUS, add_by_path, read_run_options, test_parser
 
 INDEX_TYPES = ("flat", "ivf", "hnsw")
 FORMATS = ("safetensors", "onnx", "open_clip")
@@ -46,6 +47,7 @@ def add_data(add):
         type=one_of(*DATASETS),
         help="another data set than the run's",
     )
+    add_by_path(add)
 
 
 def add_gallery(parser):
@@ -203,7 +205,8 @@ def tool_args(parser, argv=None):
     if config_file.is_dir():
         config_file = config_file / "configs.yaml"
     args = read_run_options(config_file)
-    vars(args).update(vars(given))
+    vars(args).update(options_over(vars(args), vars(given)))
+    check_data_options(args)
     args.training, args.run_dir = False, str(config_file.parent)
     return args
 
