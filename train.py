@@ -94,17 +94,19 @@ def train(args, device, checkpoint=None):
     logger.info(f"Total params: {sum(p.numel() for p in model.parameters()) / 1e6:.0f}M")
     optimizer = build_optimizer(args, model)
     parts = {"model": model, "optimizer": optimizer, "scheduler": build_lr_scheduler(args, optimizer)}
-    done = {"epoch": 0, "iteration": 0, "best_R1": -1.0, "best_epoch": 0, "meters": {}, "seed": args.seed}
+    done = {"epoch": 0, "iteration": 0, "samples": 0, "to_evaluate": False}
+    done.update({"best_R1": -1.0, "best_epoch": 0, "meters": {}, "seed": args.seed})
     if checkpoint:
         done.update(restore(parts, state, checkpoint))
         del state
         best = f"best R1: {done['best_R1']} at epoch {done['best_epoch']}"
-        if done["epoch"] >= args.num_epoch:
+        if done["epoch"] >= args.num_epoch and not done["to_evaluate"]:
             log.info(f"{checkpoint} has all {args.num_epoch} epochs: nothing is left to do ({best})")
             return
         log.info(
             f"resumed from {checkpoint}: {done['epoch']} epochs and {done['iteration']} iterations are done"
         )
+        check_rest_of_epoch(args, done)
     run.open(args, logger, first_epoch=done["epoch"] + 1)
     try:
         with StopSignals(log) as stop, out_of_memory(device, args.batch_size):
@@ -124,7 +126,21 @@ def train(args, device, checkpoint=None):
         for loader in loaders[:2]:
             for reason in loader.left_out.values():
                 log.warning(f"was left out: {reason}")
-    log.info(f"best R1: {done['best_R1']} at epoch {done['best_epoch']}")
+    if done["best_epoch"]:
+        log.info(f"best R1: {done['best_R1']} at epoch {done['best_epoch']}")
+
+
+def check_rest_of_epoch(args, done):
+    """An epoch that was stopped goes on with the samples that are left, whatever the batch size is now."""
+    done["samples"] = (
+        done["samples"] or done["iteration"] * args.batch_size
+    )  # earlier ones counted batches only
+    if args.sampler == "identity" and done["samples"] != done["iteration"] * args.batch_size:
+        raise InputError(
+            f"--batch_size {args.batch_size} is not the one that this epoch began with, and the identity "
+            "sampler's order depends on it: end the epoch with the earlier one first"
+        )
+    done["iteration"] = done["samples"] // args.batch_size
 
 
 def fit(args, device, loaders, parts, done, run, stop):
@@ -142,13 +158,29 @@ def fit(args, device, loaders, parts, done, run, stop):
         stopped = asks and any_process(stop.asked, device)
         if stopped or (args.save_period and step % args.save_period == 0):
             watch.look()  # what a bad step was left out of is not saved as if it had been taken
-            run.save("last.pth", parts, **{**done, "iteration": step, "meters": meters.state_dict()})
+            samples = done["samples"] + (step - done["iteration"]) * args.batch_size
+            progress = {"iteration": step, "samples": samples, "meters": meters.state_dict()}
+            run.save("last.pth", parts, **{**done, **progress})
         if stopped:
             raise Stopped(f"stopped in epoch {done['epoch'] + 1} after iteration {step}")
 
+    def evaluate_if_due():
+        """What may fail comes after the saving; a run that was ended in it evaluates when it goes on."""
+        epoch = done["epoch"]
+        if done["to_evaluate"]:
+            R1 = evaluate_epoch(parts["model"], img_loader, txt_loader, device, run, epoch)
+            if R1 > done["best_R1"]:
+                done.update(best_R1=R1, best_epoch=epoch)
+                run.log.info(f"Saving checkpoint to {run.folder / 'best.pth'}")
+                run.save("best.pth", parts, iteration=0, epoch=epoch)
+            done.update(to_evaluate=False)
+            run.save("last.pth", parts, **done)
+            run.keep_numbered(epoch, args.keep)
+
+    evaluate_if_due()  # of the epoch that an interrupted run has trained
     for epoch in range(done["epoch"] + 1, args.num_epoch + 1):
         start, meters = done["iteration"], Meters.from_state(done["meters"])
-        train_loader.set_epoch(epoch, start)
+        train_loader.set_epoch(epoch, samples=done["samples"])
         watch = FiniteWatch(model, parts["optimizer"], epoch, look_period(device, args.log_period))
         averages = train_one_epoch(
             model,
@@ -168,16 +200,12 @@ def fit(args, device, loaders, parts, done, run, stop):
         shown = {name: value for name, value in averages.items() if value > 0}  # no zeros, as published
         run.board(epoch, lr=parts["scheduler"].get_last_lr()[0], **shown)
         parts["scheduler"].step()
-        done.update(epoch=epoch, iteration=0, meters={})
-
-        if epoch % args.eval_period == 0:
-            R1 = evaluate_epoch(parts["model"], img_loader, txt_loader, device, run, epoch)
-            if R1 > done["best_R1"]:
-                done.update(best_R1=R1, best_epoch=epoch)
-                run.log.info(f"Saving checkpoint to {run.folder / 'best.pth'}")
-                run.save("best.pth", parts, iteration=0, epoch=epoch)
+        # a run shorter than its evaluation period is evaluated at its end
+        due = epoch % args.eval_period == 0 or epoch == args.num_epoch < args.eval_period
+        done.update(epoch=epoch, iteration=0, samples=0, meters={}, to_evaluate=due)
         run.save("last.pth", parts, **done)
         run.keep_numbered(epoch, args.keep)
+        evaluate_if_due()
         if epoch < args.num_epoch and any_process(stop.asked, device):
             raise Stopped(f"stopped after epoch {epoch}")
 
@@ -209,7 +237,8 @@ def restore(parts, state, source):
     saved = fit_groups(optimizer, state.get("optimizer"), model, state["model"], source)
     load_weights(model, state["model"], source)
     load_optimizer(optimizer, saved, source)
-    kinds = {"epoch": int, "iteration": int, "best_R1": float, "best_epoch": int, "meters": dict}
+    kinds = {"epoch": int, "iteration": int, "samples": int, "to_evaluate": bool}
+    kinds.update({"best_R1": float, "best_epoch": int, "meters": dict})
     kept = {key: state[key] for key in kinds if key in state}
     try:
         parts["scheduler"].load_state_dict(state["scheduler"])

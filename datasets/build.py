@@ -41,9 +41,9 @@ class TrainLoader(DataLoader):
             yield Batch(images=images, **batch)
             del images  # not kept here while the next batch is made
 
-    def set_epoch(self, epoch, start=0):
-        """start: how many batches of the epoch an interrupted run has had."""
-        self.batch_sampler.set_epoch(epoch, start)
+    def set_epoch(self, epoch, start=0, samples=None):
+        """start: batches of the epoch that an interrupted run has had; or samples, if of another size."""
+        self.batch_sampler.set_epoch(epoch, start, samples)
 
 
 class ImageLoader(DataLoader):

@@ -68,9 +68,9 @@ class BatchShares(Sampler):
     def __init__(self, order, batch_size):
         self.order, self.batch_size = order, batch_size
 
-    def set_epoch(self, epoch, start=0):
-        """start: how many batches of the epoch an interrupted run has had."""
-        self.order.set_epoch(epoch, start * self.batch_size)
+    def set_epoch(self, epoch, start=0, samples=None):
+        """start: batches of the epoch that an interrupted run has had; or samples, of all processes."""
+        self.order.set_epoch(epoch, start * self.batch_size if samples is None else samples)
 
     def sizes(self):
         """Samples of each batch, in all processes together."""

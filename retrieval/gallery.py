@@ -14,7 +14,7 @@ from retrieval.encoders import shown
 from utils.data_sets import ignored_name
 from utils.errors import InputError
 from utils.extras import extra
-from utils.files import write_whole
+from utils.files import lock, write_whole
 
 TABLE, LAYOUT = "table.json", 1
 SAVE_EVERY = 50_000  # pictures encoded between two savings of a large gallery
@@ -271,18 +271,14 @@ def set_effort(index, kind):
 def locked(folder, say):
     """Only one program at a time changes an index. A folder that cannot be written needs no lock."""
     try:
-        import fcntl
-
         file = open(Path(folder) / ".lock", "w")
-    except (ImportError, OSError):
+    except OSError:
         yield
         return
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        if not lock(file):
             say(f"waiting for another program that updates the index in {folder}")
-            fcntl.flock(file, fcntl.LOCK_EX)
+            lock(file, wait=True)
         yield
 
 

@@ -1,10 +1,14 @@
 """A run that is stopped and resumed ends as one that never was: weights, log and best R1, bit for bit."""
 
+import errno
+import fcntl
 import hashlib
+import json
 import os
 import re
 import shutil
 import signal
+import time
 
 import pytest
 import torch
@@ -12,7 +16,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from datasets.build import build_dataloader
 from tests.children import differ, draw, end, only_run, progress_lines, run, start, words
+from utils.checkpoint import load_checkpoint
+from utils.errors import InputError
+from utils.files import lock
 from utils.options import get_args
+from utils.run import RunFiles, setup_logger
 
 STOPPED = 3
 
@@ -235,3 +243,103 @@ def test_batches_do_not_depend_on_loading_processes_or_on_a_stop(sampler, data):
         assert batch_hashes(data, 2, 0, *options, "--num_workers", workers) == whole
     for workers in ("0", "3"):
         assert batch_hashes(data, 2, 3, *options, "--num_workers", workers) == whole[3:]
+
+
+# ---- what may fail comes after the saving ----
+
+
+def test_an_evaluation_that_fails_costs_no_epoch(data, tmp_path):
+    """A test image cannot be read; once it can, the run evaluates epoch 1 and ends as one unbroken."""
+    argv, output = words(data, tmp_path / "logs", epochs=2), tmp_path / "output"
+    broken = shutil.copytree(data, tmp_path / "copy")
+    records = json.loads((broken / "CUHK-PEDES" / "reid_raw.json").read_text())
+    image = broken / "CUHK-PEDES" / "imgs" / next(r["file_path"] for r in records if r["split"] == "test")
+    whole = image.read_bytes()
+    image.write_bytes(whole[:50])
+    argv[argv.index("--root_dir") + 1] = str(broken)
+    assert run(argv, output) == 2  # epoch 1 is trained and saved, its evaluation fails
+    folder = only_run(tmp_path / "logs")
+    last = load_checkpoint(folder / "last.pth")
+    assert (last["epoch"], last["to_evaluate"]) == (1, True) and not (folder / "best.pth").exists()
+    image.write_bytes(whole)
+    assert run(["--resume", "--output_dir", tmp_path / "logs"], output) == 0
+    said = output.read_text()
+    assert "Epoch[1] Iteration" not in said.split("resumed from")[-1]  # it is not trained again
+    assert said.count("Validation Results - Epoch: 1") == 2  # the one that failed, and its repetition
+    assert run(words(data, tmp_path / "unbroken", epochs=2), output) == 0
+    assert differ(folder / "last.pth", only_run(tmp_path / "unbroken") / "last.pth") == []
+    assert differ(folder / "best.pth", only_run(tmp_path / "unbroken") / "best.pth") == []
+
+
+def test_the_last_evaluation_too_is_made_up_for(data, tmp_path):
+    """The checkpoint has all epochs, and still something is left to do."""
+    assert run(words(data, tmp_path, epochs=1), tmp_path / "output") == 0
+    folder = only_run(tmp_path)
+    last = load_checkpoint(folder / "last.pth")
+    torch.save({**last, "to_evaluate": True, "best_R1": -1.0, "best_epoch": 0}, folder / "last.pth")
+    (folder / "best.pth").unlink()
+    assert run(["--resume", "--output_dir", tmp_path], tmp_path / "output") == 0
+    again = load_checkpoint(folder / "last.pth")
+    assert again["best_epoch"] == 1 and again["to_evaluate"] is False and (folder / "best.pth").exists()
+
+
+@pytest.mark.parametrize(("epochs", "evaluated"), [(2, [2]), (3, [3]), (4, [3])])
+def test_a_run_shorter_than_its_evaluation_period_is_evaluated_at_its_end(epochs, evaluated, data, tmp_path):
+    argv = words(data, tmp_path, "--eval_period", "3", epochs=epochs)
+    assert run(argv, tmp_path / "output") == 0
+    said = (tmp_path / "output").read_text()
+    assert [e for e in range(1, 5) if f"Validation Results - Epoch: {e}" in said] == evaluated
+    assert (only_run(tmp_path) / "best.pth").exists() and "-1.0 at epoch 0" not in said
+
+
+@pytest.mark.parametrize("size", [4, 8, 12, 48])
+def test_an_epoch_goes_on_with_the_samples_that_are_left_whatever_the_batch(size, data, tmp_path):
+    """48 captions, some 12 of them done in batches of 4."""
+    argv = words(data, tmp_path, "--save_period", "3", epochs=1)
+    argv[argv.index("--batch_size") + 1] = "4"
+    assert (
+        run([*argv, "--log_period", "1"], tmp_path / "output", cue=("Iteration[3/12]", signal.SIGTERM)) == 3
+    )
+    folder = only_run(tmp_path)
+    last = load_checkpoint(folder / "last.pth")
+    assert last["samples"] == 4 * last["iteration"] < 48
+    resume = ["--resume", "--output_dir", tmp_path, "--batch_size", size, "--log_period", 1]
+    assert run(resume, tmp_path / "more") == 0
+    left = 48 - last["samples"]
+    assert (tmp_path / "more").read_text().count("Epoch[1] Iteration[") == -(-left // size)
+
+
+# ---- two at once ----
+
+
+def test_runs_begun_in_one_second_each_get_a_folder(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(time, "strftime", lambda form, *when: f"20261124_1015{int(time.time() * 2) % 60:02d}")
+    args, folders = get_args(words(data, tmp_path)), []
+    runs = [RunFiles(args) for _ in range(3)]  # named before any is made
+    for one in runs:
+        args.output_dir = str(tmp_path)
+        one.open(args, setup_logger("IRRA"))
+        folders.append(one.folder)
+        assert args.output_dir == str(one.folder)
+        one.close()
+    assert len(set(folders)) == 3 and all((folder / "configs.yaml").is_file() for folder in folders)
+
+
+def test_a_run_that_another_program_trains_is_not_trained_twice(data, tmp_path):
+    args = get_args(words(data, tmp_path))
+    first = RunFiles(args)
+    first.open(args, setup_logger("IRRA"))
+    with pytest.raises(InputError, match="another program is training the run in"):
+        RunFiles(args, first.folder)
+    first.close()
+    RunFiles(args, first.folder).close()
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.EBADF])
+def test_a_file_system_without_locks_is_not_another_program(number, tmp_path, monkeypatch):
+    def refuse(file, how):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with open(tmp_path / "file", "w") as file:
+        assert lock(file) and lock(file, wait=True)

@@ -82,6 +82,20 @@ def remove_leftovers(folder, name="*"):
             remove(path)
 
 
+def lock(file, wait=False):
+    """Whether this program has the open file for itself now, until it is closed. Yes too where there are no
+    locks, as on some clusters' disks (ENOLCK): that is not another program. wait: until it can be had."""
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except (ImportError, OSError):
+        pass
+    return True
+
+
 def lives(pid):
     """Whether this machine has such a process; yes where that cannot be told."""
     if os.name != "posix":  # Windows would end it

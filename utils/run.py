@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import os
 import signal
 import sys
 import time
@@ -13,7 +14,7 @@ from utils.checkpoint import save_checkpoint
 from utils.data_sets import name_of
 from utils.dist import from_main, launched, rank, remember
 from utils.errors import InputError
-from utils.files import link_or_copy, remove_leftovers, write_whole
+from utils.files import link_or_copy, lock, remove_leftovers, write_whole
 
 NOT_SAVED = ("config_file", "notes", "debug")
 
@@ -24,8 +25,11 @@ def new_run_folder(args):
         raise InputError(
             f'--name "{args.name}" becomes part of a folder name: it may not be empty or hold a /'
         )
-    root = Path(args.output_dir) / name_of(args)
-    while (folder := root / f"{time.strftime('%Y%m%d_%H%M%S')}_{args.name}").exists():
+    return free_folder(Path(args.output_dir) / name_of(args), args.name)
+
+
+def free_folder(root, name):
+    while (folder := root / f"{time.strftime('%Y%m%d_%H%M%S')}_{name}").exists():
         time.sleep(0.1)
     return folder
 
@@ -41,6 +45,9 @@ class RunFiles:
         self.folder = Path(resumed) if resumed else from_main(new_run_folder(args))
         self.writes, self.events = rank() == 0, None
         self.num_epoch, args.output_dir = args.num_epoch, str(self.folder)
+        self._lock = None
+        if resumed and self.writes:
+            self._take()
 
     def described(self, args):
         """The options as the published log shows them."""
@@ -53,21 +60,42 @@ class RunFiles:
         if not self.writes:
             return
         if self.is_new:
-            try:
-                self.folder.mkdir(parents=True)
-            except FileExistsError:
-                raise InputError(f"another run has just made {self.folder}: start this one again") from None
-            except OSError as error:
-                raise InputError(
-                    f"cannot make the run folder {self.folder}: {error.strerror} (see --output_dir)"
-                ) from None
-        else:
-            remove_leftovers(self.folder)
+            self._make(args)
+        remove_leftovers(self.folder)
         keep_log(logger, self.folder / "train_log.txt")
         self.save_configs(args)
         from torch.utils.tensorboard import SummaryWriter  # takes a second to load
 
         self.events = SummaryWriter(self.folder, purge_step=None if self.is_new else first_epoch)
+
+    def _make(self, args):
+        """Make the folder; under the next free name where a run begun in the same second has this one."""
+        try:
+            while True:
+                try:
+                    self.folder.mkdir(parents=True)
+                    break
+                except FileExistsError:
+                    if not self.folder.exists():  # it is a parent of it that is no folder
+                        raise
+                    self.folder = free_folder(self.folder.parent, args.name)
+        except OSError as error:
+            raise InputError(
+                f"cannot make the run folder {self.folder}: {error.strerror} (see --output_dir)"
+            ) from None
+        args.output_dir = str(self.folder)
+        self._take()
+
+    def _take(self):
+        """No two programs train one run: the second would write over what the first has saved."""
+        try:
+            self._lock = os.open(self.folder, os.O_RDONLY)
+        except OSError:
+            return
+        if not lock(self._lock):
+            raise InputError(
+                f"another program is training the run in {self.folder}: wait until it has ended, or stop it"
+            )
 
     def board(self, epoch, **values):
         """Put named numbers on the TensorBoard."""
@@ -91,6 +119,9 @@ class RunFiles:
     def close(self):
         if self.events:
             self.events.close()
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def save_configs(self, args):
         """configs.yaml as the published test.py reads it: every option, plain lists, no Python tags."""
@@ -120,8 +151,12 @@ class Stopped(Exception):
     """A signal asked the run to end, and everything is saved."""
 
 
+STOPS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
+
+
 class StopSignals:
-    """While it lasts, SIGTERM and SIGINT only set `asked`; a second one interrupts at once.
+    """While it lasts, SIGTERM, SIGINT and SIGHUP, a terminal that goes, only set `asked`; a second one
+    interrupts at once. One that is ignored, as SIGHUP under nohup, stays so.
 
     Not under torchrun: a batch system signals it and its processes, and it passes the signal on to them. It
     kills those that are not done in time.
@@ -131,7 +166,8 @@ class StopSignals:
         self.asked, self.logger = False, logger
 
     def __enter__(self):
-        self.earlier = {number: signal.signal(number, self.ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        heeded = [number for number in STOPS if signal.getsignal(number) != signal.SIG_IGN]
+        self.earlier = {number: signal.signal(number, self.ask) for number in heeded}
         return self
 
     def ask(self, number, frame):
@@ -155,7 +191,8 @@ def leave_signals_to_parent(worker):
     """A loading process's start: it gets a terminal's Ctrl-C and a batch system's SIGTERM too, and must go on
     loading while its parent finishes the batch. It ends when its parent does, or some time after a SIGTERM:
     that is also how Python ends, and waits for, the children that are left when a program is over."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in STOPS:
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, end_later)
 
 
