@@ -420,6 +420,47 @@ def test_a_config_that_is_not_of_a_run_is_an_error_that_says_so(config, tmp_path
         get_test_args(["--config_file", str(tmp_path)])
 
 
+# ---- one table, from which the parsers of all programs are made ----
+
+ROWS = [row for rows in options.OPTIONS.values() for row in rows]
+
+
+def actions(program):
+    return {action.dest: action for action in options.parser_of(program)._actions}
+
+
+def test_every_option_has_one_row_with_a_help():
+    names = [name for row in ROWS for name in row[0].split()]
+    assert len(names) == len(set(names))
+    assert all(row[3].strip() for row in ROWS)
+
+
+def test_every_row_says_once_which_programs_have_it():
+    for name, programs, *_ in ROWS:
+        having = " ".join(programs).split()
+        assert having and len(having) == len(set(having)) and {*having} <= {*options.PROGRAMS}, name
+
+
+@pytest.mark.parametrize("program", options.PROGRAMS)
+def test_help_is_a_line_an_option_at_100_columns(program, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    lines = options.parser_of(program).format_help().splitlines()
+    assert max(map(len, lines)) <= 100
+    first = next(n for n, line in enumerate(lines) if line.endswith(":") and not line.startswith(" "))
+    listed = [line.split()[0].rstrip(",") for line in lines[first:] if line.startswith(" ")]
+    mine = [row[0].split()[0] for row in ROWS if program in " ".join(row[1]).split()]
+    assert listed == ["RUN" if name == "config_file" else name for name in mine]
+
+
+def test_an_option_has_the_same_type_and_help_in_every_program():
+    seen = {}
+    for program in options.PROGRAMS:
+        for name, action in actions(program).items():
+            if action.option_strings:
+                text = re.sub(r" \[.*\]$", "", action.help)  # the default, which may be another
+                assert seen.setdefault(name, (action.type, text)) == (action.type, text), (program, name)
+
+
 # ---- at once: before PyTorch is loaded ----
 
 
@@ -437,7 +478,7 @@ runpy.run_path({str(ROOT / script)!r}, run_name="__main__")
     return done.returncode, done.stdout, err, loaded.strip() == "True"
 
 
-@pytest.mark.parametrize("script", ["train.py", "test.py"])
+@pytest.mark.parametrize("script", [f"{program}.py" for program in options.PROGRAMS])
 def test_help_lists_every_option_without_loading_torch(script):
     status, out, err, torch_loaded = run_script(script, "--help")
     assert status == 0 and err == "" and not torch_loaded
