@@ -398,6 +398,17 @@ def test_options_of_test_win_over_those_of_the_run(run_folder):
     assert args.batch_size == 128
 
 
+def test_an_annotation_file_of_a_run_holds_until_another_is_given(config):
+    given = {"loss_names": "sdm", "dataset_name": "RSTPReid", "annotations": "a.csv", "images": "pictures"}
+    path = config(given)
+    assert (get_args([]).annotations, get_args([]).images) == (None, None)
+    for args in (get_args(["--config_file", path]), get_test_args(["--config_file", path])):
+        assert (args.annotations, args.images) == ("a.csv", "pictures")
+    typed = ["--config_file", path, "--annotations", "b.tsv", "--images", "here"]
+    for args in (get_args(typed), get_test_args(typed)):
+        assert (args.annotations, args.images) == ("b.tsv", "here")
+
+
 @pytest.mark.parametrize(
     ("typed", "words"),
     [

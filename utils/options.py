@@ -101,6 +101,9 @@ OPTIONS = {
 "data": [
     ("--dataset_name", {"train": "CUHK-PEDES", TOOLS: OF_RUN}, one_of(*DATASETS), "data set"),
     ("--root_dir", {"train": "./data", TOOLS: OF_RUN}, "FOLDER", "folder that holds the data sets' folders"),
+    ("--annotations", {"train": None, TOOLS: OF_RUN}, "FILE",
+        "annotation file of any name: JSON, JSON lines, CSV or TSV"),
+    ("--images", {"train": None, TOOLS: OF_RUN}, "DIR", "its image folder; with --annotations"),
     ("--split", {"test visualize": "test", "search demo": None}, split, "split to look at or to search"),
     ("--img_aug", {"train": False}, bool, "random crop and erasing besides the flip, as in the recipe"),
     ("--sampler", {"train": "random"}, one_of("random", "identity"), "order of the training samples"),
