@@ -89,7 +89,7 @@ def tokenizer():
 
 
 def open_run(args):
-    """Encoders of the run that a tool's options name (utils.tool_options.tool_args)."""
+    """Encoders of the run that a tool's options name (utils.options.tool_args)."""
     checkpoint = Path(args.checkpoint or Path(args.run_dir) / "best.pth")
     weights = load_checkpoint(checkpoint)["model"]
     model = build_trained_model(args, weights, checkpoint)

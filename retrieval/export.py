@@ -55,7 +55,7 @@ class TextEncoder(nn.Module):
 
 
 def export(encoders, args, kind, folder):
-    """Write a form (kind: of utils.tool_options.FORMATS) of a run's encoders, fp32 on the CPU, to a folder.
+    """Write a form (kind: of utils.options.FORMATS) of a run's encoders, fp32 on the CPU, to a folder.
 
     It appears there once its features have been compared with the run's. Returns the largest difference.
     """

@@ -75,7 +75,7 @@ class GalleryIndex:
 
     gallery: the folder that relative paths start from. fingerprint: Encoders.fingerprint of the model.
     paths, stamps: of the pictures, in the order of the vectors. unreadable: {relative path: (Stamp, reason)}.
-    folder: where it is kept, None for nowhere. kind: one of utils.tool_options.INDEX_TYPES.
+    folder: where it is kept, None for nowhere. kind: one of utils.options.INDEX_TYPES.
     """
 
     def __init__(self, folder, gallery, fingerprint, width, kind="flat"):

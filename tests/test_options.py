@@ -1,5 +1,6 @@
 """Flags, config files and what is said about wrong ones."""
 
+import os
 import re
 import subprocess
 import sys
@@ -399,6 +400,17 @@ def test_options_of_test_win_over_those_of_the_run(run_folder):
     assert args.batch_size == 128
 
 
+def test_an_annotation_file_of_a_run_holds_until_another_is_given(config):
+    given = {"loss_names": "sdm", "dataset_name": "RSTPReid", "annotations": "a.csv", "images": "pictures"}
+    path = config(given)
+    assert (get_args([]).annotations, get_args([]).images) == (None, None)
+    for args in (get_args(["--config_file", path]), get_test_args(["--config_file", path])):
+        assert (args.annotations, args.images) == tuple(map(os.path.abspath, ("a.csv", "pictures")))
+    typed = ["--config_file", path, "--annotations", "b.tsv", "--images", "here"]
+    for args in (get_args(typed), get_test_args(typed)):
+        assert (args.annotations, args.images) == tuple(map(os.path.abspath, ("b.tsv", "here")))
+
+
 @pytest.mark.parametrize(
     ("typed", "words"),
     [
@@ -421,6 +433,47 @@ def test_a_config_that_is_not_of_a_run_is_an_error_that_says_so(config, tmp_path
         get_test_args(["--config_file", str(tmp_path)])
 
 
+# ---- one table, from which the parsers of all programs are made ----
+
+ROWS = [row for rows in options.OPTIONS.values() for row in rows]
+
+
+def actions(program):
+    return {action.dest: action for action in options.parser_of(program)._actions}
+
+
+def test_every_option_has_one_row_with_a_help():
+    names = [name for row in ROWS for name in row[0].split()]
+    assert len(names) == len(set(names))
+    assert all(row[3].strip() for row in ROWS)
+
+
+def test_every_row_says_once_which_programs_have_it():
+    for name, programs, *_ in ROWS:
+        having = " ".join(programs).split()
+        assert having and len(having) == len(set(having)) and {*having} <= {*options.PROGRAMS}, name
+
+
+@pytest.mark.parametrize("program", options.PROGRAMS)
+def test_help_is_a_line_an_option_at_100_columns(program, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    lines = options.parser_of(program).format_help().splitlines()
+    assert max(map(len, lines)) <= 100
+    first = next(n for n, line in enumerate(lines) if line.endswith(":") and not line.startswith(" "))
+    listed = [line.split()[0].rstrip(",") for line in lines[first:] if line.startswith(" ")]
+    mine = [row[0].split()[0] for row in ROWS if program in " ".join(row[1]).split()]
+    assert listed == ["RUN" if name == "config_file" else name for name in mine]
+
+
+def test_an_option_has_the_same_type_and_help_in_every_program():
+    seen = {}
+    for program in options.PROGRAMS:
+        for name, action in actions(program).items():
+            if action.option_strings:
+                text = re.sub(r" \[.*\]$", "", action.help)  # the default, which may be another
+                assert seen.setdefault(name, (action.type, text)) == (action.type, text), (program, name)
+
+
 # ---- at once: before PyTorch is loaded ----
 
 
@@ -438,7 +491,7 @@ runpy.run_path({str(ROOT / script)!r}, run_name="__main__")
     return done.returncode, done.stdout, err, loaded.strip() == "True"
 
 
-@pytest.mark.parametrize("script", ["train.py", "test.py"])
+@pytest.mark.parametrize("script", [f"{program}.py" for program in options.PROGRAMS])
 def test_help_lists_every_option_without_loading_torch(script):
     status, out, err, torch_loaded = run_script(script, "--help")
     assert status == 0 and err == "" and not torch_loaded

@@ -13,7 +13,8 @@ from PIL import Image
 from tests.conftest import load_script
 from tests.tiny_run import make_run, missing
 from utils.errors import InputError
-from utils.tool_options import number_list, search_args
+from utils.option_types import number_list
+from utils.tool_options import search_args
 
 needs_faiss = missing("faiss", "faiss-cpu")
 QUERY = "a woman in a red coat"

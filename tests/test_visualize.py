@@ -170,9 +170,10 @@ def test_a_folder_without_events_is_one_sentence(visualize, tmp_path):
 @pytest.fixture(scope="module")
 def encoders(home):
     from retrieval.encoders import open_run
-    from utils.tool_options import tool_args, visualize_parser
+    from utils.options import parser_of, tool_args
 
-    return open_run(tool_args(visualize_parser(), ["--config_file", str(home / "run"), "--device", "cpu"]))
+    argv = ["--config_file", str(home / "run"), "--device", "cpu"]
+    return open_run(tool_args(parser_of("visualize"), argv))
 
 
 def test_words_keep_their_tokens(encoders):

@@ -1,7 +1,7 @@
 """A YAML file of options: plain data, each value checked as on the command line."""
 
-import argparse
 import re
+from argparse import ArgumentTypeError
 from pathlib import Path
 
 from utils.errors import InputError
@@ -34,20 +34,14 @@ def read_yaml(path):
     except FileNotFoundError:
         raise InputError(f"no config file at {path}{_neighbours(path)}") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"{path} cannot be read: {getattr(error, 'strerror', None) or 'it is not text'}"
-        ) from None
+        why = getattr(error, "strerror", None) or "it is not text"
+        raise InputError(f"{path} cannot be read: {why}") from None
     except yaml.YAMLError as error:
         at = getattr(error, "problem_mark", None)
         where = f", line {at.line + 1}" if at else ""
         problem = getattr(error, "problem", None) or "it does not parse"
         raise InputError(f"{path}{where} is not a YAML file of plain options: {problem}") from None
-    except (
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-    ) as error:  # what a value such as `2023-13-45` or `!!bool x` raises
+    except (ValueError, LookupError, TypeError, AttributeError) as error:  # of `2023-13-45`, `!!bool x`
         raise InputError(f"{path} holds a value that is no plain option: {error}") from None
     except RecursionError:
         raise InputError(f"{path} is nested too deeply to be a file of options") from None
@@ -64,40 +58,37 @@ def _neighbours(path):
     return f" (that folder holds {', '.join(names[:5])})" if names else ""
 
 
-def check_options(options, parser, path):
+def read_options(path, parser):
     """The options of a config file as the command line would give them; an error names key and file."""
-    actions, checked = parser.options(), {}
-    for key, value in options.items():
+    actions, options = parser.options(), {}
+    for key, value in read_yaml(path).items():
         if key in DERIVED:
             continue
         if key not in actions:
             raise InputError(f"{path}: unknown option {key}{nearest(key, actions)}")
-        action = actions[key]
         try:
-            checked[key] = _check_value(action, value)
-        except argparse.ArgumentTypeError as error:
+            options[key] = _check_value(actions[key], value)
+        except ArgumentTypeError as error:
             raise InputError(f"{path}: {key}: {error}") from None
-    return checked
+    return options
 
 
 def _check_value(action, value):
     if action.nargs == 0:  # a switch
         if not isinstance(value, bool):
-            raise argparse.ArgumentTypeError(f'"{value}" is neither true nor false')
+            raise ArgumentTypeError(f'"{value}" is neither true nor false')
         return value
     if value is None and action.default is None:
         return None
     if action.dest == "clip_architecture":
         if not isinstance(value, dict):
-            raise argparse.ArgumentTypeError("must be a mapping such as {vision_width: 128}")
+            raise ArgumentTypeError("must be a mapping such as {vision_width: 128}")
         return dict(action.type(f"{name}={size}") for name, size in value.items())
     if action.nargs is None:
         if isinstance(value, (list, dict)) or value is None:
-            raise argparse.ArgumentTypeError(f'"{value}" is not a single value')
-        if action.type in (None, str) and not isinstance(value, str):
-            value = str(value)  # `name: 7`
-        return action.type(value) if action.type else value
+            raise ArgumentTypeError(f'"{value}" is not a single value')
+        return action.type(value) if action.type else str(value)  # `name: 7`
     if not isinstance(value, list) or (isinstance(action.nargs, int) and len(value) != action.nargs):
         wanted = f"{action.nargs} values" if isinstance(action.nargs, int) else "values"
-        raise argparse.ArgumentTypeError(f'"{value}" is not a list of {wanted}')
+        raise ArgumentTypeError(f'"{value}" is not a list of {wanted}')
     return [action.type(item) for item in value]

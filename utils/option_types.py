@@ -1,10 +1,13 @@
-"""What an option may be: argparse types that say what they want; a parser whose errors are one sentence."""
+"""What an option may be: types that say what they want, and a parser whose errors are one sentence.
 
-import argparse
+A type's `word` is what --help calls its value (NAME where it has none); its `names` are listed there.
+"""
+
 import difflib
-import math
 import os
 import time
+from argparse import ArgumentParser, ArgumentTypeError, HelpFormatter
+from functools import partial
 
 from utils.errors import printable
 
@@ -23,43 +26,50 @@ def one_of(*names):
         for name in names:
             if str(text).lower() == name.lower():
                 return name
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not one of {', '.join(names)}{nearest(text, names)}".replace("'", '"')
-        )
+        message = f"{text!r} is not one of {', '.join(names)}{nearest(text, names)}"
+        raise ArgumentTypeError(message.replace("'", '"'))
 
+    parse.names = names
     return parse
 
 
 def number(kind, wanted, valid):
+    """An int or a float of which valid(value) is true; `wanted` says in words which those are."""
+
     def parse(text):
         try:
             value = kind(text)
-            exact = (
-                kind is float or isinstance(text, str) or value == text
-            )  # a YAML file's 2.5 is no whole number
+            exact = kind is float or isinstance(text, str) or value == text  # a YAML file's 2.5 is not 2
         except (TypeError, ValueError, OverflowError):
             value = None
         if value is None or isinstance(text, bool) or not exact or not valid(value):
-            raise argparse.ArgumentTypeError(f'"{text}" is not {wanted}')
+            raise ArgumentTypeError(f'"{text}" is not {wanted}')
         return value
 
+    parse.word = "N" if kind is int else "X"
     return parse
 
 
-count = number(int, "a whole number of at least 1", lambda n: 1 <= n < 2**63)
-count_or_0 = number(int, "a whole number of at least 0", lambda n: 0 <= n < 2**64)
-whole = number(int, "a whole number", lambda n: True)
-positive = number(float, "a number above 0", lambda x: math.isfinite(x) and x > 0)
-not_negative = number(float, "a number of at least 0", lambda x: math.isfinite(x) and x >= 0)
-share = number(float, "a number from 0 to 1", lambda x: 0 <= x <= 1)
-momentum = number(float, "a number from 0 up to, not including, 1", lambda x: 0 <= x < 1)
+def number_list(text):
+    """`0,17` or `0-5,17` as [0, 17], [0, 1, …, 5, 17]."""
+    found = []
+    for part in str(text).split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()) or (dash and int(last) < int(first)):
+            raise ArgumentTypeError(f'"{text}" is not a list of numbers such as 0,17 or 0-5,17')
+        found += range(int(first), int(last or first) + 1)
+    return found
 
 
-class Parser(argparse.ArgumentParser):
+number_list.word = "N,N,…"
+
+
+class Parser(ArgumentParser):
     """argparse, but an error is one sentence without sixty lines of usage before it."""
 
     def __init__(self, **kwargs):
-        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+        a_line_each = partial(HelpFormatter, max_help_position=40)
+        super().__init__(allow_abbrev=False, add_help=False, formatter_class=a_line_each, **kwargs)
 
     def error(self, message):
         self.exit(2, f"error: {printable(message)} ({self.prog} --help lists every option)\n")
@@ -75,9 +85,8 @@ class Parser(argparse.ArgumentParser):
         args, unknown = self.parse_known_args(argv, namespace)
         if unknown:
             word = unknown[0].split("=")[0]
-            flags = list(self._option_string_actions)
             what = "unknown option" if word.startswith("-") else "unexpected word"
-            self.error(f"{what} {word}{nearest(word, flags)}")
+            self.error(f"{what} {word}{nearest(word, self._option_string_actions)}")
         return args
 
     def options(self):

@@ -1,332 +1,268 @@
-"""Every option of train.py and test.py: defaults < --config_file < command line, one Namespace.
+"""Every option of every program, a row each: defaults < --config_file < command line, one Namespace.
 
-This file imports neither torch nor the rooms above it, so that `--help` and a mistyped option answer at
-once. The names that an option may take stand here; a test holds them against the tables that use them.
+Neither torch nor the rooms above are imported here, so that `--help` and a mistyped option answer at once.
+The names that an option may take stand here; a test holds them against the tables that use them.
 """
 
-import argparse
+import math
 import re
-import sys
+from argparse import SUPPRESS, ArgumentTypeError
 from pathlib import Path
 
-from utils.config_file import check_options, read_yaml
-from utils.data_sets import DATA_SETS, absolute, check_data_options, options_over
+from utils.config_file import read_options
+from utils.data_sets import DATA_SETS, DEFAULT, absolute, check_data_options, options_over
 from utils.errors import InputError
 from utils.losses import LOSSES
-from utils.option_types import (
-    Parser,
-    count,
-    count_or_0,
-    momentum,
-    nearest,
-    not_negative,
-    number,
-    one_of,
-    positive,
-    share,
-    whole,
-)
+from utils.option_types import Parser, nearest, number, number_list, one_of
 
 DATASETS = tuple(DATA_SETS)
 OPTIMIZERS = ("Adam", "SGD", "AdamW")
 SCHEDULES = ("step", "exp", "poly", "cosine", "linear")
-SAMPLERS = ("random", "identity")
 PRECISIONS = ("fp16", "bf16", "fp32")
+INDEX_TYPES = ("flat", "ivf", "hnsw")
+FORMATS = ("safetensors", "onnx", "open_clip")
 RESNETS = ("RN50", "RN101", "RN50x4", "RN50x16", "RN50x64")
 CLIP_MODELS = (*RESNETS, "ViT-B/32", "ViT-B/16", "ViT-L/14")
+ARCHITECTURE = (
+    "embed_dim image_resolution vision_layers vision_width vision_patch_size "
+    "context_length vocab_size transformer_width transformer_layers"
+).split()
 RUN_FOLDER = re.compile(r"\d{8}_\d{6}_")  # <YYYYmmdd_HHMMSS>_<name>
 
 
-# ---- types of their own ----
+# ---- what an option may be ----
+
+count = number(int, "a whole number of at least 1", lambda n: 1 <= n < 2**63)
+count_or_0 = number(int, "a whole number of at least 0", lambda n: 0 <= n < 2**64)
+whole = number(int, "a whole number", lambda n: True)
+length = number(int, "a whole number of at least 2", lambda n: 2 <= n < 2**31)
+port = number(int, "a port from 0 to 65535 (0: a free one)", lambda n: 0 <= n <= 65535)
+positive = number(float, "a number above 0", lambda x: math.isfinite(x) and x > 0)
+not_negative = number(float, "a number of at least 0", lambda x: math.isfinite(x) and x >= 0)
+share = number(float, "a number from 0 to 1", lambda x: 0 <= x <= 1)
+momentum = number(float, "a number from 0 up to, not including, 1", lambda x: 0 <= x < 1)
+split = one_of("test", "val", "train")
 
 
 def loss_list(text):
     names = [name.strip() for name in str(text).split("+")]
     for name in names:
         if name not in LOSSES:
-            raise argparse.ArgumentTypeError(
-                f'"{name}" is not a loss ({", ".join(LOSSES)}; joined as sdm+mlm+id){nearest(name, LOSSES)}'
-            )
+            known = f"{', '.join(LOSSES)}; joined as sdm+mlm+id"
+            raise ArgumentTypeError(f'"{name}" is not a loss ({known}){nearest(name, LOSSES)}')
     if len(set(names)) < len(names):
-        raise argparse.ArgumentTypeError(f'"{text}" names a loss twice')
+        raise ArgumentTypeError(f'"{text}" names a loss twice')
     return str(text)
 
 
 def device_name(text):
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", str(text)):
-        raise argparse.ArgumentTypeError(f'"{text}" is not auto, cpu, cuda or cuda:N')
+        raise ArgumentTypeError(f'"{text}" is not auto, cpu, cuda or cuda:N')
     return str(text)
 
 
-ARCHITECTURE = (
-    "embed_dim image_resolution vision_layers vision_width vision_patch_size "
-    "context_length vocab_size transformer_width transformer_layers"
-).split()
-
-
-def architecture_item(text):
+def clip_size(text):
     name, _, value = str(text).partition("=")
     if name not in ARCHITECTURE:
-        raise argparse.ArgumentTypeError(
-            f'"{text}" is not name=number, names being {", ".join(ARCHITECTURE)}{nearest(name, ARCHITECTURE)}'
-        )
+        wanted = f"name=number, names being {', '.join(ARCHITECTURE)}"
+        raise ArgumentTypeError(f'"{text}" is not {wanted}{nearest(name, ARCHITECTURE)}')
     return name, count(value)
 
 
-# ---- the parsers ----
+loss_list.names, clip_size.word, absolute.word = LOSSES, "K=N", "PATH"
+
+# ---- the options ----
+
+REQUIRED = object()  # no default: must be given
+OF_RUN = SUPPRESS  # no default: what the run's configs.yaml says holds
+TOOLS = "test search visualize demo"  # the programs that read a run and a data set
+DATA, EVERY = f"train {TOOLS}", f"train {TOOLS} export"
+
+# A row: name, {programs that have it: default}, type, help, and what else argparse is to know. A type is a
+# function that checks, bool for a switch, or for any text the WORD that --help shows in its place.
+# fmt: off
+OPTIONS = {
+"run": [
+    ("--config_file", {"train visualize": None, "test search demo": REQUIRED}, "FILE",
+        "YAML file of options; for tools: a run's, or its folder"),
+    ("config_file", {"export": None}, "RUN", "the run's folder or configs.yaml"),
+    ("--checkpoint", {f"{TOOLS} export": None}, "FILE", "instead of the best.pth in the run's folder"),
+    ("--name", {"train": "baseline"}, "NAME", "end of the name of the run's folder"),
+    ("--output_dir", {"train": "logs"}, "FOLDER", "a run is kept in OUTPUT_DIR/DATASET/TIME_NAME"),
+    ("--log_period", {"train": 100}, count, "batches between two log lines"),
+    ("--eval_period", {"train": 1}, count, "epochs between two evaluations"),
+    ("--val_dataset", {"train": "test"}, one_of("test", "val"), "picks best.pth; val is the clean choice"),
+    ("--resume", {"train": False}, bool, "go on with the newest run of this name"),
+    ("--resume_ckpt_file", {"train": ""}, "FILE", "what --resume goes on with instead: checkpoint or folder"),
+    ("--save_period", {"train": 0}, count_or_0, "batches between saves of last.pth within an epoch"),
+    ("--keep", {"train": 0}, count_or_0, "newest epochs whose numbered checkpoints are kept"),
+    ("--seed", {"train": 1, "visualize": OF_RUN}, count_or_0, "of order, augmentation, masks, new weights"),
+    ("--local_rank --local-rank", {"train": 0}, whole, "set by launchers; kept for published scripts"),
+    ("--test", {"train": True}, bool, "kept from the published code: see test.py", {"dest": "training"})],
+"data": [
+    ("--dataset_name", {"train": DEFAULT, TOOLS: OF_RUN}, one_of(*DATASETS), "data set"),
+    ("--root_dir", {"train": "./data", TOOLS: OF_RUN}, "FOLDER", "folder that holds the data sets' folders"),
+    ("--annotations", {"train": None, TOOLS: OF_RUN}, absolute,
+        "instead of a name: JSON, JSON lines, CSV or TSV file"),
+    ("--images", {"train": None, TOOLS: OF_RUN}, absolute, "where its image paths start; or beside it"),
+    ("--split", {"test visualize": "test", "search demo": None}, split, "split to look at or to search"),
+    ("--img_aug", {"train": False}, bool, "random crop and erasing besides the flip, as in the recipe"),
+    ("--sampler", {"train": "random"}, one_of("random", "identity"), "order of the training samples"),
+    ("--num_instance", {"train": 4}, count, "identity sampler: samples of each person in a batch"),
+    ("--batch_size", {"train": 128}, count, "samples in a training batch; the recipe's is 64"),
+    ("--on_bad_image", {"train": "stop"}, one_of("stop", "skip"), "at an unreadable image; skip lists it")],
+"losses": [
+    ("--loss_names", {"train": "sdm+id+mlm"}, loss_list, "losses joined by +"),
+    ("--mlm_loss_weight", {"train": 1.0}, not_negative, "factor of the mlm loss"),
+    ("--id_loss_weight", {"train": 1.0}, not_negative, "factor of the id loss"),
+    ("--MLM", {"train": False}, bool, "mask training captions; comes with mlm among the losses"),
+    ("--clean_captions", {"train": False}, bool, "only mlm sees masked captions; published: every loss"),
+    ("--cmt_depth", {"train": 4}, count, "blocks of the cross-modal transformer"),
+    ("--masked_token_rate", {"train": 0.8}, share, "share of chosen tokens that become <|mask|>"),
+    ("--masked_token_unchanged_rate", {"train": 0.1}, share, "share of chosen tokens left as they are")],
+"model": [
+    ("--pretrain_choice", {"train": "ViT-B/16"}, "CLIP", "name of OpenAI's CLIP, a file, or random"),
+    ("--clip_architecture", {"train": None}, clip_size,
+        "sizes of random weights that differ from ViT-B/16's", {"nargs": "+"}),
+    ("--temperature", {"train": 0.02}, positive, "of sdm and itc: the logit scale is 1/TEMPERATURE"),
+    ("--img_size", {"train": [384, 128]}, count, "height and width of an image in pixels", {"nargs": 2}),
+    ("--stride_size", {"train": 16}, count, "stride of the patch embedding in pixels"),
+    ("--text_length", {"train": 77}, length, "caption length in tokens; longer captions are cut"),
+    ("--vocab_size", {"train": 49408}, count, "size of CLIP's vocabulary; no other one exists")],
+"optimiser": [
+    ("--optimizer", {"train": "Adam"}, one_of(*OPTIMIZERS), "AdamW: eps 1e-8, so not in fp16"),
+    ("--lr", {"train": 1e-5}, positive, "base learning rate"),
+    ("--bias_lr_factor", {"train": 2.0}, not_negative, "factor of LR for biases"),
+    ("--lr_factor", {"train": 5.0}, not_negative, "factor of LR for the new layers"),
+    ("--momentum", {"train": 0.9}, momentum, "of SGD"),
+    ("--weight_decay", {"train": 4e-5}, not_negative, "weight decay"),
+    ("--weight_decay_bias", {"train": 0.0}, not_negative, "weight decay of biases"),
+    ("--max_grad_norm", {"train": None}, positive, "scale larger gradients down to this norm"),
+    ("--alpha", {"train": 0.9}, momentum, "Adam's first beta"),
+    ("--beta", {"train": 0.999}, momentum, "Adam's second beta")],
+"schedule": [
+    ("--num_epoch", {"train": 60}, count, "epochs"),
+    ("--lrscheduler", {"train": "cosine"}, one_of(*SCHEDULES), "after the warm-up"),
+    ("--warmup_epochs", {"train": 5}, count_or_0, "epochs of warm-up"),
+    ("--warmup_factor", {"train": 0.1}, not_negative, "the warm-up starts at LR times this"),
+    ("--warmup_method", {"train": "linear"}, one_of("linear", "constant"), "shape of the warm-up"),
+    ("--milestones", {"train": [20, 50]}, count, "step: epochs at which LR falls", {"nargs": "+"}),
+    ("--gamma", {"train": 0.1}, positive, "step: factor at each milestone"),
+    ("--target_lr", {"train": 0}, not_negative, "cosine, poly: where LR ends"),
+    ("--power", {"train": 0.9}, positive, "exp, poly: the base of the power")],
+"gallery": [
+    ("--gallery", {"search demo": None}, "FOLDER", "folder of pictures, sub-folders included; or --split"),
+    ("--index", {"search demo": None}, "FOLDER", "where features are kept; default: the run's search/"),
+    ("--index_type", {"search demo": None}, one_of(*INDEX_TYPES), "flat is exact and the first choice"),
+    ("--rebuild", {"search demo": False}, bool, "encode every picture anew, whatever the index holds")],
+"sentences and pictures": [
+    ("--query", {"search": []}, "TEXT", "a sentence: who is looked for; several can be given"),
+    ("--query_file", {"search": None}, "FILE", "a text file, one sentence a line"),
+    ("--words", {"visualize": None}, "SENTENCE", "where its words look in --image (of a model with mlm)"),
+    ("--image", {"search": [], "visualize": None}, "FILE", "picture: find similar persons, or see --words"),
+    ("--example", {"demo": []}, "TEXT", "a sentence offered for a click; several can be given")],
+"queries of a split, one picture each": [
+    ("--queries", {"visualize": None}, number_list, "by number, from 0, e.g. 0,17 or 0-5"),
+    ("--worst", {"visualize": 0}, count_or_0, "whose first right image comes last"),
+    ("--best", {"visualize": 0}, count_or_0, "found with the largest margin"),
+    ("--random", {"visualize": 0}, count_or_0, "drawn by --seed")],
+"result": [
+    ("--i2t", {"test": False}, bool, "image-to-text too"),
+    ("--chance", {"test": False}, bool, "add a row for random order"),
+    ("--picture", {"test": None}, "FILE", "draw a few queries with their ten best images"),
+    ("--cmc", {"visualize": False}, bool, "CMC curve on the split, text to image and image to text"),
+    ("--curves", {"visualize": []}, "RUN", "training curves of one or several runs", {"action": "store"}),
+    ("--top_k", {"search": 10, "demo": 12}, count, "pictures shown for a sentence"),
+    ("--save", {"search": None}, "FILE", "draw the result, e.g. result.png"),
+    ("--json", {"search": False}, bool, "print JSON instead of tables"),
+    ("--format", {"export": REQUIRED}, one_of(*FORMATS), "what is written"),
+    ("--output", {"visualize export": None}, "FOLDER", "default: pictures/ or export/ in the run's folder")],
+"page": [
+    ("--host", {"demo": "127.0.0.1"}, "ADDRESS", "to listen on; 0.0.0.0 lets every machine in"),
+    ("--port", {"demo": 7860}, port, "0 takes a free one"),
+    ("--max_upload", {"demo": 20}, count, "MB of the largest picture that can be uploaded"),
+    ("--max_pictures", {"demo": 500}, count, "most pictures in an uploaded folder")],
+"device, speed and memory": [
+    ("--device", {DATA: "auto"}, device_name, "auto (CUDA where there is one), cpu, cuda or cuda:N"),
+    ("--precision", {DATA: None}, one_of(*PRECISIONS), "fp16 on CUDA, else and for AdamW fp32"),
+    ("--compile", {"train": False}, bool, "torch.compile the encoders: a slow start, then faster steps"),
+    ("--micro_batch", {"train": None}, count, "samples in memory at a time: the same losses, slower"),
+    ("--grad_checkpointing", {"train": False}, bool, "compute activations twice: less memory, slower"),
+    ("--test_batch_size", {"train": 512, "test visualize": OF_RUN}, count, "images or captions at once"),
+    ("--encode_batch", {"search demo": 64}, count, "pictures encoded at once"),
+    ("--num_workers", {"train": 8, "test visualize": OF_RUN, "search demo": 4}, count_or_0,
+        "loading processes or threads; batches do not depend on it"),
+    ("--image_cache", {"train test": "off"}, "DIR|ram|off", "decode once and keep the pixels there")],
+"help": [
+    ("--debug", {EVERY: False}, bool, "print the traceback of an input error too"),
+    ("-h --help", {EVERY: False}, bool, "this list", {"action": "help"})],
+}
+# fmt: on
+
+# ---- the programs ----
 
 STOPPED = 3  # a signal came; everything is saved
-EXIT_STATUS = (
-    "Exit status: 0 done; 2 something to mend in the input, one sentence says what; 3 stopped by SIGTERM or "
-    "SIGINT "
-    "after the running batch, everything saved, --resume goes on; 130 interrupted at once (a second Ctrl-C)."
-)
+EXIT_STATUS = "Exit status: 0 done; 2 something to mend in the input, one sentence says what; 130 interrupted"
+SPECIAL = "<|mask|> and <|endoftext|>, typed in a sentence, are the special tokens, not text."
+
+# fmt: off
+PROGRAMS = {  # a command line that will do, and what the program does
+    "train": ("--config_file configs/irra.yaml",
+        "Train IRRA (text-to-image person retrieval, arXiv 2303.12501). The paper's recipe: --img_aug "
+        "--batch_size 64 --MLM --loss_names sdm+mlm+id --num_epoch 60. Exit status 3: stopped by SIGTERM or "
+        "SIGINT after the running batch, everything saved; --resume goes on."),
+    "test": ("--config_file RUN",
+        "Evaluate a run: reads its configs.yaml and the best.pth beside it, prints the table and writes "
+        "results.json. Published pairs of configs.yaml and best.pth work too."),
+    "search": ("--config_file RUN --gallery FOLDER --query TEXT",
+        "Find persons in a folder of pictures by a sentence. The folder is encoded once; next time only new "
+        f"and changed pictures are. Without a query it just does that. {SPECIAL}"),
+    "visualize": ("--config_file RUN --worst 20",
+        "Pictures of a run: what queries of a split find, its CMC curve, training curves, and where the "
+        f"words of a sentence look in an image. {SPECIAL}"),
+    "demo": ("--config_file RUN --gallery FOLDER",
+        "A page in the browser: a sentence in, the persons out, and where its words look. It listens on this "
+        f"machine only, and nothing leaves it. {SPECIAL}"),
+    "export": ("RUN --format safetensors",
+        "The two encoders of a run for other programs, with tokeniser settings and a model card; checked "
+        "against the run before it is said to be done."),
+}
+# fmt: on
 
 
-def train_parser():
-    parser = Parser(
-        prog="train.py",
-        description="Train IRRA (text-to-image person retrieval, arXiv 2303.12501). The paper's recipe: "
-        "--img_aug --batch_size 64 --MLM --loss_names sdm+mlm+id --num_epoch 60, the rest default.",
-        epilog=EXIT_STATUS,
-    )
-    add = parser.add_argument_group("run").add_argument
-    add(
-        "--config_file",
-        metavar="FILE",
-        help="YAML file of options, e.g. configs/irra.yaml; the command line wins",
-    )
-    add("--name", default="baseline", type=str, help="name of the run: the end of its folder's name")
-    add("--output_dir", default="logs", help="runs are kept in OUTPUT_DIR/DATASET/TIME_NAME")
-    add("--log_period", default=100, type=count, help="batches between two log lines")
-    add("--eval_period", default=1, type=count, help="epochs between two evaluations")
-    add(
-        "--val_dataset",
-        default="test",
-        type=one_of("test", "val"),
-        help="split that picks best.pth: test as published, val is the clean choice",
-    )
-    add(
-        "--resume",
-        action="store_true",
-        help="go on with the newest run of this name, or with --resume_ckpt_file",
-    )
-    add("--save_period", default=0, type=count_or_0, help="batches between saves of last.pth within an epoch")
-    add("--keep", default=0, type=count_or_0, help="newest epochs of which a numbered checkpoint is kept")
-    add("--resume_ckpt_file", default="", help="checkpoint or run folder that --resume goes on with")
-    add(
-        "--seed", default=1, type=count_or_0, help="order, augmentation, masks and new weights follow from it"
-    )
-    add(
-        "--device",
-        default="auto",
-        type=device_name,
-        help="auto (CUDA where there is one), cpu, cuda or cuda:N",
-    )
-    add(
-        "--precision",
-        default=None,
-        type=one_of(*PRECISIONS),
-        help="fp16: as published, the default on CUDA where the run can train in it; bf16: autocast over "
-        "fp32 weights, another recipe; fp32: the default on a CPU, for AdamW and for random weights",
-    )
-    add(
-        "--compile",
-        action="store_true",
-        help="torch.compile the encoders for training: a minute or more at the start, then faster steps",
-    )
-    add("--debug", action="store_true", help="print the traceback of an input error too")
-    add(
-        "--local_rank",
-        "--local-rank",
-        default=0,
-        type=whole,
-        help="set by launchers; kept for published scripts",
-    )
-
-    add = parser.add_argument_group("model").add_argument
-    add(
-        "--pretrain_choice",
-        default="ViT-B/16",
-        help=f"OpenAI CLIP by name ({', '.join(CLIP_MODELS)}), a file (TorchScript archive, state dict, "
-        "safetensors), or random",
-    )
-    add(
-        "--clip_architecture",
-        nargs="+",
-        type=architecture_item,
-        default=None,
-        metavar="NAME=N",
-        help="with --pretrain_choice random: sizes that differ from ViT-B/16's",
-    )
-    add("--temperature", default=0.02, type=positive, help="of sdm and itc: the logit scale is 1/TEMPERATURE")
-    add(
-        "--img_size", nargs=2, default=[384, 128], type=count, metavar=("H", "W"), help="image size in pixels"
-    )
-    add("--stride_size", default=16, type=count, help="stride of the patch embedding in pixels")
-    add(
-        "--text_length",
-        default=77,
-        type=number(int, "a whole number of at least 2", lambda n: 2 <= n < 2**31),
-        help="caption length in tokens; longer captions are cut",
-    )
-    add("--vocab_size", default=49408, type=count, help="size of CLIP's vocabulary; no other one exists")
-
-    add = parser.add_argument_group("losses").add_argument
-    add(
-        "--loss_names",
-        default="sdm+id+mlm",
-        type=loss_list,
-        help=f"losses joined by +, of {', '.join(LOSSES)}",
-    )
-    add("--mlm_loss_weight", default=1.0, type=not_negative, help="factor of the mlm loss")
-    add("--id_loss_weight", default=1.0, type=not_negative, help="factor of the id loss")
-    add("--MLM", action="store_true", help="mask training captions; comes with mlm among the losses")
-    add(
-        "--clean_captions",
-        action="store_true",
-        help="only mlm sees the masked caption; off as published: every loss sees it",
-    )
-    add("--cmt_depth", default=4, type=count, help="blocks of the cross-modal transformer")
-    add("--masked_token_rate", default=0.8, type=share, help="share of chosen tokens that become <|mask|>")
-    add(
-        "--masked_token_unchanged_rate",
-        default=0.1,
-        type=share,
-        help="share of chosen tokens left as they are",
-    )
-
-    add = parser.add_argument_group("optimiser").add_argument
-    add(
-        "--optimizer",
-        default="Adam",
-        type=one_of(*OPTIMIZERS),
-        help="Adam (eps 1e-3), SGD or AdamW (eps 1e-8: not with fp16)",
-    )
-    add("--lr", default=1e-5, type=positive, help="base learning rate")
-    add("--bias_lr_factor", default=2.0, type=not_negative, help="factor of LR for biases")
-    add("--lr_factor", default=5.0, type=not_negative, help="factor of LR for the new layers")
-    add("--momentum", default=0.9, type=momentum, help="of SGD")
-    add("--weight_decay", default=4e-5, type=not_negative, help="weight decay")
-    add("--weight_decay_bias", default=0.0, type=not_negative, help="weight decay of biases")
-    add("--max_grad_norm", default=None, type=positive, help="scale larger gradients down to this norm")
-    add("--alpha", default=0.9, type=momentum, help="Adam's first beta")
-    add("--beta", default=0.999, type=momentum, help="Adam's second beta")
-
-    add = parser.add_argument_group("schedule").add_argument
-    add("--num_epoch", default=60, type=count, help="epochs")
-    add("--lrscheduler", default="cosine", type=one_of(*SCHEDULES), help="after the warm-up, by epoch")
-    add("--warmup_epochs", default=5, type=count_or_0, help="epochs of warm-up")
-    add("--warmup_factor", default=0.1, type=not_negative, help="the warm-up starts at LR times this")
-    add("--warmup_method", default="linear", type=one_of("linear", "constant"), help="shape of the warm-up")
-    add("--milestones", nargs="+", default=[20, 50], type=count, help="step: epochs at which LR falls")
-    add("--gamma", default=0.1, type=positive, help="step: factor at each milestone")
-    add("--target_lr", default=0, type=not_negative, help="cosine, poly: where LR ends")
-    add("--power", default=0.9, type=positive, help="exp, poly: the base of the power")
-
-    add = parser.add_argument_group("data").add_argument
-    add("--dataset_name", default="CUHK-PEDES", type=one_of(*DATASETS), help="data set")
-    add("--root_dir", default="./data", help="folder that holds the data sets' folders")
-    add_by_path(add, default=None)
-    add("--img_aug", action="store_true", help="random crop and erasing besides the flip, as in the recipe")
-    add("--sampler", default="random", type=one_of(*SAMPLERS), help="order of the training samples")
-    add("--num_instance", default=4, type=count, help="identity sampler: samples of each person in a batch")
-    add("--batch_size", default=128, type=count, help="training batch; the recipe's is 64")
-    add(
-        "--micro_batch",
-        default=None,
-        type=count,
-        help="samples in memory at a time: the whole batch's losses all the same, in slower steps",
-    )
-    add("--grad_checkpointing", action="store_true", help="less memory, slower: compute activations twice")
-    add("--test_batch_size", default=512, type=count, help="batch of images or captions in evaluation")
-    add(
-        "--num_workers", default=8, type=count_or_0, help="loading processes; the batches do not depend on it"
-    )
-    add(
-        "--image_cache",
-        default="off",
-        metavar="DIR|ram|off",
-        help="decode each image once and keep its pixels (147 kB at 384x128) in a file in DIR, or in memory",
-    )
-    add(
-        "--on_bad_image",
-        default="stop",
-        type=one_of("stop", "skip"),
-        help="an image that cannot be read: stop and name it, or leave it out, count and list it",
-    )
-    add(
-        "--test",
-        dest="training",
-        action="store_false",
-        default=True,
-        help="kept from the published code: see test.py",
-    )
+def parser_of(program):
+    """The parser of train, test, search, visualize, demo or export: its rows of the table."""
+    call, does = PROGRAMS[program]
+    usage = f"{program}.py {call} [option ...]"
+    parser = Parser(prog=f"{program}.py", usage=usage, description=does, epilog=EXIT_STATUS)
+    for heading, rows in OPTIONS.items():
+        group = parser.add_argument_group(heading)
+        for name, programs, kind, text, *more in rows:
+            defaults = {one: default for names, default in programs.items() for one in names.split()}
+            if program in defaults:
+                known = _for_argparse(defaults[program], kind, text) | dict(*more)
+                group.add_argument(*name.split(), **known)
     return parser
 
 
-def add_by_path(add, default=argparse.SUPPRESS):
-    """A data set by path, of train.py and of tools that read a run's; kept absolute, for other folders."""
-    add(
-        "--annotations",
-        default=default,
-        type=absolute,
-        metavar="FILE",
-        help="instead of a data set's name: a JSON, JSON lines, CSV or TSV file (README.md, Data)",
-    )
-    add(
-        "--images",
-        default=default,
-        type=absolute,
-        metavar="DIR",
-        help="where the image paths in FILE start; default: the folder of FILE",
-    )
-
-
-def test_parser():
-    parser = Parser(
-        prog="test.py",
-        description="Evaluate a run: reads its configs.yaml and the best.pth beside it, prints the table and "
-        "writes results.json. Published pairs of configs.yaml and best.pth work too.",
-        epilog="Exit status: 0 done; 2 something to mend in the input (one sentence); 130 interrupted.",
-    )
-    add = parser.add_argument
-    add("--config_file", required=True, metavar="FILE", help="configs.yaml of a run, or the run's folder")
-    add("--checkpoint", default=None, metavar="FILE", help="instead of the best.pth beside the configs.yaml")
-    add("--root_dir", default=argparse.SUPPRESS, help="folder that holds the data sets' folders")
-    add(
-        "--dataset_name",
-        default=argparse.SUPPRESS,
-        type=one_of(*DATASETS),
-        help="test on another data set than the run's",
-    )
-    add_by_path(add)
-    add("--split", default="test", type=one_of("test", "val", "train"), help="split to evaluate")
-    add("--i2t", action="store_true", help="image-to-text too")
-    add("--test_batch_size", default=argparse.SUPPRESS, type=count, help="batch of images or captions")
-    add("--num_workers", default=argparse.SUPPRESS, type=count_or_0, help="loading processes")
-    add(
-        "--image_cache",
-        default="off",
-        metavar="DIR|ram|off",
-        help="where decoded images are kept",
-    )
-    add(
-        "--device",
-        default="auto",
-        type=device_name,
-        help="auto (CUDA where there is one), cpu, cuda or cuda:N",
-    )
-    add(
-        "--precision",
-        default=None,
-        type=one_of(*PRECISIONS),
-        help="default: fp16 on CUDA, as published (fp32 for AdamW and for random weights), fp32 on a CPU",
-    )
-    add("--chance", action="store_true", help="add a row for random order")
-    add("--picture", default=None, metavar="FILE", help="draw a few queries with their ten best images")
-    add("--debug", action="store_true", help="print the traceback of an input error too")
-    return parser
+def _for_argparse(default, kind, text):
+    """A row as arguments of add_argument; its help ends with the names to choose from and the default."""
+    if kind is bool:
+        return {"action": "store_false" if default else "store_true", "help": text}
+    is_text = isinstance(kind, str)
+    known = {"type": None if is_text else kind, "metavar": kind if is_text else getattr(kind, "word", "NAME")}
+    if hasattr(kind, "names"):
+        text += f" ({', '.join(kind.names)})"
+    if default is REQUIRED:
+        return known | {"required": True, "help": text}
+    if default == []:  # several after one flag, and the flag several times
+        known |= {"nargs": "+", "action": "extend"}
+    shown = str(default)
+    if isinstance(default, list):  # a list of its own for each parser: who gets it may change it
+        default, shown = list(default), " ".join(map(str, default))
+    if shown not in ("None", ""):
+        text += f" [{shown}]".replace(OF_RUN, "the run's")
+    return known | {"default": default, "help": text}
 
 
 # ---- what the scripts call ----
@@ -337,19 +273,18 @@ def get_args(argv=None):
 
     `args.notes` holds sentences about options that were reconciled, to be logged once there is a log.
     """
-    argv = sys.argv[1:] if argv is None else list(argv)
-    parser = train_parser()
-    first = Parser(prog=parser.prog, add_help=False)
-    first.add_argument("--config_file")
-    for name in ("dataset_name", "annotations", "images"):
-        first.add_argument(f"--{name}", default=argparse.SUPPRESS)
+    parser, options = parser_of("train"), {}
+    args = parser.parse_args(argv)
     try:
-        typed = {} if {"-h", "--help"} & set(argv) else vars(first.parse_known_args(argv)[0])
-        config_file = typed.pop("config_file", None)
-        before = {} if config_file is None else _as_defaults(config_file, parser)
-        parser.set_defaults(**before)
-        args = parser.parse_args(argv)
-        before = {name: before.get(name) for name in ("annotations", "images")}
+        if args.config_file is not None:
+            options = read_options(args.config_file, parser)
+            folder = Path(options.get("output_dir", ""))
+            if RUN_FOLDER.match(folder.name):  # a run's configs.yaml names its own; a new run gets a new one
+                options["output_dir"] = str(folder.parent.parent)
+            parser.set_defaults(**options)
+            args = parser.parse_args(argv)
+        before = {name: options.get(name) for name in ("annotations", "images")}
+        typed = _typed(argv, "dataset_name", *before)
         vars(args).update(options_over(before, {name: vars(args)[name] for name in typed}))
         if isinstance(args.clip_architecture, list):
             args.clip_architecture = dict(args.clip_architecture)
@@ -359,12 +294,12 @@ def get_args(argv=None):
     return args
 
 
-def _as_defaults(config_file, parser):
-    options = check_options(read_yaml(config_file), parser, config_file)
-    folder = Path(options.get("output_dir", ""))
-    if RUN_FOLDER.match(folder.name):  # a run's configs.yaml names its own folder; a new run gets a new one
-        options["output_dir"] = str(folder.parent.parent)
-    return options
+def _typed(argv, *names):
+    """Those of the options that stand on the command line itself, whatever their value."""
+    probe = Parser(argument_default=SUPPRESS)
+    for name in names:
+        probe.add_argument(f"--{name}")
+    return list(vars(probe.parse_known_args(argv)[0]))
 
 
 def losses(args):
@@ -413,26 +348,33 @@ def reconcile(args):
 
 
 def get_test_args(argv=None):
-    """The options of test.py over those of the run: a Namespace as get_args gives, plus test.py's own.
+    """The options of test.py over those of the run that it evaluates; see tool_args."""
+    return tool_args(parser_of("test"), argv)
 
-    Adds `run_dir`, the folder that holds the configs.yaml.
+
+def tool_args(parser, argv=None):
+    """The options of a tool over those of the run that it names: a Namespace, with `run_dir` added.
+
+    run_dir is the folder of the configs.yaml. Without --config_file, where a tool allows that, it is None and
+    the tool's options are all.
     """
-    parser = test_parser()
-    given = parser.parse_args(sys.argv[1:] if argv is None else list(argv))
+    given = parser.parse_args(argv)
+    if given.config_file is None:
+        given.run_dir = None
+        return given
     config_file = Path(given.config_file)
     if config_file.is_dir():
         config_file = config_file / "configs.yaml"
     args = read_run_options(config_file)
-    vars(args).update(options_over(vars(args), vars(given)))
+    vars(args).update(options_over(vars(args), vars(given)), training=False, run_dir=str(config_file.parent))
     check_data_options(args)
-    args.training, args.run_dir = False, str(config_file.parent)
     return args
 
 
 def read_run_options(config_file):
     """The options that a run's configs.yaml holds, ours or a published one, the others at their default."""
-    parser = train_parser()
-    options = check_options(read_yaml(config_file), parser, config_file)
+    parser = parser_of("train")
+    options = read_options(config_file, parser)
     if "loss_names" not in options or "dataset_name" not in options:
         raise InputError(
             f"{config_file} is not the configs.yaml of a run: it names no loss_names and dataset_name"
