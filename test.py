@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from utils.data_sets import name_of
-from utils.errors import reports_errors
+from utils.errors import InputError, reports_errors
 from utils.options import get_test_args, read_run_options
 
 
@@ -25,13 +25,15 @@ def test(args, device):
     from retrieval.contact_sheet import draw_contact_sheet, gallery_paths, query_rows, spread
     from utils.checkpoint import load_checkpoint
     from utils.dist import from_all, rank
-    from utils.files import write_whole
+    from utils.files import make_folder
     from utils.run import keep_log, setup_logger
 
     run = Path(args.run_dir)
     logger = setup_logger("IRRA")
+    if args.output:
+        make_folder(args.output, "--output")
     if rank() == 0:
-        keep_log(logger, run / "test_log.txt")
+        keep_log(logger, Path(args.output or run) / "test_log.txt")
     logger.info(str({key: value for key, value in sorted(vars(args).items()) if key != "notes"}))
     checkpoint = Path(args.checkpoint or run / "best.pth")
     img_loader, txt_loader, _ = build_dataloader(args)
@@ -56,9 +58,7 @@ def test(args, device):
         "gallery": len(features.image),
         **rows,
     }
-    target = run / results_name(args, run)
-    write_whole(target, json.dumps(results, indent=1) + "\n")
-    logger.getChild("test").info(f"results are in {target}")
+    keep_results(results, Path(args.output or run) / results_name(args, run, checkpoint), logger)
     if args.picture:
         paths, captions = gallery_paths(img_loader.dataset, left_out), txt_loader.dataset.captions
         queries = spread(len(captions), 6)
@@ -66,11 +66,26 @@ def test(args, device):
         logger.getChild("test").info(f"queries and their ten best images are drawn in {args.picture}")
 
 
-def results_name(args, run):
-    """results.json for the run's own data set; another data set or split has a file of its own."""
+def keep_results(results, target, logger):
+    """The table has been printed: where the results cannot be kept, the rest goes on all the same."""
+    from utils.files import write_whole
+
+    log = logger.getChild("test")
+    try:
+        write_whole(target, json.dumps(results, indent=1) + "\n")
+        log.info(f"results are in {target}")
+    except InputError as error:
+        log.warning(f"the results are not kept ({error}): --output FOLDER says where they may go")
+
+
+def results_name(args, run, checkpoint):
+    """results.json is of the run's best.pth on its own data set; another one has a file of its own."""
+    from utils.run import results_of
+
     trained = read_run_options(run / "configs.yaml")
     own = args.annotations == trained.annotations and name_of(args) == name_of(trained)
-    return "results.json" if own and args.split == "test" else f"results_{name_of(args)}_{args.split}.json"
+    what = "" if own and args.split == "test" else f"_{name_of(args)}_{args.split}"
+    return f"{results_of(run, checkpoint)}{what}.json"
 
 
 if __name__ == "__main__":

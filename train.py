@@ -32,6 +32,11 @@ def checkpoint_to_resume(args):
     """What --resume goes on with: the file that --resume_ckpt_file names, or the last.pth of the newest run
     of this name. Else None."""
     if not args.resume:
+        if args.resume_ckpt_file:
+            raise InputError(
+                f"--resume_ckpt_file {args.resume_ckpt_file} goes with --resume: without it a new training "
+                "would begin"
+            )
         return None
     if args.resume_ckpt_file:
         path = Path(args.resume_ckpt_file)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from utils.data_sets import name_of
 from utils.errors import InputError, reports_errors
+from utils.files import make_folder
 from utils.tool_options import visualize_args
 
 
@@ -11,10 +12,7 @@ from utils.tool_options import visualize_args
 def main(argv=None):
     args = visualize_args(argv)
     folder = Path(args.output or (Path(args.run_dir) / "pictures" if args.run_dir else "."))
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot make the folder {folder}: {error.strerror} (see --output)") from None
+    make_folder(folder, "--output")
     written = []
     if args.curves:
         written += curves(args, folder)

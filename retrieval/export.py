@@ -21,6 +21,7 @@ from model.pretrained import CHECKPOINTS, architecture, new_clip
 from utils.data_sets import name_of
 from utils.errors import InputError
 from utils.extras import extra
+from utils.run import results_of
 
 MOST = 1e-4  # the largest difference that is accepted, absolute, of features that are not normalised
 OPSET = 18
@@ -367,7 +368,7 @@ are. The data set's authors limit what may be done with models trained on it.
 
 def figures_of(args):
     """A table of what test.py found, if it has been run."""
-    path = Path(args.run_dir) / "results.json"
+    path = Path(args.run_dir) / f"{results_of(args.run_dir, args.checkpoint)}.json"
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
         rows = [(task, results[task]) for task in ("t2i", "i2t") if task in results]

@@ -539,3 +539,47 @@ def test_every_schedule_gives_a_rate_in_every_epoch(name):
 def test_a_schedule_that_no_option_names_does_not_exist():
     with pytest.raises(InputError, match="cosin"):
         solver.lr_at(10, 1e-5, 60, "cosin")
+
+
+# ---- what a file says is what is used ----
+
+
+@pytest.mark.parametrize("word", ["off", "no", "on", "yes", "Off", "NO"])
+def test_words_of_yaml_that_look_like_booleans_are_the_words_they_are(config, word):
+    """YAML 1.1 reads them as true and false: a cache was made in a folder called False."""
+    args = get_args(["--config_file", config(f"image_cache: {word}\nname: {word}")])
+    assert (args.image_cache, args.name) == (word, word)
+
+
+@pytest.mark.parametrize(("word", "value"), [("true", True), ("yes", True), ("on", True), ("no", False)])
+def test_a_switch_understands_them_all_the_same(config, word, value):
+    assert get_args(["--config_file", config(f"img_aug: {word}")]).img_aug is value
+
+
+def test_true_is_no_word(refused, config):
+    message = refused("--config_file", config("image_cache: true"))
+    assert "image_cache" in message and "in quotes" in message
+    assert get_args(["--config_file", config("image_cache: 'true'")]).image_cache == "true"
+
+
+def test_a_key_that_stands_there_twice_is_refused_with_its_line(refused, config):
+    message = refused("--config_file", config("lr: 1e-4\nbatch_size: 8\nlr: 1e-5"))
+    assert "lr stands there twice" in message and "line 1" in message
+
+
+@pytest.mark.parametrize("flag", ["output_dir", "root_dir", "pretrain_choice", "image_cache", "annotations"])
+def test_a_tilde_is_the_home_folder_wherever_it_stands(flag, config, monkeypatch):
+    """The shell leaves --flag=~/x alone, and nobody asks it about a YAML file."""
+    monkeypatch.setenv("HOME", "/home/somebody")
+    for words in ([f"--{flag}=~/x"], [f"--{flag}", "~/x"], ["--config_file", config(f"{flag}: ~/x")]):
+        assert getattr(get_args(words), flag) == "/home/somebody/x"
+
+
+def test_a_config_file_may_begin_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "bom.yaml").write_text("batch_size: 8\n", encoding="utf-8-sig")
+    assert get_args(["--config_file", str(tmp_path / "bom.yaml")]).batch_size == 8
+
+
+def test_a_checkpoint_without_resume_begins_no_other_training(train_script, tmp_path, capsys):
+    assert train_script.main(["--resume_ckpt_file", str(tmp_path / "last.pth")]) == 2
+    assert "goes with --resume" in capsys.readouterr().err

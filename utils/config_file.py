@@ -7,6 +7,7 @@ from pathlib import Path
 from utils.errors import InputError
 from utils.option_types import nearest
 
+SWITCH = {"yes": True, "on": True, "no": False, "off": False}  # besides true and false
 DERIVED = ("training", "distributed")  # a run's configs.yaml holds these too; no flag of theirs exists
 
 
@@ -15,6 +16,21 @@ def read_yaml(path):
     import yaml
 
     class Loader(yaml.SafeLoader):
+        # of YAML 1.1's booleans only true and false: off, no and on are words here, as on the command line
+        yaml_implicit_resolvers = {
+            first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+            for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+        }
+
+        def construct_mapping(self, node, deep=False):
+            keys = [key.value for key, _ in node.value]
+            for (key, _), name in zip(node.value, keys, strict=True):
+                if keys.count(name) > 1:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"{name} stands there twice", key.start_mark
+                    )
+            return super().construct_mapping(node, deep)
+
         def compose_node(self, parent, index):
             if self.check_event(yaml.AliasEvent):  # a kilobyte of them can stand for gigabytes
                 mark = self.peek_event().start_mark
@@ -24,13 +40,16 @@ def read_yaml(path):
     Loader.add_constructor(
         "tag:yaml.org,2002:python/tuple", lambda loader, node: loader.construct_sequence(node, deep=True)
     )
+    Loader.add_implicit_resolver(
+        "tag:yaml.org,2002:bool", re.compile(r"(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+    )
     # YAML 1.1 reads 1e-5 as a string; people write it
     Loader.add_implicit_resolver(
         "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
     )
     path = Path(path)
     try:
-        options = yaml.load(path.read_text(encoding="utf-8"), Loader)
+        options = yaml.load(path.read_text(encoding="utf-8-sig"), Loader)
     except FileNotFoundError:
         raise InputError(f"no config file at {path}{_neighbours(path)}") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -75,6 +94,7 @@ def read_options(path, parser):
 
 def _check_value(action, value):
     if action.nargs == 0:  # a switch
+        value = SWITCH.get(str(value).lower(), value)
         if not isinstance(value, bool):
             raise ArgumentTypeError(f'"{value}" is neither true nor false')
         return value
@@ -87,6 +107,8 @@ def _check_value(action, value):
     if action.nargs is None:
         if isinstance(value, (list, dict)) or value is None:
             raise ArgumentTypeError(f'"{value}" is not a single value')
+        if isinstance(value, bool):
+            raise ArgumentTypeError(f'{str(value).lower()} is no word: "{str(value).lower()}" in quotes is')
         return action.type(value) if action.type else str(value)  # `name: 7`
     if not isinstance(value, list) or (isinstance(action.nargs, int) and len(value) != action.nargs):
         wanted = f"{action.nargs} values" if isinstance(action.nargs, int) else "values"

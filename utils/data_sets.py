@@ -66,7 +66,7 @@ def name_of(args):
 
 def absolute(path):
     """The type of --annotations and --images: a run's configs.yaml is read from other folders too."""
-    return os.path.abspath(str(path))
+    return os.path.abspath(os.path.expanduser(str(path)))
 
 
 def options_over(before, typed):

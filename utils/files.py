@@ -32,6 +32,14 @@ def whole_file(path, needed=None):
         remove(beside)
 
 
+def make_folder(path, option):
+    """Make a folder, and those above it, where it is not there; option: the flag that names it."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make the folder {path}: {error.strerror} (see {option})") from None
+
+
 def remove(path):
     """Delete a file if it is there and can be deleted: an error on the way is not the one to tell of."""
     try:

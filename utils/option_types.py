@@ -64,6 +64,11 @@ def number_list(text):
 number_list.word = "N,N,…"
 
 
+def path(text):
+    """A path, `~` in it the home folder: a shell replaces it only where it begins a word of its own."""
+    return os.path.expanduser(str(text))
+
+
 class Parser(ArgumentParser):
     """argparse, but an error is one sentence without sixty lines of usage before it."""
 

@@ -13,7 +13,7 @@ from utils.config_file import read_options
 from utils.data_sets import DATA_SETS, DEFAULT, absolute, check_data_options, options_over
 from utils.errors import InputError
 from utils.losses import LOSSES
-from utils.option_types import Parser, nearest, number, number_list, one_of
+from utils.option_types import Parser, nearest, number, number_list, one_of, path
 
 DATASETS = tuple(DATA_SETS)
 OPTIMIZERS = ("Adam", "SGD", "AdamW")
@@ -73,6 +73,7 @@ loss_list.names, clip_size.word, absolute.word = LOSSES, "K=N", "PATH"
 
 # ---- the options ----
 
+PATHS = ("FILE", "FOLDER", "RUN", "CLIP", "DIR|ram|off")  # words that stand for, or may be, a path
 REQUIRED = object()  # no default: must be given
 OF_RUN = SUPPRESS  # no default: what the run's configs.yaml says holds
 TOOLS = "test search visualize demo"  # the programs that read a run and a data set
@@ -176,7 +177,7 @@ OPTIONS = {
     ("--save", {"search": None}, "FILE", "draw the result, e.g. result.png"),
     ("--json", {"search": False}, bool, "print JSON instead of tables"),
     ("--format", {"export": REQUIRED}, one_of(*FORMATS), "what is written"),
-    ("--output", {"visualize export": None}, "FOLDER", "default: pictures/ or export/ in the run's folder")],
+    ("--output", {"test visualize export": None}, "FOLDER", "default: in the run's folder")],
 "page": [
     ("--host", {"demo": "127.0.0.1"}, "ADDRESS", "to listen on; 0.0.0.0 lets every machine in"),
     ("--port", {"demo": 7860}, port, "0 takes a free one"),
@@ -250,7 +251,8 @@ def _for_argparse(default, kind, text):
     if kind is bool:
         return {"action": "store_false" if default else "store_true", "help": text}
     is_text = isinstance(kind, str)
-    known = {"type": None if is_text else kind, "metavar": kind if is_text else getattr(kind, "word", "NAME")}
+    type = (path if kind in PATHS else None) if is_text else kind
+    known = {"type": type, "metavar": kind if is_text else getattr(kind, "word", "NAME")}
     if hasattr(kind, "names"):
         text += f" ({', '.join(kind.names)})"
     if default is REQUIRED:

@@ -147,6 +147,12 @@ class RunFiles:
         return path
 
 
+def results_of(run, checkpoint):
+    """results, test.py's file of a run's best.pth; other checkpoints have files of their own."""
+    run, checkpoint = Path(run), Path(checkpoint or Path(run) / "best.pth")
+    return "results" if checkpoint.resolve() == (run / "best.pth").resolve() else f"results_{checkpoint.stem}"
+
+
 class Stopped(Exception):
     """A signal asked the run to end, and everything is saved."""
 
