@@ -128,6 +128,7 @@ def train(args, device, checkpoint=None):
         raise InputError(f"{error}. The batch is described in {run.keep_evidence(error.evidence)}") from None
     finally:
         run.close()
+        loaders[0].close()
         for loader in loaders[:2]:
             for reason in loader.left_out.values():
                 log.warning(f"was left out: {reason}")

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,6 +51,7 @@ class Splits(NamedTuple):
     val: EvalSplit
     source: Source
     persons: dict  # {(whether of train, pid): the person as in the file}, where that is not the pid
+    words: dict  # {word for a split, as in the file: images}
 
     @property
     def by_name(self):
@@ -165,6 +166,7 @@ def read_splits(source, root_dir=None, images_must_exist=True):
         eval_splits["val"],
         source,
         persons,
+        Counter(record.split for record in records),
     )
 
 
@@ -218,11 +220,25 @@ def missing_images(image_paths):
     missing = []
     for directory, paths in by_folder.items():
         try:
-            present = set(os.listdir(directory))
+            with os.scandir(directory) as entries:  # of links only those that lead somewhere
+                present = {e.name for e in entries if not e.is_symlink() or os.path.exists(e.path)}
         except (OSError, ValueError):  # ValueError: a name that no file can have
             present = set()
         missing += [path for path in paths if os.path.basename(path) not in present]
     return missing
+
+
+def why_missing(path):
+    """What explains that an image is not there, as far as its folder tells; or nothing."""
+    folder, name = os.path.split(path)
+    try:
+        present = os.listdir(folder)
+    except (OSError, ValueError):
+        return ""
+    if name in present:
+        return " (it is a link to nothing: is its disk there?)"
+    alike = next((other for other in present if other.lower() == name.lower()), None)
+    return f" (upper and lower case: there is {alike})" if alike else ""
 
 
 def number_missing(paths):
@@ -238,7 +254,8 @@ def check_images(source, image_paths):
         if source.row is None:
             mend = f"is --images {source.images} where the paths in {source.path} start?"
         raise InputError(
-            f"{source.name}: {number_missing(missing)}, the first is {min(missing)[:300]}; {mend} "
+            f"{source.name}: {number_missing(missing)}, the first is {min(missing)[:300]}"
+            f"{why_missing(min(missing))}; {mend} "
             f"(below: {', '.join(below[:7])[:300]}{', …' if len(below) > 7 else ''})"
         )
 

@@ -41,6 +41,13 @@ class TrainLoader(DataLoader):
             yield Batch(images=images, **batch)
             del images  # not kept here while the next batch is made
 
+    def close(self):
+        """End the loading processes now. After an error that nobody foresaw Python would send them a SIGTERM
+        and wait a minute, for so long they go on, for the sake of a batch that is to be finished."""
+        iterator, self._iterator = self._iterator, None
+        if iterator is not None and self.num_workers:
+            iterator._shutdown_workers()
+
     def set_epoch(self, epoch, start=0, samples=None):
         """start: batches of the epoch that an interrupted run has had; or samples, if of another size."""
         self.batch_sampler.set_epoch(epoch, start, samples)

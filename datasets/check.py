@@ -12,7 +12,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from datasets.annotations import missing_images, number_missing, read_splits, source_of, statistics_table
+from datasets.annotations import (
+    missing_images,
+    number_missing,
+    read_splits,
+    source_of,
+    statistics_table,
+    why_missing,
+)
 from utils.data_sets import DATA_SETS, DEFAULT, ignored_name
 from utils.errors import InputError, reports_errors
 
@@ -64,6 +71,34 @@ def check_images_once(splits):
         )
     if twice:
         findings.append(Finding(f"{len(twice)} images show two persons, the first is {twice[0]}", True))
+    for name, split in splits.by_name.items():
+        again = [path for path, times in Counter(split.image_paths).items() if times > 1]
+        if again:
+            images = len(set(split.image_paths))
+            findings.append(
+                Finding(
+                    f"{len(again)} images of {name} are listed more than once, so that a gallery holds "
+                    f"{len(split.image_paths)} instead of {images}, as in the published code; the first is "
+                    f"{min(again)}: one record an image, with all its captions, is meant",
+                    False,
+                )
+            )
+    return findings
+
+
+def check_split_words(splits):
+    """Words other than train, test and val: they count as val, which may be a slip of the pen."""
+    findings = []
+    for word, images in splits.words.items():
+        meant = word.strip().lower()
+        if word in ("train", "test", "val"):
+            continue
+        if meant in ("train", "test"):
+            what = f'{images} images have the split "{word}", which counts as val: {meant} is meant'
+            findings.append(Finding(what, True))
+        else:
+            what = f'{images} images have the split "{word}", which counts as val, as in the published code'
+            findings.append(Finding(what, False))
     return findings
 
 
@@ -109,20 +144,24 @@ def check_captions(splits, text_length=77):
 
 
 def check_pictures(splits, progress=True):
-    """Decode every image; find unreadable ones and the same picture under two names in different splits."""
+    """Decode every image; find unreadable ones, the same picture under two names in different splits, and
+    those that other programs show differently."""
     from tqdm import tqdm
 
-    from datasets.transforms import read_image
+    from datasets.transforms import is_deep, is_turned, open_image, read_image
 
     def look(path):
         try:
             read_image(path)
-            return path, hashlib.sha256(Path(path).read_bytes()).hexdigest(), None
         except InputError as error:
             return path, None, str(error)
+        with open_image(path) as image:
+            odd["turned"] += [path] * is_turned(image)
+            odd["deep"] += [path] * is_deep(image)
+        return path, hashlib.sha256(Path(path).read_bytes()).hexdigest(), None
 
     owner = {path: name for name, split in splits.by_name.items() for path in split.image_paths}
-    unreadable, pictures = [], defaultdict(list)
+    unreadable, pictures, odd = [], defaultdict(list), {"turned": [], "deep": []}
     with ThreadPoolExecutor() as pool:
         looked = tqdm(
             pool.map(look, owner),
@@ -147,6 +186,16 @@ def check_pictures(splits, progress=True):
                 True,
             )
         )
+    says = {
+        "turned": "are turned by an EXIF tag: training and test.py read them as they lie, as the published "
+        "code does, search.py and demo.py upright",
+        "deep": "are grey with more than eight bits, of which the upper eight are read",
+    }
+    findings += [
+        Finding(f"{len(paths)} pictures {says[kind]}; the first is {min(paths)}", False)
+        for kind, paths in odd.items()
+        if paths
+    ]
     return findings
 
 
@@ -162,12 +211,14 @@ def check_dataset(source, decode=False, text_length=77):
         whole = "" if Path(most).is_dir() else ", a folder that does not exist"
         findings.append(
             Finding(
-                f"{number_missing(absent)}, the first is {min(absent)}; {number} of them in {most}{whole}: "
+                f"{number_missing(absent)}, the first is {min(absent)}{why_missing(min(absent))}; {number} "
+                f"of them in {most}{whole}: "
                 + ("is the archive unpacked whole?" if source.row else f"is --images {source.images} right?"),
                 True,
             )
         )
-    findings += check_counts(splits) + check_images_once(splits) + check_captions(splits, text_length)
+    findings += check_split_words(splits) + check_counts(splits) + check_images_once(splits)
+    findings += check_captions(splits, text_length)
     if decode and not absent:
         findings += check_pictures(splits)
     return splits, findings

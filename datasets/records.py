@@ -76,6 +76,7 @@ def check_split(split, where):
 def check_image(image, key, where):
     if not isinstance(image, str) or not image:
         raise InputError(f"{where}: {key} must be the path of an image, not {_short(image)}")
+    image = image.replace("\\", "/")  # a file made on Windows
     if image.startswith("/") or ".." in image.split("/") or "\0" in image:
         raise InputError(f"{where}: {key} {_short(image)} leaves the image folder")
     return image
@@ -165,11 +166,11 @@ def entries(path):
     """Yields (place, entry) of each entry of the file."""
     suffix = path.suffix.lower()
     if suffix == ".json":
-        found = read_list(path, "utf-8-sig", ": is it whole? JSON lines are named .jsonl")
+        found = read_list(path, ": is it whole? JSON lines are named .jsonl")
         for number, entry in enumerate(found):
             yield f"{path}, record {number}", entry
     elif suffix in LINES:
-        for number, line in enumerate(read_text(path, "utf-8-sig").split("\n"), start=1):
+        for number, line in enumerate(read_text(path).split("\n"), start=1):
             if line.strip():
                 where = f"{path}, line {number}"
                 yield where, parse_json(line, where, ": each line holds one record")
@@ -181,7 +182,7 @@ def entries(path):
 
 def rows(path, delimiter, delimiters):
     """The rows of a table below its header, each as {column: text}. A row may go over several lines."""
-    text = io.StringIO(read_text(path, "utf-8-sig"), newline="")
+    text = io.StringIO(read_text(path), newline="")
     reader, header = csv.reader(text, delimiter=delimiter, strict=True), None
     while True:
         where = f"{path}, line {reader.line_num + 1}"
@@ -225,9 +226,10 @@ def check_header(row, where, delimiters):
 # ---- files and values ----
 
 
-def read_text(path, encoding="utf-8"):
+def read_text(path):
+    """Text in UTF-8; a byte order mark, as Windows' editors put it first, is no part of it."""
     try:
-        return Path(path).read_bytes().decode(encoding)
+        return Path(path).read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
@@ -243,9 +245,9 @@ def parse_json(text, where, hint=""):
         raise InputError(f"{where} is not JSON ({error}){hint}") from None
 
 
-def read_list(path, encoding="utf-8", hint=": is the download complete?"):
+def read_list(path, hint=": is the download complete?"):
     """The list, not empty, that a JSON file holds."""
-    found = parse_json(read_text(path, encoding), path, hint)
+    found = parse_json(read_text(path), path, hint)
     if not isinstance(found, list) or not found:
         raise InputError(f"{path} must hold a list of records, but holds {_kind(found)}")
     return found

@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 import torch
-from PIL import EpsImagePlugin, Image
+from PIL import EpsImagePlugin, ExifTags, Image
 
 from utils.errors import InputError
 
@@ -33,14 +33,30 @@ def open_image(path):
     return image
 
 
+def as_rgb(image):
+    """The picture decoded, in RGB, as every program here sees it; not turned by its EXIF tag."""
+    image.load()
+    if is_deep(image):  # convert() would cut at 255, which leaves white
+        values = np.asarray(image)
+        image = Image.fromarray((values >> (8 if values.max() > 255 else 0)).clip(0, 255).astype(np.uint8))
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def is_deep(image):
+    """Whether it is grey with more than eight bits."""
+    return image.mode == "I" or image.mode.startswith("I;16")
+
+
+def is_turned(image):
+    """Whether an EXIF tag asks viewers to turn it."""
+    return image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+
+
 def read_image(path):
     """RGB picture of a file. One that cannot be decoded is an error that names it; it is not tried again."""
     try:
         with open_image(path) as image:
-            image.load()
-            if image.mode.startswith("I;16"):  # convert() would cut at 255, which leaves white
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            return image if image.mode == "RGB" else image.convert("RGB")
+            return as_rgb(image)
     except FileNotFoundError:
         raise InputError(f"no image at {path}") from None
     except Exception as error:  # each of PIL's decoders raises its own kinds; the file is no picture

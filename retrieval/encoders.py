@@ -12,7 +12,7 @@ from PIL import ImageOps, UnidentifiedImageError
 
 from datasets.image_text import finish
 from datasets.tokenizer import EOT, SimpleTokenizer, tokenize
-from datasets.transforms import open_image, resize
+from datasets.transforms import as_rgb, open_image, resize
 from model.build import build_trained_model
 from model.irra import PARTS
 from utils.checkpoint import load_checkpoint
@@ -113,7 +113,7 @@ def open_picture(path):
     """RGB picture of any file that Pillow reads, turned upright as its EXIF data asks for."""
     try:
         with open_image(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
+            return as_rgb(ImageOps.exif_transpose(image))
     except FileNotFoundError:
         raise InputError(f"no picture at {shown(path)}") from None
     except IsADirectoryError:

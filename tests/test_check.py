@@ -3,11 +3,15 @@
 import json
 import re
 
+import numpy as np
 import pytest
 from PIL import Image
 
+from datasets.annotations import read_splits
 from datasets.check import main
 from datasets.synthetic import make_dataset
+from datasets.transforms import read_image
+from retrieval.encoders import open_picture
 
 FILES = {"CUHK-PEDES": "reid_raw.json", "ICFG-PEDES": "ICFG-PEDES.json", "RSTPReid": "data_captions.json"}
 
@@ -245,3 +249,92 @@ def test_several_findings_come_faults_first(drawn, capsys):
     status, faults, notes, text = drawn.check(capsys)
     assert status == 1 and len(faults) == 2 and len(notes) == 2
     assert text.index("FAULT") < text.index("note ")
+
+
+# ---- what makes figures wrong without a word ----
+
+
+def test_a_link_to_nothing_is_a_missing_image(drawn, capsys):
+    """git-annex, DVC, a disk that is away: the folder lists it, and training would end in the middle."""
+    drawn.image(0).unlink()
+    drawn.image(0).symlink_to("/nowhere/at/all.jpg")
+    status, (fault,), _, _ = drawn.check(capsys)
+    assert status == 1 and fault.startswith(
+        f"1 image is missing, the first is {drawn.image(0)} (it is a link"
+    )
+
+
+def test_a_link_to_a_picture_is_an_image(drawn, tmp_path, capsys):
+    drawn.image(0).rename(tmp_path / "elsewhere.jpg")
+    drawn.image(0).symlink_to(tmp_path / "elsewhere.jpg")
+    assert drawn.check(capsys)[0] == 0
+
+
+def test_another_case_of_the_suffix_is_named(drawn, capsys):
+    name = drawn.image(0).name
+    drawn.records[0][drawn.path_key] = drawn.records[0][drawn.path_key].replace(".jpg", ".JPG")
+    status, (fault,), _, _ = drawn.check(capsys)
+    assert status == 1 and f"(upper and lower case: there is {name})" in fault
+
+
+def test_backslashes_are_read_as_what_they_are_on_windows(drawn, capsys):
+    before = read_splits(drawn.name, drawn.root)
+    for record in drawn.records:
+        record[drawn.path_key] = record[drawn.path_key].replace("/", "\\")
+    assert drawn.check(capsys)[0] == 0
+    assert read_splits(drawn.name, drawn.root).train == before.train
+
+
+def test_a_backslash_does_not_lead_out_of_the_image_folder(drawn, capsys):
+    drawn.records[0][drawn.path_key] = "..\\..\\secret.jpg"
+    status, _, _, text = drawn.check(capsys)
+    assert status == 2 and "leaves the image folder" in text
+
+
+def test_a_byte_order_mark_is_no_part_of_the_annotation(drawn, capsys):
+    before = read_splits(drawn.name, drawn.root)
+    drawn.annotation.write_text(json.dumps(drawn.records), encoding="utf-8-sig")
+    assert read_splits(drawn.name, drawn.root).train == before.train
+
+
+@pytest.mark.parametrize(
+    ("word", "fault"), [("Train", True), ("test ", True), ("restval", False), ("", False)]
+)
+def test_unknown_words_for_a_split_are_named(word, fault, drawn, capsys):
+    """They count as val, as in the published code."""
+    drawn.of("val")[0]["split"] = word
+    status, faults, notes, _ = drawn.check(capsys)
+    (found,) = [text for text in faults + notes if f'1 images have the split "{word}"' in text]
+    assert status == int(fault) and (found in faults) == fault and "counts as val" in found
+
+
+def test_one_record_a_caption_is_noted_since_the_gallery_grows_by_it(drawn, capsys):
+    images = len(drawn.of("test"))
+    drawn.records = [
+        {**record, "captions": [caption]} for record in drawn.records for caption in record["captions"]
+    ]
+    status, faults, notes, _ = drawn.check(capsys)
+    (note,) = [text for text in notes if "of test are listed more than once" in text]
+    assert status == 0 and f"a gallery holds {2 * images} instead of {images}" in note
+
+
+def test_turned_and_deep_pictures_are_counted_when_they_are_decoded(drawn, capsys):
+    tag = Image.Exif()
+    tag[0x0112] = 6  # turn it to the right
+    with Image.open(drawn.image(0)) as picture:
+        picture.rotate(90, expand=True).save(drawn.image(0), exif=tag)
+    deep = Image.fromarray((np.arange(96 * 40, dtype=np.uint16) * 17).reshape(96, 40))
+    deep.save(drawn.image(1), format="PNG")
+    status, faults, notes, _ = drawn.check(capsys, "--decode")
+    assert status == 0 and not faults
+    assert any(note.startswith("1 pictures are turned by an EXIF tag") for note in notes)
+    assert any(note.startswith("1 pictures are grey with more than eight bits") for note in notes)
+
+
+def test_every_program_reads_a_deep_picture_alike(tmp_path):
+    """Searching cut it at 255, which leaves white, where training took the upper eight bits."""
+    values = (np.arange(96 * 40, dtype=np.uint16) * 17).reshape(96, 40)
+    Image.fromarray(values).save(tmp_path / "deep.png")
+    trained, searched = read_image(tmp_path / "deep.png"), open_picture(tmp_path / "deep.png")
+    assert np.array_equal(np.asarray(trained), np.asarray(searched))
+    assert np.array_equal(np.asarray(trained)[..., 0], values >> 8)

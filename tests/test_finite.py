@@ -3,6 +3,7 @@
 import json
 import math
 import signal
+import time
 
 import pytest
 import torch
@@ -341,3 +342,52 @@ def test_signals_are_as_before_after_a_run(data, train_script, tmp_path):
     argv = words(data, tmp_path, "--optimizer", "SGD", "--lr", "1e30", "--warmup_epochs", "0", epochs=1)
     assert train_script.main(argv) == 2
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+@pytest.mark.parametrize(
+    ("said", "advice"),
+    [
+        (
+            "Caught RuntimeError in DataLoader worker process 0.\nunable to allocate shared memory(shm)",
+            "--shm-size",
+        ),
+        (
+            "unable to open shared memory object </torch_1> in read-write mode: Too many open files (24)",
+            "/dev/shm",
+        ),
+        ("Too many open files. Communication with the workers is no longer possible.", "ulimit -n"),
+        ("DataLoader worker (pid 12) is killed by signal: Bus error.", "--num_workers"),
+        ("DataLoader worker (pid(s) 12, 13) exited unexpectedly", "--num_workers"),
+    ],
+)
+def test_what_loading_processes_lack_is_a_sentence(said, advice, capsys):
+    @reports_errors
+    def main(argv):
+        with out_of_memory(CPU, 64):
+            raise RuntimeError(said)
+
+    assert main([]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and advice in line
+
+
+def test_an_error_that_nobody_foresaw_ends_at_once_with_loading_processes(data, tmp_path):
+    """They used to be waited for a minute, since a SIGTERM does not end them at once."""
+    began, output = time.monotonic(), tmp_path / "output"
+    process = children.CONTEXT.Process(target=fail_unforeseen, args=(data, tmp_path, str(output)))
+    process.start()
+    assert children.end(process, 100) not in (0, 2)
+    assert time.monotonic() - began < 40
+    assert "device-side assert" in output.read_text().splitlines()[-1]
+
+
+def fail_unforeseen(data, tmp_path, output):
+    import processor.trainer
+
+    def fail(report):
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    processor.trainer.total_loss = fail
+    argv = words(data, tmp_path / "logs")
+    argv[argv.index("--num_workers") + 1] = "2"
+    children._train([str(word) for word in argv], output, None)

@@ -18,6 +18,7 @@ from torchvision import transforms
 from datasets.tokenizer import SimpleTokenizer, tokenize
 from tests.recipe import REFERENCE, arguments, bytes8, figures, tiny_clip_file, tiny_model
 from tests.test_metrics import by_sorting
+from utils.checkpoint import load_checkpoint
 
 STRUCTURE = figures("checkpoint_structure")
 GARMENTS = ["coat", "shirt", "dress", "jacket", "hoodie", "blouse", "sweater", "vest"]
@@ -509,3 +510,13 @@ def test_our_run_writes_the_published_tensorboard_tags(own_run):
         (2, pytest.approx(1e-3)),
     ]
     assert events.Scalars("temperature")[0].value == pytest.approx(0.02)
+
+
+def test_a_checkpoint_published_from_several_gpus_is_one(tmp_path):
+    """Its keys begin with module., as DistributedDataParallel names them."""
+    weights = {"base_model.a": torch.ones(2), "classifier.bias": torch.zeros(3)}
+    torch.save({"model": {f"module.{key}": value for key, value in weights.items()}}, tmp_path / "best.pth")
+    found = load_checkpoint(tmp_path / "best.pth")["model"]
+    assert found.keys() == weights.keys() and all(torch.equal(found[key], weights[key]) for key in weights)
+    torch.save({"model": {"module.a": torch.ones(1), "b": torch.ones(1)}}, tmp_path / "mixed.pth")
+    assert set(load_checkpoint(tmp_path / "mixed.pth")["model"]) == {"module.a", "b"}

@@ -49,6 +49,10 @@ def load_checkpoint(path):
         raise InputError(f"{path} cannot be read as a checkpoint: {_first(error)}") from None
     if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
         raise InputError(f'{path} is not a checkpoint of a run: it has no "model" part')
+    weights = state["model"]
+    if weights and all(isinstance(key, str) and key.startswith("module.") for key in weights):
+        # published by a run on several GPUs, whose DistributedDataParallel was saved with it
+        state["model"] = {key.removeprefix("module."): value for key, value in weights.items()}
     return state
 
 

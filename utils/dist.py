@@ -319,17 +319,29 @@ def unwrapped(model):
     return getattr(model, "module", model)
 
 
+LOADING = {  # words in what PyTorch says when its loading processes lack something: what to do
+    "shared memory": "the loading processes find no room in /dev/shm: give it more (docker run "
+    "--shm-size=8g, or --ipc=host), or lower --num_workers, to 0 if need be",
+    "Too many open files": "too many open files: raise the limit (ulimit -n 4096), or lower --num_workers",
+    "DataLoader worker (pid": "a loading process ended, killed by the system or for want of memory or of "
+    "room in /dev/shm: lower --num_workers, or give more of either (docker run --shm-size=8g)",
+}
+
+
 @contextmanager
 def out_of_memory(device, batch_size):
-    """Turn running out of memory into a sentence that says what to lower."""
+    """Turn running out of memory, or of what loading processes need, into a sentence that says what to do."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise InputError(_memory_message(device, batch_size)) from error
     except RuntimeError as error:
-        if "can't allocate memory" not in str(error):  # what the CPU allocator says
-            raise
-        raise InputError(_memory_message(device, batch_size)) from error
+        if "can't allocate memory" in str(error):  # what the CPU allocator says
+            raise InputError(_memory_message(device, batch_size)) from error
+        for sign, message in LOADING.items():
+            if sign in str(error):
+                raise InputError(message) from error
+        raise
 
 
 def _memory_message(device, batch_size):

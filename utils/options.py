@@ -210,8 +210,8 @@ SPECIAL = "<|mask|> and <|endoftext|>, typed in a sentence, are the special toke
 PROGRAMS = {  # a command line that will do, and what the program does
     "train": ("--config_file configs/irra.yaml",
         "Train IRRA (text-to-image person retrieval, arXiv 2303.12501). The paper's recipe: --img_aug "
-        "--batch_size 64 --MLM --loss_names sdm+mlm+id --num_epoch 60. Exit status 3: stopped by SIGTERM or "
-        "SIGINT after the running batch, everything saved; --resume goes on."),
+        "--batch_size 64 --MLM --loss_names sdm+mlm+id --num_epoch 60. Exit status 3: stopped by SIGTERM, "
+        "SIGINT or SIGHUP after the running batch, everything saved; --resume goes on."),
     "test": ("--config_file RUN",
         "Evaluate a run: reads its configs.yaml and the best.pth beside it, prints the table and writes "
         "results.json. Published pairs of configs.yaml and best.pth work too."),
