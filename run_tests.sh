@@ -25,16 +25,9 @@ The page of demo.py is tested in Chromium where that and its driver are installe
 TEXT
 }
 
-for argument in "$@"; do
-    case $argument in
-    -h | --help)
-        show_help
-        exit 0
-        ;;
-    esac
-done
-
-use_environment requirements.txt requirements-search.txt requirements-demo.txt requirements-dev.txt
+help_if_asked "$@"
+find_python
+use_environment requirements-dev.txt
 status=0
 "$python" -m ruff format --check . || status=$?
 "$python" -m ruff check . || status=$?
