@@ -78,8 +78,10 @@ The demo stopped at this step, exit code $code (its own message is above): $*"
 
 train() {
     local dataset_name=${DATASET_NAME:-CUHK-PEDES} root_dir=${ROOT_DIR:-./data}
-    check_data "$(last_value --dataset_name "$dataset_name" "$@")" "$(last_value --root_dir "$root_dir" "$@")"
     find_python
+    # before anything is installed; a name that it does not know is for train.py to judge
+    "$python" -m utils.data_sets \
+        "$(last_value --dataset_name "$dataset_name" "$@")" "$(last_value --root_dir "$root_dir" "$@")"
     use_environment requirements.txt
     exec "$python" train.py --name irra --img_aug --batch_size 64 --MLM --loss_names sdm+mlm+id \
         --dataset_name "$dataset_name" --root_dir "$root_dir" --num_epoch 60 "$@"
@@ -97,45 +99,6 @@ last_value() { # FLAG DEFAULT ARGUMENT...
         shift
     done
     printf '%s\n' "$value"
-}
-
-# Says in one message what is missing, before anything is installed.
-check_data() { # DATASET_NAME ROOT_DIR
-    local folder="$2/$1" annotation second="" link missing=""
-    case $1 in
-    CUHK-PEDES)
-        annotation=reid_raw.json
-        link=https://github.com/ShuangLI59/Person-Search-with-Natural-Language-Description
-        ;;
-    ICFG-PEDES)
-        annotation=ICFG-PEDES.json
-        second=ICFG_PEDES.json
-        link=https://github.com/zifyloo/SSAN
-        ;;
-    RSTPReid)
-        annotation=data_captions.json
-        link=https://github.com/NjtechCVLab/RSTPReid-Dataset
-        ;;
-    *) return 0 ;; # a name that only train.py can judge
-    esac
-    if [ ! -f "$folder/$annotation" ] && { [ -z "$second" ] || [ ! -f "$folder/$second" ]; }; then
-        missing="
-  $folder/$annotation${second:+ (or $second)}"
-    fi
-    if [ ! -d "$folder/imgs" ]; then
-        missing="$missing
-  $folder/imgs/"
-    fi
-    [ -n "$missing" ] || return 0
-    if [ -d "$folder" ]; then
-        # shellcheck disable=SC2012  # names for a person to read
-        missing="$missing
-$folder holds: $(ls -- "$folder" | head -n 8 | tr '\n' ' ')"
-    fi
-    die 2 "The data set $1 is not there. Missing, seen from $PWD:$missing
-Its authors offer it at $link
-If it lies elsewhere: ./run_irra.sh --root_dir FOLDER, where FOLDER contains $1/
-Without any data set: ./run_irra.sh demo"
 }
 
 help_if_asked "$@"

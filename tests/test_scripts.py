@@ -35,7 +35,7 @@ def test_a_word_that_is_no_command_is_named():
     assert (status, out, err.count("\n")) == (2, "", 1) and "There is no 'dmeo'" in err
 
 
-@pytest.mark.parametrize("words", [["./run_irra.sh", "demo"], ["./run_tests.sh"]], ids=str)
+@pytest.mark.parametrize("words", [["./run_irra.sh", "demo"], ["./run_irra.sh"], ["./run_tests.sh"]], ids=str)
 def test_a_python_that_is_missing_or_too_old_is_one_sentence(words, tmp_path):
     assert run(*words, PYTHON="nowhere") == (1, "", "PYTHON=nowhere is not a program that can be run.\n")
     old = tmp_path / "python"
