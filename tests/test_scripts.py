@@ -10,6 +10,7 @@ import pytest
 from packaging.specifiers import SpecifierSet
 
 from scripts import environment
+from tests.conftest import SLOW
 
 ROOT = Path(__file__).parent.parent
 
@@ -43,6 +44,12 @@ def test_a_python_that_is_missing_or_too_old_is_one_sentence(words, tmp_path):
     old.chmod(0o755)
     status, _, err = run(*words, PYTHON=str(old))
     assert (status, err.count("\n")) == (1, 1) and f"found {old} (Python 3.9.1)" in err
+
+
+@pytest.mark.parametrize("row", [row for rows in SLOW.values() for row in rows])
+def test_what_is_listed_as_slow_is_there(row):
+    file, _, name = row.partition("::")
+    assert f"\ndef {name or 'test_'}" in (ROOT / "tests" / file).read_text()
 
 
 # ---- what a Python has ----
