@@ -79,8 +79,8 @@ The demo stopped at this step, exit code $code (its own message is above): $*"
 train() {
     local dataset_name=${DATASET_NAME:-CUHK-PEDES} root_dir=${ROOT_DIR:-./data}
     find_python
-    # before anything is installed; a name that it does not know is for train.py to judge
-    "$python" -m utils.data_sets \
+    # before anything is installed; a file of one's own, or a name that is not known, is for train.py to judge
+    [ -n "$(last_value --annotations "" "$@")" ] || "$python" -m utils.data_sets \
         "$(last_value --dataset_name "$dataset_name" "$@")" "$(last_value --root_dir "$root_dir" "$@")"
     use_environment requirements.txt
     exec "$python" train.py --name irra --img_aug --batch_size 64 --MLM --loss_names sdm+mlm+id \
