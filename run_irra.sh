@@ -18,7 +18,7 @@ The demo draws pedestrians and writes sentences about them, trains a small model
 and paints what it finds. It writes in demo/ only; each further demo adds a run there.
 
   ./run_irra.sh demo                                        the place to start
-  ./run_irra.sh demo --num_epoch 2                          a shorter one
+  ./run_irra.sh demo --num_epoch 3                          a shorter one
   ./run_irra.sh                                             CUHK-PEDES in ./data
   DATASET_NAME=RSTPReid ROOT_DIR=/datasets ./run_irra.sh    another data set, elsewhere
   ./run_irra.sh --name no_id --loss_names sdm+mlm           another recipe
@@ -37,33 +37,26 @@ TEXT
 }
 
 demo() {
-    local people="--format CUHK-PEDES --ids 400 --val_ids 20 --test_ids 100 --images_per_id 4"
-    local config=configs/demo.yaml data=demo/data logs=demo/logs picture=demo/retrieval.png
-    local draw_time="seconds" train_time="minutes on two CPU cores" test_time="seconds"
-    local file run=""
-    logs=$(last_value --output_dir "$logs" "$@")
-
+    local data=demo/data logs run="" file
+    logs=$(last_value --output_dir demo/logs "$@")
+    find_python
     use_environment requirements.txt
     # threads that wait asleep: where cores are shared with other programs, waiting awake takes four times as long
     export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
-    # shellcheck disable=SC2086  # $people is several words
-    step "1/3 Drawing pedestrians and writing sentences about them: $draw_time" \
-        "$python" -m datasets.synthetic $people --root "$data"
-    step "2/3 Training a small IRRA on them: $train_time" \
-        "$python" train.py --config_file "$config" --root_dir "$data" --output_dir "$logs" "$@"
+    step "1/3 Drawing pedestrians and writing sentences about them: seconds" "$python" -m datasets.synthetic \
+        --format CUHK-PEDES --ids 400 --val_ids 20 --test_ids 100 --images_per_id 4 --root "$data"
+    step "2/3 Training a small IRRA on them: minutes on two CPU cores" \
+        "$python" train.py --config_file configs/demo.yaml --root_dir "$data" --output_dir "$logs" "$@"
     for file in "$logs"/*/*/configs.yaml; do
-        if [ -f "$file" ] && { [ -z "$run" ] || [ "$file" -nt "$run/configs.yaml" ]; }; then
-            run=$(dirname -- "$file")
-        fi
+        if [ "$file" -nt "$run/configs.yaml" ]; then run=$(dirname -- "$file"); fi # also newer than none
     done
     [ -n "$run" ] || die 1 "The training left no run in $logs (no $logs/*/*/configs.yaml)."
-    step "3/3 Looking for persons it has never seen: $test_time" \
-        "$python" test.py --config_file "$run/configs.yaml" --chance --picture "$picture"
-
+    step "3/3 Looking for persons it has never seen: seconds" \
+        "$python" test.py --config_file "$run/configs.yaml" --chance --picture demo/retrieval.png
     cat <<TEXT
 
 The table is above, and in $run/test_log.txt
-The picture: $picture
+The picture: demo/retrieval.png
 The run:     $run
 
 Next, after $python -m pip install -r requirements-demo.txt: search, look, open a page.
@@ -85,14 +78,17 @@ The demo stopped at this step, exit code $code (its own message is above): $*"
 
 train() {
     local dataset_name=${DATASET_NAME:-CUHK-PEDES} root_dir=${ROOT_DIR:-./data}
-    check_data "$(last_value --dataset_name "$dataset_name" "$@")" "$(last_value --root_dir "$root_dir" "$@")"
+    find_python
+    # before anything is installed; a file of one's own, or a name that is not known, is for train.py to judge
+    [ -n "$(last_value --annotations "" "$@")" ] || "$python" -m utils.data_sets \
+        "$(last_value --dataset_name "$dataset_name" "$@")" "$(last_value --root_dir "$root_dir" "$@")"
     use_environment requirements.txt
     exec "$python" train.py --name irra --img_aug --batch_size 64 --MLM --loss_names sdm+mlm+id \
         --dataset_name "$dataset_name" --root_dir "$root_dir" --num_epoch 60 "$@"
 }
 
-# last_value FLAG DEFAULT ARGUMENT...: the value of FLAG that train.py will see.
-last_value() {
+# The value of FLAG that train.py will see.
+last_value() { # FLAG DEFAULT ARGUMENT...
     local flag=$1 value=$2
     shift 2
     while [ $# -gt 0 ]; do
@@ -105,58 +101,9 @@ last_value() {
     printf '%s\n' "$value"
 }
 
-# Says in one message what is missing, before anything is installed.
-check_data() { # DATASET_NAME ROOT_DIR
-    local folder="$2/$1" annotation second="" link missing=""
-    case $1 in
-    CUHK-PEDES)
-        annotation=reid_raw.json
-        link=https://github.com/ShuangLI59/Person-Search-with-Natural-Language-Description
-        ;;
-    ICFG-PEDES)
-        annotation=ICFG-PEDES.json
-        second=ICFG_PEDES.json
-        link=https://github.com/zifyloo/SSAN
-        ;;
-    RSTPReid)
-        annotation=data_captions.json
-        link=https://github.com/NjtechCVLab/RSTPReid-Dataset
-        ;;
-    *) return 0 ;; # a name that only train.py can judge
-    esac
-    if [ ! -f "$folder/$annotation" ] && { [ -z "$second" ] || [ ! -f "$folder/$second" ]; }; then
-        missing="
-  $folder/$annotation${second:+ (or $second)}"
-    fi
-    if [ ! -d "$folder/imgs" ]; then
-        missing="$missing
-  $folder/imgs/"
-    fi
-    [ -n "$missing" ] || return 0
-    if [ -d "$folder" ]; then
-        # shellcheck disable=SC2012  # names for a person to read
-        missing="$missing
-$folder holds: $(ls -- "$folder" | head -n 8 | tr '\n' ' ')"
-    fi
-    die 2 "The data set $1 is not there. Missing, seen from $PWD:$missing
-Its authors offer it at $link
-If it lies elsewhere: ./run_irra.sh --root_dir FOLDER, where FOLDER contains $1/
-Without any data set: ./run_irra.sh demo"
-}
-
-for argument in "$@"; do
-    case $argument in
-    -h | --help)
-        show_help
-        exit 0
-        ;;
-    esac
-done
+help_if_asked "$@"
 case ${1:-} in
-demo)
-    shift
-    demo "$@"
-    ;;
+demo) demo "${@:2}" ;;
 "" | -*) train "$@" ;;
 *) die 2 "There is no '$1': say ./run_irra.sh demo, or give flags for train.py (see ./run_irra.sh --help)." ;;
 esac

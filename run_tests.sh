@@ -5,12 +5,13 @@ source scripts/environment.sh
 
 show_help() {
     cat <<'TEXT'
-Usage: ./run_tests.sh [ARGUMENTS FOR PYTEST]
+Usage: ./run_tests.sh [--fast] [ARGUMENTS FOR PYTEST]
 
 Checks formatting and code with ruff, then runs the tests with pytest, which gets the arguments.
 All three run even when one fails; the exit code is 0 only when all passed.
 
-  ./run_tests.sh                             everything
+  ./run_tests.sh                             everything: about a quarter of an hour on two CPU cores
+  ./run_tests.sh --fast                      all but the slow tests: at most 2.5 minutes; names the five slowest of these
   ./run_tests.sh -x -k sampler               stop at the first failure; only tests with that in their name
   ./run_tests.sh tests/test_objectives.py    one file
 
@@ -25,16 +26,9 @@ The page of demo.py is tested in Chromium where that and its driver are installe
 TEXT
 }
 
-for argument in "$@"; do
-    case $argument in
-    -h | --help)
-        show_help
-        exit 0
-        ;;
-    esac
-done
-
-use_environment requirements.txt requirements-search.txt requirements-demo.txt requirements-dev.txt
+help_if_asked "$@"
+find_python
+use_environment requirements-dev.txt
 status=0
 "$python" -m ruff format --check . || status=$?
 "$python" -m ruff check . || status=$?

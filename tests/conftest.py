@@ -11,6 +11,64 @@ import pytest
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 ROOT = Path(__file__).parent.parent
+SLOW = {  # what --fast leaves out, by what takes it long: a file, or file::beginning of a test's name
+    "several processes": (
+        "test_distributed.py",
+        "test_micro_batch.py::test_a_training_in_parts_by_five_processes",
+        "test_options.py::test_of_many_processes",
+        "test_bad_input.py::test_a_broken_image",  # its loading processes are waited for
+    ),
+    "trainings that are killed or stopped, and resumed": (
+        "test_kills.py",
+        "test_resume.py",
+        "test_finite.py::test_the_last_checkpoint_stays_good_and_goes_on",
+        "test_files.py::test_a_training_without_room",
+        "test_files.py::test_a_full_disk",
+        "test_files.py::test_a_resumed_run",
+    ),
+    "long trainings": (
+        "test_trajectory.py",
+        "test_exactness.py::test_ten_steps",
+        "test_fp16.py::test_120_steps",
+        "test_fp16.py::test_with_a_fused_optimiser_they_do_not",
+        "test_pretended.py::test_live_memory_is_the_same_after_step_3_and_after_step_200",
+    ),
+    "the model at full size, and memory": (
+        "test_model_reference.py::test_full_size",
+        "test_micro_batch.py::test_a_quarter_of_the_batch_at_a_time_needs_at_most_half_the_memory",
+    ),
+    "each combination of losses and each way to train, in each precision": (
+        "test_pretended.py::test_every_combination_of_losses",
+        "test_pretended.py::test_every_way_to_train",
+    ),
+    "compilers": (
+        "test_exactness.py::test_compiled_encoders",
+        "test_exactness.py::test_what_torch_compile_generates",
+        "test_export.py::test_onnx",
+    ),
+    "the benchmarks, the dry run of the one for a GPU above all": ("test_benchmarks.py",),
+    "a browser, and a server to look at": ("test_demo_page.py",),
+}
+
+
+def pytest_addoption(parser):
+    parser.addoption("--fast", action="store_true", help="no slow tests (conftest.py lists them)")
+
+
+def pytest_configure(config):
+    if config.option.fast and config.option.durations is None:
+        config.option.durations = 5  # a new slow test is seen here
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m looks at the marks
+def pytest_collection_modifyitems(config, items):
+    rows = tuple(row for rows in SLOW.values() for row in rows)
+    slow = [item for item in items if f"{item.path.name}::{item.name}".startswith(rows)]
+    for item in slow:
+        item.add_marker("slow")
+    if config.option.fast:
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in slow]
 
 
 def load_script(name):
