@@ -18,7 +18,7 @@ The demo draws pedestrians and writes sentences about them, trains a small model
 and paints what it finds. It writes in demo/ only; each further demo adds a run there.
 
   ./run_irra.sh demo                                        the place to start
-  ./run_irra.sh demo --num_epoch 3                          a shorter one
+  ./run_irra.sh demo --num_epoch 2                          a shorter one
   ./run_irra.sh                                             CUHK-PEDES in ./data
   DATASET_NAME=RSTPReid ROOT_DIR=/datasets ./run_irra.sh    another data set, elsewhere
   ./run_irra.sh --name no_id --loss_names sdm+mlm           another recipe

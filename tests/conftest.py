@@ -16,6 +16,8 @@ SLOW = {  # what --fast leaves out, by what takes it long: a file, or file::begi
         "test_distributed.py",
         "test_micro_batch.py::test_a_training_in_parts_by_five_processes",
         "test_options.py::test_of_many_processes",
+        "test_extending.py::test_a_new_loss_is_the_same_in_two_processes",
+        "test_finite.py::test_an_error_that_nobody_foresaw",
         "test_bad_input.py::test_a_broken_image",  # its loading processes are waited for
     ),
     "trainings that are killed or stopped, and resumed": (
