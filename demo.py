@@ -1,20 +1,36 @@
 """A page to search a gallery in the browser: `python demo.py --config_file RUN --gallery FOLDER`."""
 
 import os
+import shutil
 import sys
 import tempfile
+from pathlib import Path
 
-from utils.errors import reports_errors
+from utils.errors import reports_errors, stop_like_an_interrupt
 from utils.tool_options import demo_args
+
+PREFIX = "irra-page-"  # of folders for uploaded pictures, followed by the number of the process
 
 
 @reports_errors
 def main(argv=None):
     args = demo_args(argv)
-    with tempfile.TemporaryDirectory(prefix="irra-page-") as folder:
+    stop_like_an_interrupt()  # visitors' pictures do not stay
+    remove_pictures_of_dead_pages()
+    with tempfile.TemporaryDirectory(prefix=f"{PREFIX}{os.getpid()}-") as folder:
         # read when Gradio is imported: no statistics, no hub; what visitors upload goes when the page ends
         os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_OFFLINE="1", GRADIO_TEMP_DIR=folder)
         serve_page(args)
+
+
+def remove_pictures_of_dead_pages():
+    """What visitors uploaded to a page that was killed."""
+    from utils.files import lives
+
+    for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*-*"):
+        owner = folder.name.removeprefix(PREFIX).split("-")[0]
+        if owner.isdigit() and not lives(int(owner)):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def serve_page(args):

@@ -4,16 +4,17 @@ import json
 import sys
 from pathlib import Path
 
-from utils.errors import InputError, reports_errors
+from utils.errors import InputError, reports_errors, stop_like_an_interrupt
 from utils.tool_options import search_args
 
 
 @reports_errors
 def main(argv=None):
     args = search_args(argv)
+    stop_like_an_interrupt()  # an index keeps what has been encoded
     sentences = args.query + read_sentences(args.query_file)
 
-    from retrieval.contact_sheet import Found, draw_contact_sheet
+    from retrieval.contact_sheet import Found, draw_contact_sheet, picture_format
     from retrieval.encoders import checked_sentence, cut_notice, open_picture, open_run, shown
     from retrieval.gallery import open_gallery
     from utils.extras import extra
@@ -24,6 +25,8 @@ def main(argv=None):
     ]
     for path in args.image:
         open_picture(path)  # before the gallery is encoded: that may take long
+    if args.save:
+        picture_format(args.save)
     encoders = open_run(args)
     for sentence in sentences:
         if notice := cut_notice(encoders, sentence):

@@ -22,7 +22,7 @@ def test(args, device):
     from datasets import build_dataloader
     from model.build import build_trained_model
     from processor.evaluator import chance, encode, evaluate, log_table
-    from retrieval.contact_sheet import draw_contact_sheet, gallery_paths, query_rows, spread
+    from retrieval.contact_sheet import draw_contact_sheet, gallery_paths, picture_format, query_rows, spread
     from utils.checkpoint import load_checkpoint
     from utils.dist import from_all, rank
     from utils.files import make_folder
@@ -32,6 +32,8 @@ def test(args, device):
     logger = setup_logger("IRRA")
     if args.output:
         make_folder(args.output, "--output")
+    if args.picture:
+        picture_format(args.picture)  # before the evaluation: that may take long
     if rank() == 0:
         keep_log(logger, Path(args.output or run) / "test_log.txt")
     logger.info(str({key: value for key, value in sorted(vars(args).items()) if key != "notes"}))

@@ -32,11 +32,19 @@ def draw_contact_sheet(rows, path):
     save_picture(contact_sheet(rows), path)
 
 
-def save_picture(picture, path):
-    """The path's suffix names the format; the file is whole or absent."""
+def picture_format(path):
+    """Pillow's name of the format that the path's suffix asks for; InputError where it cannot be written."""
     kind = Image.registered_extensions().get(Path(path).suffix.lower())
     if kind not in Image.SAVE:
         raise InputError(f"cannot write the picture {path}: give it a name that ends in .png or .jpg")
+    if not Path(path).parent.is_dir():
+        raise InputError(f"cannot write the picture {path}: there is no folder {Path(path).parent}")
+    return kind
+
+
+def save_picture(picture, path):
+    """The path's suffix names the format; the file is whole or absent."""
+    kind = picture_format(path)
     data = io.BytesIO()
     try:
         picture.save(data, kind)

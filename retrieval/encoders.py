@@ -55,7 +55,7 @@ class Encoders:
         return resize(open_picture(path), self.img_size)
 
     def encode_files(self, paths, batch_size=64, workers=4):
-        """Yields (paths, features [n, D], {path: reason} of those that cannot be read), batch by batch.
+        """Yields (paths, features [n, D], {path: InputError} of those that cannot be read), batch by batch.
 
         The next batch is read while this one is encoded.
         """
@@ -68,7 +68,7 @@ class Encoders:
                 coming = [pool.submit(self._read, path) for path in after]
                 results = [future.result() for future in reading]
                 good = [(p, r) for p, r in zip(batch, results, strict=True) if isinstance(r, torch.Tensor)]
-                bad = {p: r for p, r in zip(batch, results, strict=True) if isinstance(r, str)}
+                bad = {p: r for p, r in zip(batch, results, strict=True) if isinstance(r, InputError)}
                 features = self.image_features([r for _, r in good]) if good else np.zeros((0, self.width))
                 if not np.isfinite(features).all():
                     raise InputError(
@@ -80,7 +80,7 @@ class Encoders:
         try:
             return self.pixels(path)
         except InputError as error:
-            return str(error)
+            return error
 
 
 @functools.cache
@@ -109,6 +109,10 @@ def fingerprint_of(weights, img_size, stride_size):
     return digest.hexdigest()
 
 
+class NotAPicture(InputError):
+    """The file was read, and it is no whole picture: that will not change by itself."""
+
+
 def open_picture(path):
     """RGB picture of any file that Pillow reads, turned upright as its EXIF data asks for."""
     try:
@@ -119,10 +123,14 @@ def open_picture(path):
     except IsADirectoryError:
         raise InputError(f"{shown(path)} is a folder, not a picture") from None
     except UnidentifiedImageError:
-        raise InputError(f"{shown(path)} is not a picture that Pillow can read") from None
+        raise NotAPicture(f"{shown(path)} is not a picture that Pillow can read") from None
     except Exception as error:  # whatever a decoder trips over, the file is no whole picture
-        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise InputError(f"the picture {shown(path)} cannot be read ({reason})") from None
+        system = getattr(
+            error, "strerror", None
+        )  # a permission, a disk that is away: another time it may be one
+        reason = system or str(error) or type(error).__name__
+        kind = InputError if system else NotAPicture
+        raise kind(f"the picture {shown(path)} cannot be read ({reason})") from None
 
 
 def shown(path):

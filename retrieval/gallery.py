@@ -3,21 +3,25 @@
 import contextlib
 import json
 import os
+import stat
+import tempfile
+import time
 import uuid
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from retrieval.encoders import shown
+from retrieval.encoders import NotAPicture, shown
 from utils.data_sets import ignored_name
 from utils.errors import InputError
 from utils.extras import extra
 from utils.files import lock, write_whole
 
 TABLE, LAYOUT = "table.json", 1
-SAVE_EVERY = 50_000  # pictures encoded between two savings of a large gallery
+SAVE_PAUSE = 60  # seconds between two savings of what has been encoded
 
 
 # ---- what lies in a folder ----
@@ -31,26 +35,44 @@ class Stamp(NamedTuple):
 
 
 def scan(folder):
-    """({relative path: Stamp} of the pictures in a folder and below, in order; number of other files).
+    """({relative path: Stamp} of the pictures in a folder and below, in order; {suffix: other files};
+    {folder: why it cannot be read}).
 
-    A picture is what bears one of the suffixes that Pillow opens. Hidden files and folders are passed over.
+    A picture is a file that bears one of the suffixes that Pillow opens: no pipe, which nobody may ever fill.
+    Hidden files and folders are passed over; links are followed, each folder is looked into once.
     """
     Image.init()
     suffixes = {suffix for suffix, name in Image.registered_extensions().items() if name in Image.OPEN}
-    found, others = {}, 0
-    for directory, folders, files in os.walk(folder):
+    found, others, visited, away = {}, Counter(), set(), {}
+
+    def cannot_look(error):
+        away[os.path.relpath(error.filename, folder)] = error.strerror
+
+    for directory, folders, files in os.walk(folder, onerror=cannot_look, followlinks=True):
+        real = os.path.realpath(directory)
+        if real in visited:
+            folders[:] = []
+            continue
+        visited.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in files:
             if name.startswith("."):
                 continue
-            if os.path.splitext(name)[1].lower() not in suffixes:
-                others += 1
+            suffix = os.path.splitext(name)[1].lower()
+            if suffix not in suffixes:
+                others[suffix] += 1
                 continue
             path = os.path.join(directory, name)
             with contextlib.suppress(OSError):  # it went away, or is a link to nothing
                 state = os.stat(path)
-                found[os.path.relpath(path, folder)] = Stamp(state.st_size, state.st_mtime_ns)
-    return dict(sorted(found.items())), others
+                if stat.S_ISREG(state.st_mode):
+                    found[os.path.relpath(path, folder)] = Stamp(state.st_size, state.st_mtime_ns)
+    return dict(sorted(found.items())), others, away
+
+
+def below(path, folders):
+    """Whether a relative path lies in one of the folders, or below."""
+    return any(folder == os.curdir or path.startswith(folder + os.sep) for folder in folders)
 
 
 def stamps_of(folder, paths):
@@ -90,14 +112,25 @@ class GalleryIndex:
 
     # ---- keeping up with the folder ----
 
-    def update(self, found, encode, kind=None):
+    def stale(self, found):
+        """Whether `found` holds pictures, or states of them, that the index does not."""
+        known = dict(zip(self.paths, self.stamps, strict=True))
+        known.update({path: stamp for path, (stamp, _) in self.unreadable.items()})
+        return found.items() - known.items() != set()
+
+    def update(self, found, encode, kind=None, say=None, away=()):
         """Bring it up to date with `found` ({relative path: Stamp}); what is new or changed goes through
         encode(relative paths), which yields (relative paths, features, {relative path: reason}).
 
-        What has been encoded is kept when encode is interrupted. Returns a Change.
+        What has been encoded is kept each minute, and when encode is interrupted. Returns a Change.
+        away: {folder below the gallery: why it cannot be read}; its pictures are not gone, they stay.
+        say: takes the reason why the index cannot be kept, which then stays in memory; without say that is an
+        InputError.
         """
-        known = zip(self.paths, self.stamps, strict=True)
-        kept = [row for row, (path, stamp) in enumerate(known) if found.get(path) == stamp]
+        known = [*zip(self.paths, self.stamps, strict=True), *((p, e[0]) for p, e in self.unreadable.items())]
+        out_of_reach = {path: stamp for path, stamp in known if path not in found and below(path, away)}
+        found = {**found, **out_of_reach}
+        kept = [row for row, (p, s) in enumerate(known[: len(self)]) if found.get(p) == s]
         gone = sum(path not in found for path in self.paths)
         self.unreadable = {p: entry for p, entry in self.unreadable.items() if found.get(p) == entry[0]}
         if len(kept) < len(self) or (kind or self.kind) != self.kind:
@@ -107,25 +140,30 @@ class GalleryIndex:
             self.changed = True
         known = {*self.paths, *self.unreadable}
         new = [path for path in found if path not in known]
-        tried = {}
-        for start in range(0, len(new), SAVE_EVERY):
-            blocks = []
-            try:
-                for paths, features, reasons in encode(new[start : start + SAVE_EVERY]):
-                    blocks.append((paths, features))
-                    tried.update(reasons)
-            finally:
-                self._add(found, blocks, tried)
-                self.save()
-        self.save()
-        return Change(len(new) - len(tried), gone, tried)
+        tried, blocks, saved, pause = {}, [], time.monotonic(), SAVE_PAUSE
+        try:
+            for paths, features, reasons in encode(new) if new else ():
+                blocks.append((paths, features))
+                tried.update(reasons)
+                if time.monotonic() - saved > pause:
+                    began, blocks = time.monotonic(), self._add(found, blocks, tried)
+                    self._keep(say)
+                    saved = time.monotonic()
+                    pause = max(SAVE_PAUSE, 20 * (saved - began))  # of a large index that takes long
+        finally:
+            self._add(found, blocks, tried)
+            self._keep(say)
+        return Change(len(new) - len(tried), gone, {path: str(reason) for path, reason in tried.items()})
 
     def _add(self, found, blocks, reasons):
-        self.unreadable.update({path: (found[path], reason) for path, reason in reasons.items()})
+        """Take up what has been encoded, and which files are no pictures; one that could not be read, for
+        lack of a permission, is tried again. Returns the blocks that are left: none."""
+        no_pictures = {path: why for path, why in reasons.items() if isinstance(why, NotAPicture)}
+        self.unreadable.update({path: (found[path], str(why)) for path, why in no_pictures.items()})
         self.changed = self.changed or bool(blocks)
         blocks = [(paths, features) for paths, features in blocks if len(paths)]
         if not blocks:
-            return
+            return []
         paths = [path for some, _ in blocks for path in some]
         self.paths += paths
         self.stamps += [found[path] for path in paths]
@@ -134,6 +172,7 @@ class GalleryIndex:
             self.faiss = new_faiss(self.kind, np.concatenate([self.vectors(), features]))
         else:
             self.faiss.add(features)
+        return []
 
     def vectors(self):
         """[n, D], in the order of `paths`."""
@@ -159,6 +198,15 @@ class GalleryIndex:
         return answers
 
     # ---- on disk ----
+
+    def _keep(self, say):
+        try:
+            self.save()
+        except InputError as error:
+            if say is None:
+                raise
+            say(f"{error}; the answer comes from memory")
+            self.folder = None
 
     def save(self):
         """Write it so that the table, replaced last and in one step, names a whole vector file."""
@@ -298,40 +346,66 @@ def default_folder(run_dir, gallery, split=None, annotations=None):
 
 def open_gallery(encoders, args, say, progress=True):
     """The up-to-date index of the gallery that the options name. say: takes a line about what was done."""
+    away = {}
     if args.split is None:
-        gallery, (found, others) = Path(args.gallery), scan(args.gallery)
-        if not found:
+        gallery, (found, others, away) = Path(args.gallery), scan(args.gallery)
+        for path, why in away.items():
+            say(f"the folder {shown(gallery / path)} cannot be read ({why}): what is known of it stays")
+        if not found and not away:
             raise InputError(
                 f"there is no picture in {args.gallery} or below it"
-                + (f" ({others} files, none with a picture's suffix)" if others else "")
+                + (f" ({others.total()} files, none with a picture's suffix)" if others else "")
+                + heic_hint(others)
             )
         if others:
-            say(f"{plural(others, 'file')} without a picture's suffix passed over")
+            say(f"{plural(others.total(), 'file')} without a picture's suffix passed over{heic_hint(others)}")
     else:
         if ignored := ignored_name(args):
             say(ignored)
         gallery, found = split_pictures(args)
     folder = Path(args.index or default_folder(args.run_dir, gallery, args.split, args.annotations))
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot make {folder} for the index: {error.strerror} (see --index)") from None
+    unwritable = cannot_write(folder)  # known before an hour of encoding, not after it
     with locked(folder, say):
         make = GalleryIndex if args.rebuild else GalleryIndex.load
         index = make(folder, gallery, encoders.fingerprint, encoders.width)
+        if unwritable:
+            if index.stale(found):
+                say(f"the index cannot be kept in {folder}: {unwritable} (see --index); it stays in memory")
+            index.folder = None
         change = index.update(
-            found, lambda paths: encode_below(encoders, gallery, paths, args, progress), args.index_type
+            found,
+            lambda paths: encode_below(encoders, gallery, paths, args, progress),
+            args.index_type,
+            say,
+            away,
         )
     for path, reason in change.unreadable.items():
         say(f"passed over: {reason}" if shown(path) in reason else f"passed over: {shown(path)}: {reason}")
     earlier = len(index.unreadable) - len(change.unreadable)
+    where = f"the index {folder}" if index.folder else "memory"
     say(
-        f"{plural(len(index), 'picture')} in the index {folder}: {change.encoded} encoded, "
+        f"{plural(len(index), 'picture')} in {where}: {change.encoded} encoded, "
         f"{change.removed} removed" + (f"; {earlier} unreadable as before" if earlier else "")
     )
     if not len(index):
         raise InputError(f"none of the {len(found)} files in {gallery} is a picture that can be read")
     return index
+
+
+def cannot_write(folder):
+    """Why nothing can be written in a folder, which is made if it is not there; or None."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return None
+    except OSError as error:
+        return error.strerror
+
+
+def heic_hint(others):
+    """What to do where files of a phone's format were passed over."""
+    found = [suffix for suffix in (".heic", ".heif") if others[suffix]]
+    return f"; {' and '.join(found)} are not read here: export them as JPEG first" if found else ""
 
 
 def plural(number, thing):

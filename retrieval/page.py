@@ -227,7 +227,8 @@ def serve(blocks, host, port, max_upload):
 def free_port(host):
     import socket
 
-    with socket.socket() as probe:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
         probe.bind((host, 0))
         return probe.getsockname()[1]
 

@@ -3,6 +3,10 @@
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
+import tempfile
 import time
 
 import numpy as np
@@ -10,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.conftest import load_script
+from tests.conftest import ROOT, load_script
 from tests.tiny_run import make_run, missing
 from utils.errors import InputError
 from utils.option_types import number_list
@@ -389,3 +393,164 @@ def test_two_programs_take_turns_at_an_index(tmp_path):
         order.append("first")
     thread.join(5)
     assert order == ["waits", "first", "second"]
+
+
+# ---- galleries as people have them ----
+
+
+@needs_faiss
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes, which this system lacks")
+def test_a_pipe_is_not_opened(search, gallery):
+    os.mkfifo(gallery / "pipe.jpg")
+    status, out, _ = search("--gallery", gallery, "--query", QUERY, "--json")
+    assert status == 0 and len(answers(out)[0]) == 6
+
+
+@needs_faiss
+def test_linked_folders_are_searched_each_once(search, gallery, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    shutil.copy(gallery / "0.jpg", tmp_path / "elsewhere" / "linked.jpg")
+    (gallery / "more").symlink_to(tmp_path / "elsewhere")
+    (gallery / "again").symlink_to(tmp_path / "elsewhere")
+    (gallery / "loop").symlink_to(gallery)
+    status, out, _ = search("--gallery", gallery, "--query", QUERY, "--json")
+    assert status == 0 and len(answers(out)[0]) == 7
+
+
+def test_a_phones_format_is_named(search, tmp_path):
+    (tmp_path / "phone").mkdir()
+    (tmp_path / "phone" / "IMG_1.HEIC").write_bytes(b"0")
+    status, _, err = search("--gallery", tmp_path / "phone", "--query", QUERY)
+    assert status == 2 and ".heic are not read here: export them as JPEG first" in err
+
+
+@needs_faiss
+@pytest.mark.parametrize("target", ["none/r.png", "r.docx"])
+def test_a_result_that_cannot_be_drawn_is_told_before_anything_is_encoded(target, search, gallery, tmp_path):
+    status, _, err = search("--gallery", gallery, "--query", QUERY, "--save", tmp_path / target)
+    assert status == 2 and "cannot write the picture" in err and "encoded" not in err
+    assert not (tmp_path / "index").exists()
+
+
+@needs_faiss
+def test_an_index_that_cannot_be_kept_answers_from_memory(search, gallery, tmp_path):
+    """Its place is a file: known before the pictures are encoded."""
+    (tmp_path / "file").write_text("")
+    status, out, err = search(
+        "--gallery", gallery, "--query", QUERY, "--json", index=tmp_path / "file" / "index"
+    )
+    assert status == 0 and len(answers(out)[0]) == 6
+    assert err.count("cannot be kept in") == 1 and "6 pictures in memory: 6 encoded" in err
+    assert err.index("cannot be kept in") < err.index("encoded")
+
+
+@needs_faiss
+def test_a_disk_that_fills_up_while_the_index_is_written_costs_no_answer(search, gallery, monkeypatch):
+    from retrieval.gallery import GalleryIndex
+
+    def full(self):
+        raise InputError("cannot write the index in x: No space left on device; what was there is untouched")
+
+    monkeypatch.setattr(GalleryIndex, "save", full)
+    status, out, err = search("--gallery", gallery, "--query", QUERY, "--json")
+    assert status == 0 and len(answers(out)[0]) == 6 and "the answer comes from memory" in err
+
+
+@needs_faiss
+def test_a_folder_that_cannot_be_read_for_a_moment_keeps_its_features(search, gallery, monkeypatch):
+    """As root nothing is forbidden, so the system's answer is put in its place."""
+    assert search("--gallery", gallery)[0] == 0
+    real = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("below"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    status, out, err = search("--gallery", gallery, "--query", QUERY, "--json")
+    assert status == 0 and len(answers(out)[0]) == 6 and "0 removed" in err
+    assert "below cannot be read (Permission denied): what is known of it stays" in err
+    monkeypatch.undo()
+    status, out, err = search("--gallery", gallery, "--query", QUERY, "--json")
+    assert status == 0 and "0 encoded, 0 removed" in err
+
+
+@needs_faiss
+@pytest.mark.parametrize("number", [13, 5], ids=["permission", "input/output error"])
+def test_a_file_that_could_not_be_read_is_tried_again_and_no_picture_is_not(
+    number, search, gallery, monkeypatch
+):
+    from retrieval import encoders
+
+    (gallery / "text.jpg").write_text("no picture")
+    real = encoders.open_image
+
+    def refuse(path):
+        if str(path).endswith("0.jpg"):
+            raise OSError(number, os.strerror(number), str(path))
+        return real(path)
+
+    monkeypatch.setattr(encoders, "open_image", refuse)
+    _, _, err = search("--gallery", gallery)
+    assert "5 pictures" in err and err.count("passed over") == 2
+    monkeypatch.undo()
+    _, _, err = search("--gallery", gallery)
+    assert "6 pictures" in err and "1 encoded" in err and "1 unreadable as before" in err
+
+
+@needs_faiss
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT], ids=lambda n: n.name)
+def test_a_signal_keeps_what_has_been_encoded(number, home, gallery, tmp_path):
+    """Batches of one picture; the signal comes from the program itself, after the third."""
+    code = f"""
+import os, sys
+from retrieval import encoders
+real, count = encoders.Encoders.image_features, []
+def image_features(self, pictures):
+    count.append(1)
+    if len(count) == 4:
+        os.kill(os.getpid(), {int(number)})
+    return real(self, pictures)
+encoders.Encoders.image_features = image_features
+import search
+sys.exit(search.main(sys.argv[1:]))
+"""
+    words = ["--config_file", home / "run", "--device", "cpu", "--gallery", gallery, "--encode_batch", "1"]
+    words += ["--index", tmp_path / "index"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, words)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 130 and "Traceback" not in done.stderr, done.stderr
+    table = json.loads((tmp_path / "index" / "table.json").read_text())
+    assert len(table["paths"]) == 3
+
+
+@needs_faiss
+def test_an_index_is_saved_each_minute(home, gallery, tmp_path, monkeypatch):
+    from retrieval import gallery as module
+
+    monkeypatch.setattr(module, "SAVE_PAUSE", -1)
+    index = module.GalleryIndex(tmp_path, gallery, "mine", 2)
+    sizes = []
+
+    def encode(paths):
+        for path in paths:
+            table = tmp_path / "table.json"
+            sizes.append(len(json.loads(table.read_text())["paths"]) if table.exists() else 0)
+            yield [path], np.ones((1, 2), np.float32), {}
+
+    found, *_ = module.scan(gallery)
+    index.update(found, encode)
+    assert sizes[:2] == [0, 1] and len(index) == 6  # while the second was encoded the first was on disk
+
+
+def test_pictures_of_a_page_that_was_killed_go_at_the_next_start(tmp_path, monkeypatch):
+    demo = load_script("demo")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    for name in (f"irra-page-{ended.pid}-x", f"irra-page-{os.getpid()}-y", "irra-page-other"):
+        (tmp_path / name).mkdir()
+    demo.remove_pictures_of_dead_pages()
+    assert {path.name for path in tmp_path.iterdir()} == {f"irra-page-{os.getpid()}-y", "irra-page-other"}

@@ -3,7 +3,9 @@
 import errno
 import functools
 import os
+import signal
 import sys
+import threading
 import traceback
 import unicodedata
 
@@ -28,6 +30,18 @@ def printable(text):
         c.encode("unicode_escape").decode() if c in BIDI or unicodedata.category(c) in UNPRINTABLE else c
         for c in text
     )
+
+
+def stop_like_an_interrupt():
+    """From here on SIGTERM and SIGHUP, a terminal that goes, end the program as Ctrl-C does, and keep what it
+    keeps. One that is ignored, as SIGHUP under nohup, stays so."""
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        in_main = (
+            threading.current_thread() is threading.main_thread()
+        )  # elsewhere nobody may ask for signals
+        if number is not None and in_main and signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, signal.default_int_handler)
 
 
 def reports_errors(main):
