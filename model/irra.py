@@ -10,7 +10,7 @@ from torch import nn
 from model import objectives
 from model.clip_model import LayerNorm, QuickGELU, Transformer, at_least_fp32, attend
 from model.clip_resnet import ModifiedResNet
-from utils.batch import Batch
+from utils.batch import PLAN, Batch
 from utils.dist import gather, share_sizes, total
 from utils.errors import InputError
 from utils.losses import LOSSES
@@ -154,6 +154,13 @@ class IRRA(nn.Module):
         return self.ln_post(self.cross_modal_transformer(x, pick))
 
     # ---- training ----
+
+    @staticmethod
+    def plan(batch):
+        """What Batch.planned finds of a dict, as a dict: for a loop of one's own that moves a dict to the
+        device, forward(moved({**batch, **model.plan(batch)}))."""
+        planned = Batch.of(batch).planned()
+        return {key: value for key, value in planned.items() if key in PLAN}
 
     def forward(self, batch):
         """A training batch to named numbers: <name>_loss for each loss asked for, weighted, and img_acc,

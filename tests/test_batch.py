@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from benchmarks.step import batch_of
+from tests.recipe import CLASSES, tiny_model
 from utils.batch import Batch
 
 IDS = ("pids", "image_ids", "caption_ids")
@@ -61,6 +62,15 @@ def test_a_plan_names_the_labelled_positions_and_nothing_else():
     other = Batch(pids=batch.pids, caption_ids=ids, mlm_ids=ids + 1, mlm_labels=labels).planned()
     assert other.same_caption is False
     assert Batch(pids=batch.pids, caption_ids=ids).planned().same_caption is None
+
+
+def test_a_dict_that_is_planned_and_moved_by_hand_serves_forward():
+    model, batch = tiny_model(), batch_of(4, (96, 32))
+    batch["pids"] %= CLASSES
+    by_hand = model({**batch, **model.plan(batch)})
+    assert {name: value.item() for name, value in by_hand.items()} == {
+        name: value.item() for name, value in model(batch).items()
+    }
 
 
 def test_samples_are_those_of_all_processes():

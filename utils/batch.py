@@ -7,6 +7,7 @@ import torch
 
 from utils.dist import to_device
 
+PLAN = ("text_length", "same_caption", "mlm_at", "mlm_rows")  # the fields that Batch.planned finds
 LENGTH_STEP = 16  # clean captions are encoded at a length that is a multiple of this, or whole
 
 
