@@ -178,7 +178,7 @@ def test_a_training_without_room_ends_in_one_sentence_and_goes_on_later(data, tm
     process.start()
     assert children.end(process) == 2
     folder = children.only_run(tmp_path)
-    sentence = rf"error: cannot write {folder}/best.pth \((\d+.\d) MiB are needed\): File too large; what .*"
+    sentence = rf"error: cannot write {folder}/last.pth \((\d+.\d) MiB are needed\): File too large; what .*"
     needed = float(re.fullmatch(sentence, error_of(output))[1])
     assert load_checkpoint(folder / "last.pth")["epoch"] == 0
     assert not list(folder.glob(".*"))
@@ -229,7 +229,8 @@ def test_a_full_disk_ends_a_training_in_one_sentence(room, data, tmp_path):
     )
     folder = children.only_run(tmp_path / "kept")
     if room == "60m":
-        assert load_checkpoint(folder / "last.pth")["epoch"] == 0
+        last = load_checkpoint(folder / "last.pth")  # the first epoch's, saved before its evaluation
+        assert (last["epoch"], last["to_evaluate"]) == (1, True)
     assert not list(folder.glob(".*"))
     shutil.rmtree(tmp_path / "kept")
 
