@@ -5,6 +5,7 @@ import os
 import re
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -257,3 +258,30 @@ def test_a_resumed_run_removes_what_a_kill_left(data, tmp_path):
     if (folder / "last.pth").exists():  # else the first save was hit, and there is nothing to resume
         assert children.run(["--resume", "--output_dir", tmp_path], output) == 0
         assert not saving()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_a_signal_in_the_middle_of_a_save_is_answered_after_it(number, tmp_path, monkeypatch):
+    """In PyTorch's writer its exception ended the program in an abort, or was taken for a full disk."""
+    part, save, seen = torch.nn.Linear(3, 3), torch.save, []
+
+    def interrupted(state, file):
+        signal.raise_signal(number)
+        seen.append("saving goes on")
+        save(state, file)
+
+    def stop(signal_number, frame):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", interrupted)
+    before = signal.signal(number, stop)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            save_checkpoint(tmp_path / "last.pth", {"model": part}, epoch=1)
+        assert signal.getsignal(number) is stop
+    finally:
+        signal.signal(number, before)
+    assert seen and not list(tmp_path.glob(".*"))
+    monkeypatch.undo()
+    save_checkpoint(tmp_path / "last.pth", {"model": part}, epoch=2)
+    assert load_checkpoint(tmp_path / "last.pth")["epoch"] == 2

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from utils.errors import InputError
-from utils.files import whole_file
+from utils.files import uninterrupted, whole_file
 
 HOW = ("fused", "foreach", "capturable", "differentiable")  # PyTorch's words for ways to compute one step
 
@@ -19,7 +19,8 @@ def save_checkpoint(path, parts, **values):
     state = {name: part.state_dict() for name, part in parts.items()}
     with whole_file(path, sum(tensor.nbytes for tensor in tensors(state))) as file:
         try:
-            torch.save({**state, **values}, file)
+            with uninterrupted():
+                torch.save({**state, **values}, file)
         except RuntimeError as error:  # what PyTorch's zip writer makes of a full disk
             if isinstance(error.__context__, OSError):
                 raise error.__context__ from None

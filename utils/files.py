@@ -2,10 +2,29 @@
 
 import os
 import shutil
+import signal
+import threading
 from contextlib import contextmanager
 from pathlib import Path
 
 from utils.errors import InputError
+
+
+@contextmanager
+def uninterrupted():
+    """Signals that come meanwhile are answered afterwards. In the middle of PyTorch's writer, which is C++,
+    an exception of their handlers ended the program in an abort, or was taken for a full disk."""
+    come, earlier = [], {}
+    if threading.current_thread() is threading.main_thread():
+        handled = [n for n in signal.valid_signals() if callable(signal.getsignal(n))]
+        earlier = {n: signal.signal(n, lambda number, frame: come.append(number)) for n in handled}
+    try:
+        yield
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
+        for number in come:
+            signal.raise_signal(number)
 
 
 @contextmanager
