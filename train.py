@@ -159,6 +159,8 @@ def fit(args, device, loaders, parts, done, run, stop):
     model = replicate(parts["model"], device, args.micro_batch)
 
     def after_step(step, meters):
+        if stop.again:  # a callback of Python's own, such as those of a fork, has swallowed the interrupt
+            raise KeyboardInterrupt
         # several processes with accelerators ask one another now and then only: that makes them wait
         asks = world_size() == 1 or device.type == "cpu" or step % 10 == 0
         stopped = asks and any_process(stop.asked, device)

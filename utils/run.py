@@ -169,7 +169,7 @@ class StopSignals:
     """
 
     def __init__(self, logger):
-        self.asked, self.logger = False, logger
+        self.asked, self.again, self.logger = False, False, logger
 
     def __enter__(self):
         heeded = [number for number in STOPS if signal.getsignal(number) != signal.SIG_IGN]
@@ -180,6 +180,7 @@ class StopSignals:
         if self.asked:
             if launched():
                 return
+            self.again = True
             raise KeyboardInterrupt
         self.asked = True
         again = "" if launched() else " (again: stop at once, unsaved)"
