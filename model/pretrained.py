@@ -5,6 +5,7 @@ import http.client
 import logging
 import math
 import pickle
+import re
 import sys
 import urllib.error
 import urllib.request
@@ -33,6 +34,7 @@ CHECKPOINTS = {
     "ViT-L/14": f"{_ADDRESS}/b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836/ViT-L-14.pt",
 }
 IGNORED = ("logit_scale", "input_resolution", "context_length", "vocab_size")  # in the archives, not in IRRA
+POSITIONS_GRID = "image_positions"  # in the header of an exported safetensors file: "24x8", rows x columns
 logger = logging.getLogger("IRRA.model")
 
 
@@ -300,15 +302,36 @@ def new_clip(sizes, img_size, stride_size, source="the model"):
     )
 
 
-def resize_positions(positions, grid):
-    """(1 + n², W) positions of a square grid to (1 + rows·columns, W): bilinear, the class position kept."""
-    side = math.isqrt(len(positions) - 1)
-    if side * side != len(positions) - 1:
-        raise InputError(f"{len(positions)} image positions are not those of a square grid and a class token")
-    if (side, side) == tuple(grid):
+def stored_grid(path):
+    """(rows, columns) of the image positions where a safetensors file's header says so, as exports do."""
+    if Path(path).suffix != ".safetensors":
+        return None
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        text = (file.metadata() or {}).get(POSITIONS_GRID, "")
+    found = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", text)
+    return tuple(map(int, found.groups())) if found else None
+
+
+def resize_positions(positions, grid, stored=None):
+    """(1 + n, W) positions to (1 + rows·columns, W): bilinear, the class position kept.
+
+    stored: the (rows, columns) they were learned at; None takes a square grid, as OpenAI's are, and where
+    there is none of that size the grid asked for, as in the weights of a training at that image size.
+    """
+    number = len(positions) - 1
+    side = math.isqrt(number)
+    known = [place for place in (stored, (side, side), tuple(grid)) if place and math.prod(place) == number]
+    if not known:
+        raise InputError(
+            f"{number} image positions are neither a square grid nor the {grid[0]} x {grid[1]} of this "
+            "--img_size: give the image size that these weights were trained at"
+        )
+    if known[0] == tuple(grid):
         return positions
-    square = positions[1:].T.reshape(1, -1, side, side)
-    resized = F.interpolate(square.float(), size=tuple(grid), mode="bilinear", align_corners=False)
+    plane = positions[1:].T.reshape(1, -1, *known[0])
+    resized = F.interpolate(plane.float(), size=tuple(grid), mode="bilinear", align_corners=False)
     return torch.cat([positions[:1], resized[0].flatten(1).T.to(positions.dtype)])
 
 
@@ -330,7 +353,7 @@ def load_clip(choice, img_size, stride_size, sizes=None):
     found = architecture(weights, path)
     resnet = found["vision_patch_size"] is None
     key = "visual.attnpool.positional_embedding" if resnet else "visual.positional_embedding"
-    weights[key] = resize_positions(weights[key], image_grid(found, img_size, stride_size))
+    weights[key] = resize_positions(weights[key], image_grid(found, img_size, stride_size), stored_grid(path))
     logger.info(
         f"Load pretrained {choice} CLIP model with model config: {_described(found, img_size, stride_size)}"
     )

@@ -17,7 +17,7 @@ from torch import nn
 from datasets.tokenizer import EOT, MASK, SOT, VOCABULARY, tokenize_all, vocabulary_file
 from datasets.transforms import MEAN, STD
 from model.clip_resnet import ModifiedResNet
-from model.pretrained import CHECKPOINTS, architecture, new_clip
+from model.pretrained import CHECKPOINTS, POSITIONS_GRID, architecture, image_grid, new_clip
 from utils.data_sets import name_of
 from utils.errors import InputError
 from utils.extras import extra
@@ -121,11 +121,17 @@ def clip_weights(model):
     return {name: value.float().contiguous() for name, value in model.base_model.state_dict().items()}
 
 
+def header_of(weights, encoders, args):
+    """What a safetensors file says of itself: without its grid, 16 positions of 8 x 2 would be 4 x 4."""
+    rows, columns = image_grid(architecture(weights), encoders.img_size, args.stride_size)
+    return {"format": "pt", POSITIONS_GRID: f"{rows}x{columns}"}
+
+
 def write_safetensors(encoders, args, folder):
     from safetensors.torch import load_file, save_file
 
     weights = clip_weights(encoders.model)
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(weights, folder / "model.safetensors", metadata=header_of(weights, encoders, args))
     again = load_file(folder / "model.safetensors")
     clip = new_clip(architecture(again), encoders.img_size, args.stride_size).eval()
     clip.load_state_dict(again)
@@ -243,9 +249,8 @@ def write_open_clip(encoders, args, folder):
     }
     (folder / "open_clip_config.json").write_text(json.dumps(config, indent=1) + "\n")
     logit_scale = torch.tensor(math.log(encoders.model.logit_scale))
-    save_file(
-        {**clip_weights(encoders.model), "logit_scale": logit_scale}, folder / "open_clip_model.safetensors"
-    )
+    weights = {**clip_weights(encoders.model), "logit_scale": logit_scale}
+    save_file(weights, folder / "open_clip_model.safetensors", metadata=header_of(weights, encoders, args))
     model, _, _ = open_clip.create_model_and_transforms(f"local-dir:{folder}")
     model.eval()
     images, ids = sample_inputs(encoders)

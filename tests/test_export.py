@@ -73,6 +73,18 @@ def test_safetensors_hold_the_runs_weights_by_openais_names(encoders, exported):
     assert all(torch.equal(weights[name], own[name]) for name in own)
 
 
+@pytest.mark.parametrize("kind, name", [("safetensors", "model"), ("open_clip", "open_clip_model")])
+def test_the_next_training_starts_from_exactly_these_positions(encoders, exported, kind, name):
+    from model.pretrained import image_grid, load_clip, stored_grid
+
+    path = exported(kind) / f"{name}.safetensors"
+    sizes = {"vision_patch_size": 16}
+    assert stored_grid(path) == image_grid(sizes, encoders.img_size, 16)
+    key = "visual.positional_embedding"
+    clip = load_clip(str(path), encoders.img_size, 16)
+    assert torch.equal(clip.state_dict()[key], encoders.model.base_model.state_dict()[key])
+
+
 def test_open_clip_loads_the_folder_and_gives_the_same_features(encoders, exported, picture):
     import open_clip
 

@@ -258,8 +258,33 @@ def test_positions_are_interpolated_bilinearly_between_pixel_centres():
     positions = torch.tensor([[9.0], [0.0], [1.0], [10.0], [11.0]])
     expected = [9, 0, 1, 2.5, 3.5, 7.5, 8.5, 10, 11]
     assert resize_positions(positions, (4, 2)).flatten().tolist() == pytest.approx(expected)
-    with pytest.raises(InputError, match="4 image positions"):
+    with pytest.raises(InputError, match="3 image positions are neither a square grid nor the 4 x 2 of"):
         resize_positions(positions[:4], (4, 2))
+
+
+def test_positions_of_another_grid_than_a_square():
+    """A training's own positions: as they are at its image size; from their own grid at another."""
+    positions = torch.arange(9.0)[:, None]
+    assert resize_positions(positions, (4, 2)) is positions  # 8 are no square: those of this image size
+    four = torch.tensor([[9.0], [0.0], [1.0], [2.0], [3.0]])
+    assert resize_positions(four, (4, 1), stored=(4, 1)) is four
+    assert resize_positions(four, (2, 1), stored=(4, 1)).flatten().tolist() == [9, 0.5, 2.5]
+    assert (
+        resize_positions(four, (2, 2), stored=(7, 7)) is four
+    )  # a header that cannot be true counts nothing
+
+
+def test_a_files_header_says_of_which_grid_its_positions_are(weights, tmp_path):
+    """16 positions of 8 x 2 are not of 4 x 4: garbled without a word where the header is not asked."""
+    from safetensors.torch import save_file
+
+    key, path = "visual.positional_embedding", tmp_path / "clip.safetensors"
+    tall = {**weights, key: torch.randn(17, 64)}
+    save_file(tall, path, metadata={"image_positions": "8x2"})
+    assert torch.equal(load_clip(str(path), (128, 32), 16).state_dict()[key], tall[key])
+    for header in ({}, {"image_positions": "8"}, {"image_positions": "9x2"}):
+        save_file(tall, path, metadata=header)
+        assert torch.equal(load_clip(str(path), (64, 64), 16).state_dict()[key], tall[key])
 
 
 # ---- what --pretrain_choice names ----
