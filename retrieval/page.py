@@ -207,7 +207,7 @@ def serve(blocks, host, port, max_upload):
     """Listen. Nothing but the page is served: no folder is opened to it. Returns the address."""
     try:
         _, address, _ = blocks.launch(
-            server_name=host,
+            server_name=f"[{host}]" if ":" in host else host,  # as an address writes IPv6
             server_port=port or free_port(host),
             max_file_size=f"{max_upload}mb",
             allowed_paths=[],

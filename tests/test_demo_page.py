@@ -279,6 +279,27 @@ def test_it_listens_on_this_machine_only(address):
 # ---- without a browser ----
 
 
+def test_it_listens_on_the_ipv6_address_of_this_machine():
+    import socket
+
+    import gradio
+
+    from retrieval.page import serve
+
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        pytest.skip("this machine has no IPv6 address ::1")
+    with gradio.Blocks() as blocks:
+        gradio.Markdown("here")
+    try:
+        address = serve(blocks, "::1", 0, 1)
+        assert address.startswith("http://[::1]:") and status_of(address)[0] == 200
+    finally:
+        blocks.close(verbose=False)
+
+
 def test_a_folder_with_too_many_files_or_without_a_picture_is_refused(home, tmp_path):
     from retrieval.encoders import open_run
     from retrieval.page import Page
