@@ -90,12 +90,18 @@ COLD_TO_HOT = np.array([(30, 20, 90), (80, 40, 160), (200, 60, 120), (250, 150, 
 HEIGHT, GAP, LINE, PER_ROW = 256, 12, 24, 8
 
 
+def tile_size(picture, height):
+    """(width, height) it is drawn in: `height` high, at most four times as wide, 48 at least either way."""
+    scale = min(height / picture.height, 4 * height / picture.width)
+    return max(48, round(picture.width * scale)), max(48, round(picture.height * scale))
+
+
 def heat(picture, weights, height=HEIGHT):
     """A word's map laid over the picture: warm and light where the word looks. Returns a PIL picture.
 
     The scale ends at the largest weight, but not below four times an even spread: an even map stays dark.
     """
-    size = (max(48, round(picture.width * height / picture.height)), height)
+    size = tile_size(picture, height)
     share = Image.fromarray((weights / max(weights.max(), 4 * weights.mean())).astype(np.float32))
     share = np.clip(np.asarray(share.resize(size, Image.Resampling.BICUBIC)), 0, 1)[..., None]
     places = share[..., 0] * (len(COLD_TO_HOT) - 1)
@@ -108,7 +114,7 @@ def heat(picture, weights, height=HEIGHT):
 
 def draw_word_maps(picture, maps):
     """The picture and, beside it, one heat map for each word with the word below. Returns a PIL picture."""
-    tiles = [("", picture.resize((max(48, round(picture.width * HEIGHT / picture.height)), HEIGHT)))]
+    tiles = [("", picture.resize(tile_size(picture, HEIGHT)))]
     tiles += [(word, heat(picture, weights)) for word, weights in maps]
     font = font_of(14)
     width = max(tiles[0][1].width, *(round(font.getlength(word[:24])) for word, _ in tiles)) + GAP

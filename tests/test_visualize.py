@@ -228,6 +228,16 @@ def test_a_heat_map_is_light_where_the_weight_is(home):
     assert 4 / 6 <= y / drawn.shape[0] <= 5 / 6 and x / drawn.shape[1] >= 0.5
 
 
+@pytest.mark.parametrize(
+    "size, drawn",
+    [((128, 384), (128, 384)), ((20, 4000), (48, 384)), ((4000, 20), (1536, 48)), ((2, 1), (768, 384))],
+)
+def test_a_heat_map_is_as_small_as_its_box_whatever_the_pictures_shape(size, drawn):
+    from retrieval.relevance import heat
+
+    assert heat(Image.new("RGB", size), np.ones((6, 2)), 384).size == drawn
+
+
 def test_words_over_an_image_are_drawn(visualize, home):
     status, written, _ = visualize("--words", "a woman in a red coat", "--image", image_of(home))
     assert status == 0 and Image.open(written[0]).size[0] > 300
