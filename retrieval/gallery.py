@@ -226,8 +226,9 @@ class GalleryIndex:
             "unreadable": [[path, *stamp, reason] for path, (stamp, reason) in self.unreadable.items()],
         }
         try:
-            faiss.write_index(self.faiss, str(vectors))
-            with open(vectors, "rb+") as file:
+            with open(vectors, "wb") as file:  # by Python: FAISS takes no name that is not UTF-8
+                faiss.write_index(self.faiss, faiss.PyCallbackIOWriter(file.write))
+                file.flush()
                 os.fsync(file.fileno())
             write_whole(self.folder / TABLE, json.dumps(table))
         except (OSError, RuntimeError) as error:
@@ -272,9 +273,12 @@ class GalleryIndex:
         if home != Path(os.path.abspath(gallery)) and home.exists():  # a gallery that was moved is welcome
             raise InputError(f"the index in {folder} is of the pictures in {home}, not of {gallery}: {mend}")
         try:
-            vectors = extra("faiss").read_index(str(folder / name))
-        except RuntimeError:
+            with open(folder / name, "rb") as file:
+                vectors = extra("faiss").read_index(extra("faiss").PyCallbackIOReader(file.read))
+        except (FileNotFoundError, RuntimeError):
             raise InputError(f"the index in {folder} is damaged ({name}): {mend}") from None
+        except OSError as error:
+            raise InputError(f"the index in {folder} cannot be read ({name}): {error.strerror}") from None
         if not vectors.ntotal == len(paths) == len(stamps) or vectors.d != width:
             raise InputError(f"the index in {folder} is damaged ({name} does not fit {TABLE}): {mend}")
         index.faiss, index.kind = vectors, kind

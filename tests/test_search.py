@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from retrieval.gallery import Stamp
 from tests.conftest import ROOT, load_script
 from tests.tiny_run import make_run, missing
 from utils.errors import InputError
@@ -442,6 +443,24 @@ def test_an_index_that_cannot_be_kept_answers_from_memory(search, gallery, tmp_p
     assert status == 0 and len(answers(out)[0]) == 6
     assert err.count("cannot be kept in") == 1 and "6 pictures in memory: 6 encoded" in err
     assert err.index("cannot be kept in") < err.index("encoded")
+
+
+@needs_faiss
+def test_an_index_is_kept_in_a_folder_whose_name_is_not_utf8(gallery, tmp_path):
+    """As unpacked from an archive of another system: Python opens such a name, FAISS does not."""
+    from retrieval.gallery import GalleryIndex
+
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    try:
+        folder.mkdir()
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names only")
+    vectors = np.eye(3, 8, dtype=np.float32)
+    index = GalleryIndex(folder, gallery, "f", 8)
+    index.update({f"{n}.jpg": Stamp(1, n) for n in range(3)}, lambda paths: [(paths, vectors, {})])
+    index.save()
+    again = GalleryIndex.load(folder, gallery, "f", 8)
+    assert again.paths == index.paths and np.array_equal(again.faiss.reconstruct_n(0, 3), vectors)
 
 
 @needs_faiss
