@@ -138,9 +138,8 @@ def train(args, device, checkpoint=None):
 
 def check_rest_of_epoch(args, done):
     """An epoch that was stopped goes on with the samples that are left, whatever the batch size is now."""
-    done["samples"] = (
-        done["samples"] or done["iteration"] * args.batch_size
-    )  # earlier ones counted batches only
+    # earlier checkpoints count batches only
+    done["samples"] = done["samples"] or done["iteration"] * args.batch_size
     if args.sampler == "identity" and done["samples"] != done["iteration"] * args.batch_size:
         raise InputError(
             f"--batch_size {args.batch_size} is not the one that this epoch began with, and the identity "

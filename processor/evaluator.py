@@ -32,13 +32,11 @@ def encode(model, img_loader, txt_loader, device, progress=False):
     text_pids = torch.cat([none, *(pids for pids, _ in captions)])
     text = encode_captions(model, [ids for _, ids in captions], device)
     image_pids, image = [none], [no_features(model, device)]
-    batches, shown = iter(img_loader), bar(len(img_loader), "images", progress)
-    while (
-        batch := next(batches, None)
-    ) is not None:  # `for` and a bar would hold the last one: 0.3 GB for 512
+    shown = bar(len(img_loader), "images", progress)  # round the loader it would hold the last batch
+    for batch in img_loader:
         image_pids.append(batch[0])
         image.append(F.normalize(model.encode_image(to_device(batch[1], device)), dim=1))
-        del batch
+        del batch  # 0.3 GB for 512 images, else there until the next is loaded
         shown.update()
     shown.close()
     model.train(was_training)

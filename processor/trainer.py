@@ -43,8 +43,8 @@ def train_one_epoch(
     meters = meters or Meters()
     watch = watch or FiniteWatch(model, optimizer, epoch, look_period(device, log_period))
     steps, began, step = start + len(loader), time.time(), start
-    batches, bar = iter(loader), progress_bar(steps - start, epoch, batch_size)
-    while (batch := next(batches, None)) is not None:  # `for`, enumerate and a bar would hold the last batch
+    bar = progress_bar(steps - start, epoch, batch_size)
+    for batch in loader:  # neither counted nor with the bar round it: both would hold the last batch
         step, batch = step + 1, Batch.of(batch)
         samples = batch.samples
         if not samples:  # all its images were left out

@@ -35,12 +35,11 @@ def printable(text):
 def stop_like_an_interrupt():
     """From here on SIGTERM and SIGHUP, a terminal that goes, end the program as Ctrl-C does, and keep what it
     keeps. One that is ignored, as SIGHUP under nohup, stays so."""
+    if threading.current_thread() is not threading.main_thread():
+        return  # elsewhere nobody may ask for signals
     for name in ("SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)
-        in_main = (
-            threading.current_thread() is threading.main_thread()
-        )  # elsewhere nobody may ask for signals
-        if number is not None and in_main and signal.getsignal(number) == signal.SIG_DFL:
+        if number is not None and signal.getsignal(number) == signal.SIG_DFL:
             signal.signal(number, signal.default_int_handler)
 
 
