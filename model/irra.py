@@ -50,9 +50,7 @@ class IRRA(nn.Module):
         self.logit_scale = 1 / temperature  # a constant, not a parameter
         self.register_buffer("temperature", torch.tensor(1 / self.logit_scale), persistent=False)  # to report
         self.autocast_dtype = None  # set by model.build for --precision bf16
-        self.compiled = (
-            None  # set by compile_encoders: encode_image and encode_text where gradients are wanted
-        )
+        self.compiled = None  # set by compile_encoders, see `encoders`
         self.base_model = clip
         self.width = D = clip.text_projection.shape[1]  # of a feature
         if "id" in self.loss_names:
@@ -85,22 +83,24 @@ class IRRA(nn.Module):
         """(B, L) token ids to (B, D) fp32, not L2-normalised: the feature at EOT."""
         return self.text_side(ids)[0]
 
+    def encoders(self):
+        """CLIP's encode_image and encode_text; those of torch.compile where gradients are wanted."""
+        if self.compiled and torch.is_grad_enabled():
+            return self.compiled
+        return self.base_model.encode_image, self.base_model.encode_text
+
     def image_side(self, images, all_tokens=False):
         """(B, D) features, and the tokens they are read from: (B, N, D), or the class token's (B, 1, D)."""
-        encode = (
-            self.compiled[0] if self.compiled and torch.is_grad_enabled() else self.base_model.encode_image
-        )
+        encode_image, _ = self.encoders()
         with self.autocast(images.device):
-            tokens = encode(images, class_only=not all_tokens)
+            tokens = encode_image(images, class_only=not all_tokens)
         return pooled(tokens), tokens
 
     def text_side(self, ids):
         """(B, D) features, and the tokens (B, L, D) that they are read from."""
-        encode = (
-            self.compiled[1] if self.compiled and torch.is_grad_enabled() else self.base_model.encode_text
-        )
+        _, encode_text = self.encoders()
         with self.autocast(ids.device):
-            tokens = encode(ids)
+            tokens = encode_text(ids)
         return at_eot(tokens, ids), tokens
 
     def features(self, batch, words=False):

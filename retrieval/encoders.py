@@ -125,9 +125,8 @@ def open_picture(path):
     except UnidentifiedImageError:
         raise NotAPicture(f"{shown(path)} is not a picture that Pillow can read") from None
     except Exception as error:  # whatever a decoder trips over, the file is no whole picture
-        system = getattr(
-            error, "strerror", None
-        )  # a permission, a disk that is away: another time it may be one
+        # what the system says, of a permission, of a disk that is away: another time it may be a picture
+        system = getattr(error, "strerror", None)
         reason = system or str(error) or type(error).__name__
         kind = InputError if system else NotAPicture
         raise kind(f"the picture {shown(path)} cannot be read ({reason})") from None

@@ -272,9 +272,10 @@ class GalleryIndex:
             )
         if home != Path(os.path.abspath(gallery)) and home.exists():  # a gallery that was moved is welcome
             raise InputError(f"the index in {folder} is of the pictures in {home}, not of {gallery}: {mend}")
+        faiss = extra("faiss")
         try:
             with open(folder / name, "rb") as file:
-                vectors = extra("faiss").read_index(extra("faiss").PyCallbackIOReader(file.read))
+                vectors = faiss.read_index(faiss.PyCallbackIOReader(file.read))
         except (FileNotFoundError, RuntimeError):
             raise InputError(f"the index in {folder} is damaged ({name}): {mend}") from None
         except OSError as error:
