@@ -1,6 +1,7 @@
 """Numbers are watched: a step whose loss or gradient is no number is not taken, and its batch is kept."""
 
 import json
+import logging
 import math
 import signal
 import time
@@ -16,6 +17,7 @@ from tests.children import differ, draw, only_run, run, words
 from utils.checkpoint import load_checkpoint
 from utils.dist import out_of_memory
 from utils.errors import InputError, reports_errors
+from utils.run import Stopped, StopSignals
 
 CPU = torch.device("cpu")
 GIVEN = dict(pids=[3, 5], image_ids=[7, 9], caption_ids=[[1, 2], [3, 4]])
@@ -342,6 +344,24 @@ def test_signals_are_as_before_after_a_run(data, train_script, tmp_path):
     argv = words(data, tmp_path, "--optimizer", "SGD", "--lr", "1e30", "--warmup_epochs", "0", epochs=1)
     assert train_script.main(argv) == 2
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+@pytest.mark.parametrize(("launched", "after"), [(False, signal.SIG_DFL), (True, signal.SIG_IGN)])
+def test_under_torchrun_a_signal_does_not_silence_a_process_that_ends_badly(monkeypatch, launched, after):
+    """When one process has ended, torchrun sends SIGTERM to the others: they still say why they end."""
+    for name in ("RANK", "WORLD_SIZE") if launched else ():
+        monkeypatch.setenv(name, "1")
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        with pytest.raises(RuntimeError), StopSignals(logging.getLogger()):
+            raise RuntimeError("Connection closed by peer")
+        assert signal.getsignal(signal.SIGTERM) == after
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        with pytest.raises(Stopped), StopSignals(logging.getLogger()):
+            raise Stopped
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @pytest.mark.parametrize(

@@ -186,9 +186,11 @@ class StopSignals:
         again = "" if launched() else " (again: stop at once, unsaved)"
         self.logger.info(f"{signal.Signals(number).name}: finishing the batch, then saving{again}")
 
-    def __exit__(self, *_):
+    def __exit__(self, kind, error, trace):
+        ends_badly = isinstance(error, Exception) and not isinstance(error, Stopped)
         for number, handler in self.earlier.items():
-            signal.signal(number, handler)
+            # torchrun sends SIGTERM to all when one has ended: each must still be able to say why it ends
+            signal.signal(number, signal.SIG_IGN if ends_badly and launched() else handler)
 
 
 GRACE = 60  # seconds that a loading process goes on after a SIGTERM
