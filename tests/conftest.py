@@ -3,12 +3,18 @@
 import importlib.util
 import logging
 import os
+import signal
 from pathlib import Path
 
 import pytest
 
 # before PyTorch is loaded: on busy cores, threads that spin while they wait make the tests ten times slower
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# a shell without job control starts what it puts in the background with SIGINT ignored, nohup with SIGHUP
+# ignored; the programs that tests start and then stop would inherit that
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 ROOT = Path(__file__).parent.parent
 SLOW = {  # what --fast leaves out, by what takes it long: a file, or file::beginning of a test's name
@@ -35,10 +41,7 @@ SLOW = {  # what --fast leaves out, by what takes it long: a file, or file::begi
         "test_fp16.py::test_with_a_fused_optimiser_they_do_not",
         "test_pretended.py::test_live_memory_is_the_same_after_step_3_and_after_step_200",
     ),
-    "the model at full size, and memory": (
-        "test_model_reference.py::test_full_size",
-        "test_micro_batch.py::test_a_quarter_of_the_batch_at_a_time_needs_at_most_half_the_memory",
-    ),
+    "the model at full size": ("test_model_reference.py::test_full_size",),
     "each combination of losses and each way to train, in each precision": (
         "test_pretended.py::test_every_combination_of_losses",
         "test_pretended.py::test_every_way_to_train",

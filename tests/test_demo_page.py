@@ -69,8 +69,6 @@ def address(home, imgs):
             stderr=log,
             text=True,
             env={**os.environ, "no_proxy": "127.0.0.1,localhost"},
-            # a shell's background jobs ignore Ctrl-C, and so would what they start
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         watchdog = threading.Timer(120, server.kill)
         watchdog.start()
