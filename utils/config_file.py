@@ -11,8 +11,9 @@ SWITCH = {"yes": True, "on": True, "no": False, "off": False}  # besides true an
 DERIVED = ("training", "distributed")  # a run's configs.yaml holds these too; no flag of theirs exists
 
 
-def read_yaml(path):
-    """A mapping from a YAML file. Plain data only; the published files' `!!python/tuple` reads as a list."""
+def plain_loader():
+    """yaml.SafeLoader for options: plain data, words as words, nothing twice. The published files'
+    `!!python/tuple` reads as a list."""
     import yaml
 
     class Loader(yaml.SafeLoader):
@@ -47,9 +48,16 @@ def read_yaml(path):
     Loader.add_implicit_resolver(
         "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
     )
+    return Loader
+
+
+def read_yaml(path):
+    """A mapping from a YAML file of plain data."""
+    import yaml
+
     path = Path(path)
     try:
-        options = yaml.load(path.read_text(encoding="utf-8-sig"), Loader)
+        options = yaml.load(path.read_text(encoding="utf-8-sig"), plain_loader())
     except FileNotFoundError:
         raise InputError(f"no config file at {path}{_neighbours(path)}") from None
     except (OSError, UnicodeDecodeError) as error:
