@@ -36,7 +36,7 @@ def test(args, device):
         picture_format(args.picture)  # before the evaluation: that may take long
     if rank() == 0:
         keep_log(logger, Path(args.output or run) / "test_log.txt")
-    logger.info(str({key: value for key, value in sorted(vars(args).items()) if key != "notes"}))
+    logger.info(str(dict(sorted(vars(args).items()))))
     checkpoint = Path(args.checkpoint or run / "best.pth")
     img_loader, txt_loader, _ = build_dataloader(args)
     state = load_checkpoint(checkpoint)

@@ -3,9 +3,9 @@
 import sys
 from pathlib import Path
 
-from utils.data_sets import name_of
 from utils.errors import InputError, reports_errors
 from utils.options import STOPPED, get_args, read_run_options
+from utils.run_folders import newest_run
 
 
 @reports_errors
@@ -16,16 +16,12 @@ def main(argv=None):
     from utils.dist import pick_device, process_group, recall
 
     argv = sys.argv[1:] if argv is None else argv
-    checkpoint = checkpoint_to_resume(args)
-    if checkpoint:
-        args = options_to_resume(args, checkpoint, argv)
-    device = pick_device(args.device)
-    with process_group(device):
+    beginning = options_to_resume(args, checkpoint_to_resume(args), argv)
+    with process_group(pick_device(beginning[0].device)):
         begun = recall("run")
         if begun:  # torchrun has started the processes anew, after one that ended badly
-            checkpoint = Path(begun) / "last.pth"
-            args = options_to_resume(get_args(argv), checkpoint, argv)
-        return train(args, device, checkpoint)
+            beginning = options_to_resume(get_args(argv), Path(begun) / "last.pth", argv)
+        return train(*beginning)
 
 
 def checkpoint_to_resume(args):
@@ -41,99 +37,205 @@ def checkpoint_to_resume(args):
     if args.resume_ckpt_file:
         path = Path(args.resume_ckpt_file)
         return path / "last.pth" if path.is_dir() else path
-    folder = Path(args.output_dir) / name_of(args)
-    runs = [path for path in sorted(folder.glob("*/last.pth")) if path.parent.name[16:] == args.name]
-    if not runs:
-        raise InputError(
-            f"nothing to resume: no run named {args.name} with a last.pth in {folder} (see "
-            f"--resume_ckpt_file)"
-        )
-    return runs[-1]
+    return newest_run(args)
 
 
 def options_to_resume(args, checkpoint, argv):
-    """The options of the run that is resumed, the command line over them; what then differs is noted."""
-    configs = checkpoint.parent / "configs.yaml"
-    if not configs.is_file():
-        return args
-    saved = read_run_options(configs)
+    """(args, checkpoint, sentences): the options of the run that is resumed, the command line over them, and
+    what then differs."""
+    configs = checkpoint and checkpoint.parent / "configs.yaml"
+    if not checkpoint or not configs.is_file():
+        return args, checkpoint, []
+    saved = vars(read_run_options(configs))
     if not args.config_file:
         args = get_args(["--config_file", str(configs), *argv])
-    for key, value in vars(saved).items():
-        if key not in ("resume", "resume_ckpt_file", "output_dir", "config_file", "notes", "debug"):
-            if getattr(args, key) != value:
-                args.notes.append(f"{key} was {value} before and is {getattr(args, key)} from here on")
-    return args
+    changed = [
+        f"{key} was {value} before and is {vars(args)[key]} from here on"
+        for key, value in saved.items()
+        if key not in ("resume", "resume_ckpt_file", "output_dir", "config_file", "debug")
+        and vars(args)[key] != value
+    ]
+    return args, checkpoint, changed
 
 
-def train(args, device, checkpoint=None):
+def train(args, checkpoint=None, changed=()):
+    """checkpoint: the run or the weights that it goes on with; changed: sentences about its options."""
     import torch
 
-    from datasets import build_dataloader
-    from model import build_model
     from processor.trainer import NotFinite
-    from solver import build_lr_scheduler, build_optimizer
     from utils.checkpoint import load_checkpoint
-    from utils.dist import number_of_gpus, out_of_memory
-    from utils.precision import check_precision
-    from utils.run import RunFiles, Stopped, StopSignals, leave_signals_to_parent, setup_logger
+    from utils.dist import out_of_memory
+    from utils.run import RunFiles, Stopped, StopSignals, setup_logger
+    from utils.settings import resolve
 
     goes_on = checkpoint and (checkpoint.parent / "configs.yaml").is_file()  # else it is a run of its own
     run = RunFiles(args, checkpoint.parent if goes_on else None)
     logger = setup_logger("IRRA")
-    log = logger.getChild("train")
-    precision = check_precision(args, device)  # before anything is loaded
-    logger.info(f"Using {number_of_gpus(device)} GPUs")
-    logger.info(precision)
-    logger.info(run.described(args))
-    for note in args.notes:
+    settings = resolve(args)  # before anything is loaded
+    log_beginning(logger, args, settings, run)
+    for note in changed:
         logger.info(note)
     state = load_checkpoint(checkpoint) if checkpoint else None  # a bad one is found before data and model
     # for the new layers' weights; order, augmentation and masks have streams of their own
     torch.manual_seed(args.seed)
+    training = build_training(args, settings.device, run)
+    if checkpoint and not training.resume(state, checkpoint):
+        return
+    del state
+    run.open(args, logger, first_epoch=training.done["epoch"] + 1)
+    try:
+        with StopSignals(run.log) as training.stop, out_of_memory(settings.device, args.batch_size):
+            if not checkpoint:
+                training.save()  # from here on there is something to resume, and room for it
+            run.log.info("start training")
+            training.fit()
+    except NotFinite as error:
+        raise InputError(f"{error}. The batch is described in {run.keep_evidence(error.evidence)}") from None
+    except Stopped as reason:
+        run.log.info(
+            f"{reason}; all is saved, and --resume --resume_ckpt_file {run.folder} goes on from there"
+        )
+        return STOPPED
+    finally:
+        training.close()
+    if training.done["best_epoch"]:
+        run.log.info(training.best())
+
+
+def log_beginning(logger, args, settings, run):
+    from utils.dist import number_of_gpus
+    from utils.settings import precision_line
+
+    logger.info(f"Using {number_of_gpus(settings.device)} GPUs")
+    logger.info(precision_line(args, settings.device))
+    logger.info(run.described(args))
+
+
+def build_training(args, device, run):
+    from datasets import build_dataloader
+    from model import build_model
+    from solver import build_lr_scheduler, build_optimizer
+    from utils.run import leave_signals_to_parent
 
     *loaders, num_classes = build_dataloader(args)
     for loader in loaders:
         loader.worker_init_fn = leave_signals_to_parent
     model = build_model(args, num_classes)
-    logger.info(f"Total params: {sum(p.numel() for p in model.parameters()) / 1e6:.0f}M")
+    run.log.parent.info(f"Total params: {sum(p.numel() for p in model.parameters()) / 1e6:.0f}M")
     optimizer = build_optimizer(args, model)
     parts = {"model": model, "optimizer": optimizer, "scheduler": build_lr_scheduler(args, optimizer)}
-    done = {"epoch": 0, "iteration": 0, "samples": 0, "to_evaluate": False}
-    done.update({"best_R1": -1.0, "best_epoch": 0, "meters": {}, "seed": args.seed})
-    if checkpoint:
-        done.update(restore(parts, state, checkpoint))
-        del state
-        best = f"best R1: {done['best_R1']} at epoch {done['best_epoch']}"
-        if done["epoch"] >= args.num_epoch and not done["to_evaluate"]:
-            log.info(f"{checkpoint} has all {args.num_epoch} epochs: nothing is left to do ({best})")
+    return Training(args, device, loaders, parts, run)
+
+
+class Training:
+    """A run on its way: what is trained, `done`, how far it is, and the run's folder."""
+
+    def __init__(self, args, device, loaders, parts, run):
+        self.args, self.device, self.parts, self.run = args, device, parts, run
+        self.train_loader, self.img_loader, self.txt_loader = loaders
+        self.stop = None  # the StopSignals of the time in which it trains
+        self.done = {"epoch": 0, "iteration": 0, "samples": 0, "to_evaluate": False, "meters": {}}
+        self.done.update({"best_R1": -1.0, "best_epoch": 0, "seed": args.seed})
+
+    def fit(self):
+        """The epochs that are not done yet: train, evaluate, keep the best and the last."""
+        from utils.dist import any_process, replicate
+        from utils.run import Stopped
+
+        args, done, scheduler = self.args, self.done, self.parts["scheduler"]
+        model = replicate(self.parts["model"], self.device, args.micro_batch)
+        self.evaluate_if_due()  # the epoch that an interrupted run has trained
+        for epoch in range(done["epoch"] + 1, args.num_epoch + 1):
+            averages = self.train_epoch(model, epoch)
+            shown = {name: value for name, value in averages.items() if value > 0}  # no zeros, as published
+            self.run.board(epoch, lr=scheduler.get_last_lr()[0], **shown)
+            scheduler.step()
+            # a run shorter than its evaluation period is evaluated at its end
+            due = epoch % args.eval_period == 0 or epoch == args.num_epoch < args.eval_period
+            done.update(epoch=epoch, iteration=0, samples=0, meters={}, to_evaluate=due)
+            self.save()
+            self.run.keep_numbered(epoch, args.keep)
+            self.evaluate_if_due()
+            if epoch < args.num_epoch and any_process(self.stop.asked, self.device):
+                raise Stopped(f"stopped after epoch {epoch}")
+
+    def train_epoch(self, model, epoch):
+        """What is left of an epoch; returns its averages by name."""
+        from processor.trainer import FiniteWatch, Meters, Steps, look_period, train_one_epoch
+
+        args, done = self.args, self.done
+        self.train_loader.set_epoch(epoch, samples=done["samples"])
+        watch = FiniteWatch(model, self.parts["optimizer"], epoch, look_period(self.device, args.log_period))
+        steps = Steps(
+            log_period=args.log_period,
+            batch_size=args.batch_size,
+            micro_batch=args.micro_batch,
+            max_grad_norm=args.max_grad_norm,
+            start=done["iteration"],
+            meters=Meters.from_state(done["meters"]),
+            watch=watch,
+            after_step=lambda step, meters: self.after_step(step, meters, watch),
+        )
+        return train_one_epoch(model, self.train_loader, self.parts["optimizer"], self.device, epoch, steps)
+
+    def after_step(self, step, meters, watch):
+        """Save within the epoch, and leave, where that is due."""
+        from utils.dist import any_process, world_size
+        from utils.run import Stopped
+
+        if self.stop.again:  # a callback of Python's own, as those of a fork, swallowed the interrupt
+            raise KeyboardInterrupt
+        args, done = self.args, self.done
+        # several processes with accelerators ask one another now and then only: that makes them wait
+        asks = world_size() == 1 or self.device.type == "cpu" or step % 10 == 0
+        stopped = asks and any_process(self.stop.asked, self.device)
+        if stopped or (args.save_period and step % args.save_period == 0):
+            watch.look()  # what a bad step was left out of is not saved as if it had been taken
+            samples = done["samples"] + (step - done["iteration"]) * args.batch_size
+            self.save(iteration=step, samples=samples, meters=meters.state_dict())
+        if stopped:
+            raise Stopped(f"stopped in epoch {done['epoch'] + 1} after iteration {step}")
+
+    def evaluate_if_due(self):
+        """What may fail comes after the saving; a run that was ended in it evaluates when it goes on."""
+        done, run = self.done, self.run
+        if not done["to_evaluate"]:
             return
+        epoch = done["epoch"]
+        R1 = evaluate_epoch(self.parts["model"], self.img_loader, self.txt_loader, self.device, run, epoch)
+        if R1 > done["best_R1"]:
+            done.update(best_R1=R1, best_epoch=epoch)
+            run.log.info(f"Saving checkpoint to {run.folder / 'best.pth'}")
+            run.save("best.pth", self.parts, iteration=0, epoch=epoch)
+        done.update(to_evaluate=False)
+        self.save()
+        run.keep_numbered(epoch, self.args.keep)
+
+    def save(self, **within_epoch):
+        self.run.save("last.pth", self.parts, **{**self.done, **within_epoch})
+
+    def resume(self, state, checkpoint):
+        """Go on from a checkpoint's state; False where nothing is left to do."""
+        args, done, log = self.args, self.done, self.run.log
+        done.update(restore(self.parts, state, checkpoint))
+        if done["epoch"] >= args.num_epoch and not done["to_evaluate"]:
+            log.info(f"{checkpoint} has all {args.num_epoch} epochs: nothing is left to do ({self.best()})")
+            return False
         log.info(
             f"resumed from {checkpoint}: {done['epoch']} epochs and {done['iteration']} iterations are done"
         )
         check_rest_of_epoch(args, done)
-    run.open(args, logger, first_epoch=done["epoch"] + 1)
-    try:
-        with StopSignals(log) as stop, out_of_memory(device, args.batch_size):
-            if not checkpoint:
-                run.save(
-                    "last.pth", parts, **done
-                )  # from here on there is something to resume, and room for it
-            log.info("start training")
-            fit(args, device, loaders, parts, done, run, stop)
-    except Stopped as reason:
-        log.info(f"{reason}; all is saved, and --resume --resume_ckpt_file {run.folder} goes on from there")
-        return STOPPED
-    except NotFinite as error:
-        raise InputError(f"{error}. The batch is described in {run.keep_evidence(error.evidence)}") from None
-    finally:
-        run.close()
-        loaders[0].close()
-        for loader in loaders[:2]:
+        return True
+
+    def best(self):
+        return f"best R1: {self.done['best_R1']} at epoch {self.done['best_epoch']}"
+
+    def close(self):
+        self.run.close()
+        self.train_loader.close()
+        for loader in (self.train_loader, self.img_loader):
             for reason in loader.left_out.values():
-                log.warning(f"was left out: {reason}")
-    if done["best_epoch"]:
-        log.info(f"best R1: {done['best_R1']} at epoch {done['best_epoch']}")
+                self.run.log.warning(f"was left out: {reason}")
 
 
 def check_rest_of_epoch(args, done):
@@ -146,75 +248,6 @@ def check_rest_of_epoch(args, done):
             "sampler's order depends on it: end the epoch with the earlier one first"
         )
     done["iteration"] = done["samples"] // args.batch_size
-
-
-def fit(args, device, loaders, parts, done, run, stop):
-    """The epochs that are not done yet: train, evaluate, keep the best and the last."""
-    from processor.trainer import FiniteWatch, Meters, look_period, train_one_epoch
-    from utils.dist import any_process, replicate, world_size
-    from utils.run import Stopped
-
-    train_loader, img_loader, txt_loader = loaders
-    model = replicate(parts["model"], device, args.micro_batch)
-
-    def after_step(step, meters):
-        if stop.again:  # a callback of Python's own, such as those of a fork, has swallowed the interrupt
-            raise KeyboardInterrupt
-        # several processes with accelerators ask one another now and then only: that makes them wait
-        asks = world_size() == 1 or device.type == "cpu" or step % 10 == 0
-        stopped = asks and any_process(stop.asked, device)
-        if stopped or (args.save_period and step % args.save_period == 0):
-            watch.look()  # what a bad step was left out of is not saved as if it had been taken
-            samples = done["samples"] + (step - done["iteration"]) * args.batch_size
-            progress = {"iteration": step, "samples": samples, "meters": meters.state_dict()}
-            run.save("last.pth", parts, **{**done, **progress})
-        if stopped:
-            raise Stopped(f"stopped in epoch {done['epoch'] + 1} after iteration {step}")
-
-    def evaluate_if_due():
-        """What may fail comes after the saving; a run that was ended in it evaluates when it goes on."""
-        epoch = done["epoch"]
-        if done["to_evaluate"]:
-            R1 = evaluate_epoch(parts["model"], img_loader, txt_loader, device, run, epoch)
-            if R1 > done["best_R1"]:
-                done.update(best_R1=R1, best_epoch=epoch)
-                run.log.info(f"Saving checkpoint to {run.folder / 'best.pth'}")
-                run.save("best.pth", parts, iteration=0, epoch=epoch)
-            done.update(to_evaluate=False)
-            run.save("last.pth", parts, **done)
-            run.keep_numbered(epoch, args.keep)
-
-    evaluate_if_due()  # of the epoch that an interrupted run has trained
-    for epoch in range(done["epoch"] + 1, args.num_epoch + 1):
-        start, meters = done["iteration"], Meters.from_state(done["meters"])
-        train_loader.set_epoch(epoch, samples=done["samples"])
-        watch = FiniteWatch(model, parts["optimizer"], epoch, look_period(device, args.log_period))
-        averages = train_one_epoch(
-            model,
-            train_loader,
-            parts["optimizer"],
-            device,
-            epoch,
-            log_period=args.log_period,
-            batch_size=args.batch_size,
-            start=start,
-            meters=meters,
-            max_grad_norm=args.max_grad_norm,
-            after_step=after_step,
-            micro_batch=args.micro_batch,
-            watch=watch,
-        )
-        shown = {name: value for name, value in averages.items() if value > 0}  # no zeros, as published
-        run.board(epoch, lr=parts["scheduler"].get_last_lr()[0], **shown)
-        parts["scheduler"].step()
-        # a run shorter than its evaluation period is evaluated at its end
-        due = epoch % args.eval_period == 0 or epoch == args.num_epoch < args.eval_period
-        done.update(epoch=epoch, iteration=0, samples=0, meters={}, to_evaluate=due)
-        run.save("last.pth", parts, **done)
-        run.keep_numbered(epoch, args.keep)
-        evaluate_if_due()
-        if epoch < args.num_epoch and any_process(stop.asked, device):
-            raise Stopped(f"stopped after epoch {epoch}")
 
 
 def evaluate_epoch(model, img_loader, txt_loader, device, run, epoch):

@@ -28,7 +28,7 @@ from benchmarks import evaluate, harness, loader, step
 from benchmarks.harness import left_out, record
 from benchmarks.step import PERSONS, batch_of
 from model import build_model
-from processor.trainer import train_one_epoch
+from processor.trainer import Steps, train_one_epoch
 from solver import build_optimizer
 from utils.checkpoint import load_checkpoint, load_optimizer, load_weights, save_checkpoint
 from utils.dist import pick_device
@@ -93,7 +93,7 @@ def full_size(args, device, folder):
             unmoved.append(meters.latest["frac_unmoved"])
 
     batches = Batches(args, chosen, device, steps)
-    train_one_epoch(model, batches, optimizer, device, 1, log_period=steps // 4, after_step=after_step)
+    train_one_epoch(model, batches, optimizer, device, 1, Steps(log_period=steps // 4, after_step=after_step))
     sums = [0.0, *torch.stack(losses).tolist()]
     each = [(b - a) / batches.size for a, b in zip(sums, sums[1:], strict=False)]
     tenth = steps // 10  # a few times all its batches

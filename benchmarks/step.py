@@ -20,7 +20,7 @@ from benchmarks import published
 from benchmarks.harness import held, interleaved, left_out, peak_memory, record
 from benchmarks.pretended import DEVICE, Pretended
 from model.build import build_model, in_precision, new_model
-from processor.trainer import FiniteWatch, Meters, backward, look_period
+from processor.trainer import FiniteWatch, Meters, Steps, backward, look_period
 from solver import build_optimizer
 from utils.batch import Batch
 from utils.dist import pick_device
@@ -264,7 +264,7 @@ def growth(args):
             memory[step] = held()
 
     loader = [batches[step % 8] for step in range(last)]
-    train_one_epoch(model, loader, optimizer, device, 1, log_period=10**9, after_step=look)
+    train_one_epoch(model, loader, optimizer, device, 1, Steps(log_period=10**9, after_step=look))
     grown = (memory[last] - memory[first]) / args.growth
     record(
         "host memory, growth a step",

@@ -12,8 +12,10 @@ from datasets.image_text import CaptionDataset, ImageDataset, PairDataset, finis
 from datasets.sampler import BatchShares, IdentityOrder, RandomOrder, Share
 from utils.batch import Batch
 from utils.data_sets import ignored_name
-from utils.dist import pick_device, total, world_size
+from utils.dist import total, world_size
 from utils.errors import InputError
+from utils.losses import names_of
+from utils.settings import resolve
 
 logger = logging.getLogger("IRRA.dataset")
 
@@ -81,7 +83,7 @@ def build_dataloader(args):
         logger.info(ignored)
     splits = read_splits(source_of(args, None if args.training else evaluated))
     log_statistics(splits)
-    device = pick_device(args.device)
+    device = resolve(args).device
     images = images_of(args, splits, evaluated, args.training)
     loaders = eval_loaders(args, splits, evaluated, device, images)
     if args.training:
@@ -120,11 +122,6 @@ def train_loader(args, splits, device, images):
         raise InputError(
             f"--batch_size {args.batch_size} is larger than the training set ({len(splits.train)} captions)"
         )
-    if args.batch_size % world_size():
-        raise InputError(
-            f"--batch_size {args.batch_size} is for all {world_size()} processes together, and they cannot "
-            f"share it evenly: choose a multiple of {world_size()}"
-        )
     masking = (args.masked_token_rate, args.masked_token_unchanged_rate) if args.MLM else None
     dataset = PairDataset(
         splits.train,
@@ -140,7 +137,8 @@ def train_loader(args, splits, device, images):
     logger.info(f"using {args.sampler} sampler")
     if masking:
         who = "mlm alone sees" if args.clean_captions else "every loss sees, as published,"
-        logger.info(f"training captions are masked; {who} the masked caption")
+        predicted = "" if "mlm" in names_of(args) else "; no loss predicts the masked words"
+        logger.info(f"training captions are masked; {who} the masked caption{predicted}")
     if args.sampler == "identity":
         pids = [sample.pid for sample in splits.train]
         sampler = IdentityOrder(pids, args.batch_size, args.num_instance, args.seed)

@@ -8,16 +8,14 @@ from model.clip_resnet import ModifiedResNet
 from model.irra import IRRA, PARTS
 from model.pretrained import architecture, image_grid, load_clip, new_clip
 from utils.checkpoint import load_weights
-from utils.dist import pick_device
 from utils.errors import InputError
-from utils.losses import LOSSES
-from utils.options import losses
-from utils.precision import pick_precision
+from utils.losses import LOSSES, names_of
+from utils.settings import check, resolve
 
 
 def build_model(args, num_classes):
     """The IRRA that training starts with: pretrained CLIP, new heads; on its device and in its precision."""
-    model = place(new_model(args, num_classes), args)
+    model = place(new_model(args, num_classes), resolve(args))
     if args.compile:
         model.compile_encoders()
     return model
@@ -26,13 +24,8 @@ def build_model(args, num_classes):
 def new_model(args, num_classes):
     """build_model's IRRA, in fp32 and not on its device yet."""
     clip = load_clip(args.pretrain_choice, args.img_size, args.stride_size, args.clip_architecture)
-    check_text_length(args.text_length, clip)
-    if args.micro_batch and isinstance(clip.visual, ModifiedResNet):  # whatever its file is called
-        raise InputError(
-            f"--micro_batch is exact for a ViT only: {args.pretrain_choice} is a ResNet and normalises over "
-            "the samples at hand"
-        )
-    model = _with_heads(args, clip, losses(args), num_classes, args.cmt_depth)
+    check(args, **facts_of(clip))
+    model = _with_heads(args, clip, names_of(args), num_classes, args.cmt_depth)
     if args.grad_checkpointing:
         for module in model.modules():
             if isinstance(module, Transformer):
@@ -65,20 +58,18 @@ def build_trained_model(args, weights, source):
         or args.cmt_depth
     )
     with_heads = {row.loss for row in PARTS.values()}
-    plain = [name for name in losses(args) if name not in with_heads]
+    plain = [name for name in names_of(args) if name not in with_heads]
     clip = new_clip(sizes, args.img_size, args.stride_size, source)
-    check_text_length(args.text_length, clip)
+    check(args, **facts_of(clip))
     model = _with_heads(args, clip, plain + heads, num_classes, depth)
     load_weights(model, weights, source)
-    return place(model, args)
+    return place(model, resolve(args))
 
 
-def check_text_length(text_length, clip):
-    positions = len(clip.positional_embedding)
-    if text_length > positions:
-        raise InputError(
-            f"--text_length {text_length}: the text encoder has {positions} positions, so that is the most"
-        )
+def facts_of(clip):
+    """What the rules about options ask of the weights, whatever their file is called."""
+    resnet = isinstance(clip.visual, ModifiedResNet)
+    return {"resnet": resnet, "context_length": len(clip.positional_embedding)}
 
 
 def _with_heads(args, clip, loss_names, num_classes, cmt_depth):
@@ -92,10 +83,9 @@ def _with_heads(args, clip, loss_names, num_classes, cmt_depth):
     )
 
 
-def place(model, args):
-    """Set the precision and move to the device."""
-    device = pick_device(args.device)
-    return in_precision(model, pick_precision(args, device)).to(device)  # never there in fp32 for fp16
+def place(model, settings):
+    """Set the precision and move to the device; in this order, so it is never there in fp32 for fp16."""
+    return in_precision(model, settings.precision).to(settings.device)
 
 
 def in_precision(model, precision):

@@ -9,10 +9,8 @@ from torch import nn
 
 from model import objectives
 from model.clip_model import LayerNorm, QuickGELU, Transformer, at_least_fp32, attend
-from model.clip_resnet import ModifiedResNet
 from utils.batch import PLAN, Batch
 from utils.dist import gather, share_sizes, total
-from utils.errors import InputError
 from utils.losses import LOSSES
 
 
@@ -56,10 +54,6 @@ class IRRA(nn.Module):
         if "id" in self.loss_names:
             self.classifier = nn.Linear(D, num_classes)
         if "mlm" in self.loss_names:
-            if isinstance(clip.visual, ModifiedResNet):
-                raise InputError(
-                    "mlm needs image tokens, and a ResNet gives one pooled vector: choose a ViT or drop mlm"
-                )
             self.cross_attn = nn.MultiheadAttention(D, D // 64, batch_first=True)
             self.cross_modal_transformer = Transformer(D, cmt_depth, D // 64)
             self.ln_pre_t = LayerNorm(D)

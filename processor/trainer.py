@@ -2,6 +2,8 @@
 
 import logging
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
@@ -15,66 +17,67 @@ from utils.losses import REPORTED, is_loss, total_loss
 logger = logging.getLogger("IRRA.train")
 
 
-def train_one_epoch(
-    model,
-    loader,
-    optimizer,
-    device,
-    epoch,
-    log_period=100,
-    batch_size=None,
-    start=0,
-    meters=None,
-    max_grad_norm=None,
-    after_step=None,
-    micro_batch=None,
-    watch=None,
-):
+@dataclass
+class Steps:
+    """How the steps of an epoch are taken, and where in it they begin."""
+
+    log_period: int = 100  # steps between two log lines
+    batch_size: int | None = None  # for the speed that is shown
+    micro_batch: int | None = None  # samples that have activations at a time; the losses stay the same
+    max_grad_norm: float | None = None
+    start: int = 0  # the steps that an interrupted run has done
+    meters: "Meters | None" = None  # their Meters
+    watch: "FiniteWatch | None" = None  # of this epoch, for a caller whose after_step saves: it looks first
+    after_step: Callable | None = None  # called with (step, meters); may raise to leave
+
+
+def train_one_epoch(model, loader, optimizer, device, epoch, steps=None):
     """One pass over the loader, whose batches model.forward takes. Returns the epoch's averages by name, and
     `frac_unmoved`, the share of weights that the last logged step left as they were.
 
-    start, meters: the steps of this epoch that an interrupted run has done, and its Meters.
-    after_step: called with (step, meters) after each step; may raise to leave.
-    micro_batch: samples that have activations at a time; the losses are those of the whole batch all the
-    same. Raises NotFinite, before the step is taken, when the loss or a gradient is not a number.
-    watch: the FiniteWatch of this epoch, for a caller whose after_step saves: it must look first.
+    steps: a Steps. Raises NotFinite, before the step is taken, when the loss or a gradient is not a number.
     """
     model.train()
-    meters = meters or Meters()
-    watch = watch or FiniteWatch(model, optimizer, epoch, look_period(device, log_period))
-    steps, began, step = start + len(loader), time.time(), start
-    bar = progress_bar(steps - start, epoch, batch_size)
+    how = steps or Steps()
+    meters = how.meters or Meters()
+    watch = how.watch or FiniteWatch(model, optimizer, epoch, look_period(device, how.log_period))
+    last, began, step = how.start + len(loader), time.time(), how.start
+    samples = how.batch_size
+    bar = progress_bar(last - step, epoch, how.batch_size)
     for batch in loader:  # neither counted nor with the bar round it: both would hold the last batch
         step, batch = step + 1, Batch.of(batch)
         samples = batch.samples
         if not samples:  # all its images were left out
             continue
         optimizer.zero_grad(set_to_none=True)
-        loss, report = backward(model, batch, device, micro_batch)
+        loss, report = backward(model, batch, device, how.micro_batch)
         watch.before_step(step, loss, report, batch)
-        if max_grad_norm:
-            clip_gradients(model, max_grad_norm)
-        if step % log_period:
+        if how.max_grad_norm:
+            clip_gradients(model, how.max_grad_norm)
+        if step % how.log_period:
             optimizer.step()
         else:
             meters.latest["frac_unmoved"] = step_and_compare(optimizer, unwrapped(model))
         meters.update({"loss": loss, **report}, samples)
         del batch, loss, report  # else they are on the device until the next ones are there
         bar.update()
-        if step % log_period == 0:
+        if step % how.log_period == 0:
             lr = optimizer.param_groups[0]["lr"]
-            logger.info(f"Epoch[{epoch}] Iteration[{step}/{steps}], {meters.shown()}, Base Lr: {lr:.2e}")
-        if after_step:
-            after_step(step, meters)
+            logger.info(f"Epoch[{epoch}] Iteration[{step}/{last}], {meters.shown()}, Base Lr: {lr:.2e}")
+        if how.after_step:
+            how.after_step(step, meters)
     bar.close()
     watch.look()
-    speed = ""
-    if step > start:  # else it was stopped after its last batch, and this is the rest of it
-        seconds = (time.time() - began) / (step - start)
-        images = (batch_size or samples) / seconds
-        speed = f" Time per batch: {seconds:.3f}[s] Speed: {images:.1f}[samples/s]"
-    logger.info(f"Epoch {epoch} done.{speed}")
+    logger.info(f"Epoch {epoch} done.{speed_of(step - how.start, began, how.batch_size or samples)}")
     return {**meters.averages(), **meters.latest}
+
+
+def speed_of(steps, began, batch_size):
+    """What the end of an epoch says of its speed; nothing where it was stopped after its last batch."""
+    if not steps:
+        return ""
+    seconds = (time.time() - began) / steps
+    return f" Time per batch: {seconds:.3f}[s] Speed: {batch_size / seconds:.1f}[samples/s]"
 
 
 def backward(model, batch, device, micro_batch=None):

@@ -16,8 +16,8 @@ from datasets.transforms import as_rgb, open_image, resize
 from model.build import build_trained_model
 from model.irra import PARTS
 from utils.checkpoint import load_checkpoint
-from utils.dist import pick_device
 from utils.errors import InputError
+from utils.settings import resolve
 
 
 class Encoders:
@@ -94,7 +94,7 @@ def open_run(args):
     weights = load_checkpoint(checkpoint)["model"]
     model = build_trained_model(args, weights, checkpoint)
     fingerprint = fingerprint_of(weights, args.img_size, args.stride_size)
-    return Encoders(model, args.img_size, args.text_length, pick_device(args.device), fingerprint)
+    return Encoders(model, args.img_size, args.text_length, resolve(args).device, fingerprint)
 
 
 def fingerprint_of(weights, img_size, stride_size):

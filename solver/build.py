@@ -8,7 +8,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from solver.skip import skips_on_device
 from utils.errors import InputError
-from utils.precision import EPS
+from utils.settings import EPS
 
 OPTIMIZERS = {  # how: of HOW
     "Adam": lambda groups, args, how: torch.optim.Adam(

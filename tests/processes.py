@@ -16,7 +16,7 @@ import train
 from datasets import build_dataloader
 from model import build_model, objectives
 from processor.evaluator import encode, evaluate
-from processor.trainer import train_one_epoch
+from processor.trainer import Steps, train_one_epoch
 from solver import build_lr_scheduler, build_optimizer
 from tests.children import CONTEXT, ROOT
 from tests.conftest import load_script
@@ -151,7 +151,7 @@ def _train_some(args, epochs):
         loader.set_epoch(epoch)
         after_step = StepReports(reports)
         train_one_epoch(
-            model, batches, optimizer, CPU, epoch, after_step=after_step, micro_batch=args.micro_batch
+            model, batches, optimizer, CPU, epoch, Steps(after_step=after_step, micro_batch=args.micro_batch)
         )
         scheduler.step()
     return {"reports": reports, "start": start, "weights": plain.state_dict(), "sizes": batches.sizes}
@@ -223,7 +223,7 @@ class SignalAt(logging.Handler):
 
     def emit(self, record):
         if self.text in record.getMessage():
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
 
 
 @contextmanager

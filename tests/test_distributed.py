@@ -376,7 +376,7 @@ def test_a_signal_that_comes_twice_under_torchrun_still_lets_the_run_save(monkey
     monkeypatch.setenv("WORLD_SIZE", "1")
     with StopSignals(logging.getLogger("test")) as stop:
         for _ in range(3):
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
         assert stop.asked
 
 

@@ -185,7 +185,7 @@ def test_what_torch_compile_generates_gives_the_same_losses_and_gradients():
 def test_the_loop_keeps_nothing_from_step_to_step():
     import gc
 
-    from processor.trainer import train_one_epoch
+    from processor.trainer import Steps, train_one_epoch
 
     args = recipe.tiny_args(MLM=True)
     model = model_of()
@@ -198,7 +198,7 @@ def test_the_loop_keeps_nothing_from_step_to_step():
             counts.append(sum(issubclass(type(x), torch.Tensor) for x in gc.get_objects()))
 
     batches = [batch_of(seed) for seed in range(2)] * 6
-    train_one_epoch(model, batches, optimizer, cpu, epoch=1, log_period=100, after_step=tensors)
+    train_one_epoch(model, batches, optimizer, cpu, 1, Steps(log_period=100, after_step=tensors))
     assert counts[1] <= counts[0]
 
 

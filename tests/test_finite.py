@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from processor.trainer import FiniteWatch, NotFinite, train_one_epoch
+from processor.trainer import FiniteWatch, NotFinite, Steps, train_one_epoch
 from solver.skip import skips_on_device
 from tests import children
 from tests.children import differ, draw, only_run, run, words
@@ -53,7 +53,7 @@ def taken(optimizer_of, slopes, **options):
         after.append(model.weight.detach().tolist())
 
     try:
-        train_one_epoch(model, batches(*slopes), optimizer, CPU, 4, after_step=look, **options)
+        train_one_epoch(model, batches(*slopes), optimizer, CPU, 4, Steps(after_step=look, **options))
     except NotFinite as error:
         return after, error, model.weight.detach().tolist()
     return after, None, model.weight.detach().tolist()
@@ -134,7 +134,7 @@ def test_a_chain_stands_still_from_the_bad_step_to_the_look(optimizer_of, bad_at
             after.append((model.weight.tolist(), moments(optimizer)))
 
         try:
-            train_one_epoch(model, loader, optimizer, CPU, 4, after_step=look, watch=watch)
+            train_one_epoch(model, loader, optimizer, CPU, 4, Steps(after_step=look, watch=watch))
         except NotFinite as error:
             return after, error
         return after, None
@@ -181,7 +181,7 @@ def test_what_is_saved_within_an_epoch_is_looked_at_first():
 
     with pytest.raises(NotFinite) as raised:
         loader = batches(GOOD, BAD["NaN"], OTHER, GOOD)
-        train_one_epoch(model, loader, optimizer, CPU, 1, after_step=after_step, watch=watch)
+        train_one_epoch(model, loader, optimizer, CPU, 1, Steps(after_step=after_step, watch=watch))
     assert raised.value.evidence["iteration"] == 2 and not saved
 
 
@@ -215,7 +215,7 @@ def test_max_grad_norm_adds_up_fp16_gradients_in_fp32(slope):
     """Above 65504 the 2-norm is infinite in fp16, and the step was scaled to nothing without a word."""
     model = Line().half()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5, foreach=True)
-    train_one_epoch(model, batches(slope), optimizer, CPU, 1, max_grad_norm=1.0)
+    train_one_epoch(model, batches(slope), optimizer, CPU, 1, Steps(max_grad_norm=1.0))
     norm = math.hypot(*slope)
     expected = [w - 0.5 * s * min(1.0, 1 / norm) for w, s in zip((1.0, 2.0), slope, strict=True)]
     assert model.weight.tolist() == pytest.approx(expected, rel=2e-3)

@@ -14,7 +14,7 @@ import torch
 
 from benchmarks import published
 from model import build_model
-from processor.trainer import FiniteWatch, train_one_epoch
+from processor.trainer import FiniteWatch, Steps, train_one_epoch
 from solver import build_lr_scheduler, build_optimizer
 from solver.build import lr_and_decay
 from tests.recipe import (
@@ -314,7 +314,7 @@ def trained(regime, fused=False):
 
     loader = [batches()[step % 10] for step in range(STEPS)]
     watch = FiniteWatch(scaled, optimizer, epoch=1, period=50)
-    train_one_epoch(scaled, loader, optimizer, CPU, 1, log_period=10**9, after_step=look, watch=watch)
+    train_one_epoch(scaled, loader, optimizer, CPU, 1, Steps(log_period=10**9, after_step=look, watch=watch))
     losses = {name: [report[name] for report in scaled.reports] for name in scaled.reports[0]}
     losses["total_loss"] = [sum(report.values()) for report in scaled.reports]
     return losses, after

@@ -489,7 +489,7 @@ def test_micro_batches_of_a_resnet_are_refused_whatever_its_file_is_called(resne
 
 
 def test_mlm_with_a_resnet_is_refused_with_the_reason(resnet_file, capsys):
-    with pytest.raises(InputError, match="mlm needs image tokens.*choose a ViT or drop mlm"):
+    with pytest.raises(InputError, match="mlm needs image tokens.*leave mlm out of --loss_names"):
         build_model(tiny_args("sdm+mlm", pretrain_choice=resnet_file), CLASSES)
     with pytest.raises(SystemExit) as stop:
         tiny_args("sdm+mlm", pretrain_choice="RN50")

@@ -70,8 +70,7 @@ SWITCHES = ["resume", "img_aug", "MLM"]  # off by default
 
 
 def plain(args):
-    """The options alone, without the notes about them."""
-    return {name: value for name, value in vars(args).items() if name != "notes"}
+    return dict(vars(args))
 
 
 @pytest.fixture
@@ -158,7 +157,6 @@ def test_adamw_is_read_in_any_case(typed):
 def test_the_recipe_of_the_paper_is_read():
     args = get_args("--img_aug --batch_size 64 --MLM --loss_names sdm+mlm+id --num_epoch 60".split())
     assert (args.img_aug, args.batch_size, args.MLM, args.num_epoch) == (True, 64, True, 60)
-    assert args.notes == []
 
 
 WRONG = [  # typed, words of the message
@@ -226,16 +224,13 @@ def test_of_many_processes_the_first_says_what_is_wrong(refused, monkeypatch, ca
     assert stopped.value.code == 2 and capsys.readouterr() == ("", "")
 
 
-def test_mlm_among_the_losses_switches_the_masking_on_and_says_so():
-    args = get_args(["--loss_names", "sdm+mlm"])
-    assert args.MLM is True
-    assert len(args.notes) == 1 and "mlm" in args.notes[0] and "--MLM" in args.notes[0]
+def test_mlm_among_the_losses_switches_the_masking_on():
+    assert get_args(["--loss_names", "sdm+mlm"]).MLM is True
 
 
 def test_masking_without_the_mlm_loss_stays_on():
     args = get_args(["--MLM", "--loss_names", "sdm+id"])
     assert args.MLM is True and args.loss_names == "sdm+id"
-    assert len(args.notes) == 1 and "--MLM" in args.notes[0]
 
 
 @pytest.mark.parametrize("name", ["RN50", "RN101", "RN50x4", "RN50x16", "RN50x64"])

@@ -12,8 +12,8 @@ from tests.test_fp16 import args_of, batches, new_model
 from utils.errors import InputError
 from utils.losses import total_loss
 from utils.options import get_args, get_test_args
-from utils.precision import check_precision, pick_precision
 from utils.run import RunFiles
+from utils.settings import check, pick_precision, precision_line
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 CONFIGS = sorted(Path(__file__).parent.parent.glob("configs/**/*.yaml"))
@@ -47,24 +47,25 @@ def test_every_config_can_train_on_a_gpu(path):
     args = get_args(["--config_file", str(path)])
     recipe = args.pretrain_choice != "random" and args.optimizer == "Adam"
     assert pick_precision(args, GPU) == ("fp16" if recipe else "fp32")
-    assert check_precision(args, GPU).startswith("Precision: ")
+    check(args, precision=pick_precision(args, GPU))
+    assert precision_line(args, GPU).startswith("Precision: ")
 
 
 def test_the_demo_computes_in_fp32_on_every_device():
     """It used to take the GPU's fp16 for its AdamW and its random weights, and diverged."""
     args = get_args(["--config_file", str(next(path for path in CONFIGS if path.stem == "demo"))])
     assert args.precision is None and pick_precision(args, GPU) == pick_precision(args, CPU) == "fp32"
-    assert check_precision(args, CPU) == "Precision: fp32"
-    said = check_precision(args, GPU)
+    assert precision_line(args, CPU) == "Precision: fp32"
+    said = precision_line(args, GPU)
     assert said.startswith("Precision: fp32, since AdamW's eps of 1e-08") and "--precision bf16" in said
 
 
 @pytest.mark.parametrize("device", [CPU, GPU], ids=str)
 def test_adamw_in_fp16_is_refused_with_the_reason(device):
     args = get_args("--optimizer AdamW --loss_names sdm --precision fp16".split())
-    assert args.notes == []  # it is not the typed words that are judged
+    assert pick_precision(args, device) == "fp16"
     with pytest.raises(InputError, match="AdamW.*eps of 1e-08 rounds to 0.*use --precision bf16 or fp32"):
-        check_precision(args, device)
+        check(args, precision="fp16")
 
 
 def test_a_training_says_its_precision_or_why_it_cannot_be(train_script, tmp_path, capsys):

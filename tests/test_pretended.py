@@ -13,7 +13,7 @@ from datasets.image_text import finish
 from datasets.transforms import erase, normalise
 from model import build_model
 from processor.evaluator import encode, evaluate
-from processor.trainer import FiniteWatch, NotFinite, train_one_epoch
+from processor.trainer import FiniteWatch, NotFinite, Steps, train_one_epoch
 from retrieval.encoders import Encoders
 from solver import build_optimizer
 from utils.batch import Batch
@@ -80,7 +80,7 @@ def train(device, precision, loss_names="sdm+mlm+id", more=(), steps=2, clean=Fa
         gpu.products.clear()
         options["after_step"] = lambda step, meters: live.append(gpu.live)
     averages = train_one_epoch(
-        model, Loader(device, steps, clean=clean), optimizer, device, 1, log_period=100, **options
+        model, Loader(device, steps, clean=clean), optimizer, device, 1, Steps(log_period=100, **options)
     )
     return averages, [parameter.detach().cpu() for parameter in model.parameters()], live
 
@@ -158,7 +158,7 @@ def test_the_host_waits_at_log_time_only(precision):
             gpu.waits.clear()
 
         gpu.waits.clear()
-        train_one_epoch(model, Loader(DEVICE, 8), optimizer, DEVICE, 1, log_period=4, after_step=note)
+        train_one_epoch(model, Loader(DEVICE, 8), optimizer, DEVICE, 1, Steps(log_period=4, after_step=note))
     assert [bool(number) for number in waits] == [False, False, False, True] * 2
     assert waits[3] <= 3
 
@@ -170,7 +170,12 @@ def test_live_memory_is_the_same_after_step_3_and_after_step_200(precision, step
     with Pretended() as gpu:
         model, optimizer = build(DEVICE, precision, "sdm")
         train_one_epoch(
-            model, Loader(DEVICE, steps), optimizer, DEVICE, 1, after_step=lambda *_: live.append(gpu.live)
+            model,
+            Loader(DEVICE, steps),
+            optimizer,
+            DEVICE,
+            1,
+            Steps(after_step=lambda *_: live.append(gpu.live)),
         )
     assert len(live) == steps and set(live[2:]) == {live[2]}
 
@@ -218,7 +223,7 @@ def test_a_bad_step_changes_nothing_there_and_is_named(precision):
         loader = list(Loader(DEVICE, 3))
         loader[0]["images"][2, 0, 5, 5] = torch.nan
         with pytest.raises(NotFinite) as raised:
-            train_one_epoch(model, loader, optimizer, DEVICE, 1, log_period=100)
+            train_one_epoch(model, loader, optimizer, DEVICE, 1, Steps(log_period=100))
         end = [parameter.detach().cpu() for parameter in model.parameters()]
     assert raised.value.evidence["iteration"] == 1
     assert raised.value.evidence["pids"] == next(batches(1))["pids"].tolist()

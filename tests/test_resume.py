@@ -12,6 +12,7 @@ import time
 
 import pytest
 import torch
+import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from datasets.build import build_dataloader
@@ -317,10 +318,9 @@ def test_runs_begun_in_one_second_each_get_a_folder(data, tmp_path, monkeypatch)
     args, folders = get_args(words(data, tmp_path)), []
     runs = [RunFiles(args) for _ in range(3)]  # named before any is made
     for one in runs:
-        args.output_dir = str(tmp_path)
         one.open(args, setup_logger("IRRA"))
         folders.append(one.folder)
-        assert args.output_dir == str(one.folder)
+        assert yaml.safe_load((one.folder / "configs.yaml").read_text())["output_dir"] == str(one.folder)
         one.close()
     assert len(set(folders)) == 3 and all((folder / "configs.yaml").is_file() for folder in folders)
 

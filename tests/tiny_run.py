@@ -24,7 +24,7 @@ def make_run(folder, loss_names="sdm+mlm+id", **options):
     run = folder / "run"
     run.mkdir()
     args = tiny_args(loss_names, root_dir=data, num_workers=0, **options)
-    saved = {key: value for key, value in vars(args).items() if key not in ("notes", "config_file", "debug")}
+    saved = {key: value for key, value in vars(args).items() if key not in ("config_file", "debug")}
     (run / "configs.yaml").write_text(yaml.safe_dump(saved))
     model = tiny_model(loss_names, **options)
     torch.save({"model": model.state_dict(), "epoch": 1}, run / "best.pth")

@@ -21,6 +21,11 @@ LOSSES = {  # in the order of log lines and plots
 REPORTED = ("loss", *(f"{name}_loss" for name in LOSSES), "img_acc", "txt_acc", "mlm_acc")
 
 
+def names_of(args):
+    """The names in --loss_names, in its order."""
+    return str(args.loss_names).split("+")
+
+
 def total_loss(report):
     """The sum of a report's losses. A loss without a row in LOSSES is an error: it would not be trained."""
     losses = {name: value for name, value in report.items() if is_loss(name)}

@@ -12,8 +12,10 @@ from pathlib import Path
 from utils.config_file import read_options
 from utils.data_sets import DATA_SETS, DEFAULT, absolute, check_data_options, options_over
 from utils.errors import InputError
-from utils.losses import LOSSES
+from utils.losses import LOSSES, names_of
 from utils.option_types import Parser, nearest, number, number_list, one_of, path
+from utils.run_folders import output_dir_in
+from utils.settings import RESNETS, check
 
 DATASETS = tuple(DATA_SETS)
 OPTIMIZERS = ("Adam", "SGD", "AdamW")
@@ -21,13 +23,11 @@ SCHEDULES = ("step", "exp", "poly", "cosine", "linear")
 PRECISIONS = ("fp16", "bf16", "fp32")
 INDEX_TYPES = ("flat", "ivf", "hnsw")
 FORMATS = ("safetensors", "onnx", "open_clip")
-RESNETS = ("RN50", "RN101", "RN50x4", "RN50x16", "RN50x64")
 CLIP_MODELS = (*RESNETS, "ViT-B/32", "ViT-B/16", "ViT-L/14")
 ARCHITECTURE = (
     "embed_dim image_resolution vision_layers vision_width vision_patch_size "
     "context_length vocab_size transformer_width transformer_layers"
 ).split()
-RUN_FOLDER = re.compile(r"\d{8}_\d{6}_")  # <YYYYmmdd_HHMMSS>_<name>
 
 
 # ---- what an option may be ----
@@ -271,18 +271,14 @@ def _for_argparse(default, kind, text):
 
 
 def get_args(argv=None):
-    """The options of train.py. A bad one ends the program with one sentence and status 2.
-
-    `args.notes` holds sentences about options that were reconciled, to be logged once there is a log.
-    """
+    """The options of train.py. A bad one ends the program with one sentence and status 2."""
     parser, options = parser_of("train"), {}
     args = parser.parse_args(argv)
     try:
         if args.config_file is not None:
             options = read_options(args.config_file, parser)
-            folder = Path(options.get("output_dir", ""))
-            if RUN_FOLDER.match(folder.name):  # a run's configs.yaml names its own; a new run gets a new one
-                options["output_dir"] = str(folder.parent.parent)
+            if "output_dir" in options:
+                options["output_dir"] = output_dir_in(options["output_dir"])
             parser.set_defaults(**options)
             args = parser.parse_args(argv)
         before = {name: options.get(name) for name in ("annotations", "images")}
@@ -304,38 +300,17 @@ def _typed(argv, *names):
     return list(vars(probe.parse_known_args(argv)[0]))
 
 
-def losses(args):
-    return str(args.loss_names).split("+")
-
-
 def reconcile(args):
     """Bring options that depend on one another into agreement, or say why that cannot be."""
-    args.notes = []
-    args.distributed = False
     check_data_options(args)
-    if "mlm" in losses(args) and not args.MLM:
-        args.MLM = True
-        args.notes.append("mlm is among the losses: training captions are masked, as with --MLM")
-    elif args.MLM and "mlm" not in losses(args):
-        args.notes.append(
-            "--MLM without mlm: training captions are masked, but no loss predicts the masked words"
-        )
-    if "mlm" in losses(args) and args.pretrain_choice in RESNETS:
-        raise InputError(
-            f"mlm needs image tokens, and {args.pretrain_choice} gives one pooled vector: leave mlm out of "
-            "--loss_names or choose a ViT"
-        )
+    check(args)
+    args.MLM = args.MLM or "mlm" in names_of(args)
     if args.masked_token_rate + args.masked_token_unchanged_rate > 1 + 1e-9:
         raise InputError("--masked_token_rate and --masked_token_unchanged_rate add up to more than 1")
     if args.sampler == "identity" and args.batch_size % args.num_instance:
         raise InputError(
             f"--sampler identity needs a --batch_size ({args.batch_size}) that --num_instance "
             f"({args.num_instance}) divides"
-        )
-    if args.micro_batch and args.pretrain_choice in RESNETS:
-        raise InputError(
-            f"--micro_batch is exact for a ViT only: {args.pretrain_choice} normalises over the samples at "
-            f"hand"
         )
     if args.on_bad_image == "skip" and args.image_cache != "off":
         raise InputError("--on_bad_image skip goes with --image_cache off: a cache is made of all images")

@@ -6,32 +6,16 @@ import logging
 import os
 import signal
 import sys
-import time
 from logging.handlers import MemoryHandler
 from pathlib import Path
 
 from utils.checkpoint import save_checkpoint
-from utils.data_sets import name_of
-from utils.dist import from_main, launched, rank, remember
+from utils.dist import from_main, launched, rank, remember, world_size
 from utils.errors import InputError
 from utils.files import link_or_copy, lock, remove_leftovers, write_whole
+from utils.run_folders import free_folder, new_run_folder
 
-NOT_SAVED = ("config_file", "notes", "debug")
-
-
-def new_run_folder(args):
-    """OUTPUT_DIR/DATASET/TIME_NAME, not made yet: that waits until data and model have proved good."""
-    if not args.name or Path(args.name).name != args.name:
-        raise InputError(
-            f'--name "{args.name}" becomes part of a folder name: it may not be empty or hold a /'
-        )
-    return free_folder(Path(args.output_dir) / name_of(args), args.name)
-
-
-def free_folder(root, name):
-    while (folder := root / f"{time.strftime('%Y%m%d_%H%M%S')}_{name}").exists():
-        time.sleep(0.1)
-    return folder
+NOT_SAVED = ("config_file", "debug")
 
 
 class RunFiles:
@@ -44,15 +28,18 @@ class RunFiles:
         self.is_new = not resumed
         self.folder = Path(resumed) if resumed else from_main(new_run_folder(args))
         self.writes, self.events = rank() == 0, None
-        self.num_epoch, args.output_dir = args.num_epoch, str(self.folder)
+        self.num_epoch = args.num_epoch
         self._lock = None
         if resumed and self.writes:
             self._take()
 
+    def options(self, args):
+        """{name: value} as published: output_dir is the run's own folder."""
+        return {**vars(args), "output_dir": str(self.folder), "distributed": world_size() > 1}
+
     def described(self, args):
         """The options as the published log shows them."""
-        shown = {key: value for key, value in vars(args).items() if key != "notes"}
-        return str(argparse.Namespace(**shown)).replace(",", "\n")
+        return str(argparse.Namespace(**self.options(args))).replace(",", "\n")
 
     def open(self, args, logger, first_epoch=1):
         """Make the folder, start its log, its events and configs.yaml: now that data and model have proved
@@ -83,7 +70,6 @@ class RunFiles:
             raise InputError(
                 f"cannot make the run folder {self.folder}: {error.strerror} (see --output_dir)"
             ) from None
-        args.output_dir = str(self.folder)
         self._take()
 
     def _take(self):
@@ -127,7 +113,7 @@ class RunFiles:
         """configs.yaml as the published test.py reads it: every option, plain lists, no Python tags."""
         import yaml
 
-        options = {key: value for key, value in vars(args).items() if key not in NOT_SAVED}
+        options = {key: value for key, value in self.options(args).items() if key not in NOT_SAVED}
         options.update(resume=False, resume_ckpt_file="")  # the file can be a new run's --config_file
         write_whole(self.folder / "configs.yaml", yaml.safe_dump(options))
 

@@ -1,12 +1,76 @@
-"""In which precision a run computes, and which optimisers can train in it."""
+"""What is, made once of what was typed, and the rules that ask it.
+
+Options hold words; the device, the precision and the number of processes are known when PyTorch is there,
+the architecture when the weights are read. PyTorch is loaded only where a device is picked, so that the
+options ask the same rules at once.
+"""
+
+from dataclasses import dataclass
+from typing import Any
 
 from utils.errors import InputError
+from utils.losses import names_of
 
+RESNETS = ("RN50", "RN101", "RN50x4", "RN50x16", "RN50x64")
 EPS = {  # of each optimiser that has one
     "Adam": 1e-3,  # part of the recipe: in fp16 most second moments round to 0, which leaves momentum SGD
     "AdamW": 1e-8,
 }
 SMALLEST_EPS = 1e-4  # in fp16 a smaller one rounds coarsely, under 3e-8 to 0: then a step divides by 0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the rooms below go by, instead of options."""
+
+    device: Any  # a torch.device
+    precision: str  # fp16, bf16 or fp32
+    processes: int  # that share each batch
+
+
+def resolve(args):
+    """The Settings of these options, here. Raises InputError where a rule of `check` is broken."""
+    from utils.dist import pick_device, world_size
+
+    device = pick_device(args.device)
+    settings = Settings(device, pick_precision(args, device), world_size())
+    check(args, precision=settings.precision, processes=settings.processes)
+    return settings
+
+
+def check(args, precision=None, processes=1, resnet=None, context_length=None):
+    """Raises InputError where what was asked for cannot be had with what is. A fact that is not known yet is
+    None; whether the images' encoder is a ResNet is known of OpenAI's names before a file is read."""
+    if resnet is None:
+        resnet = args.pretrain_choice in RESNETS
+    if resnet and "mlm" in names_of(args):
+        raise InputError(
+            f"mlm needs image tokens, and {args.pretrain_choice} gives one pooled vector: leave mlm out of "
+            "--loss_names or choose a ViT"
+        )
+    if resnet and args.micro_batch and args.training:
+        raise InputError(
+            f"--micro_batch is exact for a ViT only: {args.pretrain_choice} is a ResNet and normalises over "
+            "the samples at hand"
+        )
+    if context_length and args.text_length > context_length:
+        raise InputError(
+            f"--text_length {args.text_length}: the text encoder has {context_length} positions, so that is "
+            "the most"
+        )
+    if precision == "fp16" and args.training and _eps(args) < SMALLEST_EPS:
+        raise InputError(
+            f"--precision fp16 with --optimizer {args.optimizer}: {why_not_fp16(args)}; use --precision bf16 "
+            "or fp32, or Adam"
+        )
+    if args.training and args.batch_size % processes:
+        raise InputError(
+            f"--batch_size {args.batch_size} is for all {processes} processes together, and they cannot "
+            f"share it evenly: choose a multiple of {processes}"
+        )
+
+
+# ---- precision ----
 
 
 def pick_precision(args, device):
@@ -15,24 +79,25 @@ def pick_precision(args, device):
     return args.precision or ("fp32" if device.type == "cpu" or why_not_fp16(args) else "fp16")
 
 
+def _eps(args):
+    return EPS.get(args.optimizer, 1.0)
+
+
 def why_not_fp16(args):
     """What keeps this run from training in fp16 as published, without loss scaling; None if nothing does."""
-    eps = EPS.get(args.optimizer, 1.0)
-    if eps < SMALLEST_EPS:
-        return f"{args.optimizer}'s eps of {eps:g} rounds to 0 in fp16, and weights to NaN in the second step"
+    if _eps(args) < SMALLEST_EPS:
+        return (
+            f"{args.optimizer}'s eps of {_eps(args):g} rounds to 0 in fp16, and weights to NaN in the second "
+            "step"
+        )
     if args.pretrain_choice == "random":
         return "fp16 without loss scaling is for fine-tuning, and these weights start at random"
     return None
 
 
-def check_precision(args, device):
-    """What to log about the precision of a training. Raises InputError where it cannot train."""
+def precision_line(args, device):
+    """What a training logs about its precision, with the reason where it is not the published one."""
     precision, reason = pick_precision(args, device), why_not_fp16(args)
-    if precision == "fp16" and EPS.get(args.optimizer, 1.0) < SMALLEST_EPS:
-        raise InputError(
-            f"--precision fp16 with --optimizer {args.optimizer}: {reason}; use --precision bf16 or fp32, or "
-            "Adam"
-        )
     if precision == "fp16" and reason:
         return f"Precision: fp16, as asked for; but {reason}: --precision bf16 or fp32 is safer"
     if args.precision or device.type == "cpu" or not reason:

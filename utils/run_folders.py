@@ -1,0 +1,49 @@
+"""Where runs are kept: OUTPUT_DIR/DATASET/TIME_NAME. Decided here, and here read again."""
+
+import re
+import time
+from pathlib import Path
+
+from utils.data_sets import name_of
+from utils.errors import InputError
+
+NAMED = re.compile(r"\d{8}_\d{6}_(.*)")
+
+
+def new_run_folder(args):
+    """Not made yet: that waits until data and model have proved good."""
+    if not args.name or Path(args.name).name != args.name:
+        raise InputError(
+            f'--name "{args.name}" becomes part of a folder name: it may not be empty or hold a /'
+        )
+    return free_folder(Path(args.output_dir) / name_of(args), args.name)
+
+
+def free_folder(root, name):
+    while (folder := root / f"{time.strftime('%Y%m%d_%H%M%S')}_{name}").exists():
+        time.sleep(0.1)
+    return folder
+
+
+def name_in(folder):
+    """NAME of a run's folder; None where the folder is called in another way."""
+    found = NAMED.fullmatch(Path(folder).name)
+    return found and found[1]
+
+
+def output_dir_in(folder):
+    """A run's configs.yaml names the run's own folder: the OUTPUT_DIR in it, for a new run. Others as they
+    are."""
+    return str(Path(folder).parent.parent) if name_in(folder) is not None else folder
+
+
+def newest_run(args):
+    """last.pth of the newest run of this name."""
+    folder = Path(args.output_dir) / name_of(args)
+    runs = [path for path in sorted(folder.glob("*/last.pth")) if name_in(path.parent) == args.name]
+    if not runs:
+        raise InputError(
+            f"nothing to resume: no run named {args.name} with a last.pth in {folder} (see "
+            "--resume_ckpt_file)"
+        )
+    return runs[-1]
