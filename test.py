@@ -46,6 +46,10 @@ def test(args, device):
     rows, ranking = evaluate(features, args.i2t)
     if args.chance:
         rows["chance"] = chance(features)
+    if args.all_embeddings:
+        for name, columns in model.embeddings().items():
+            of_one, _ = evaluate(features.of(columns), args.i2t)
+            rows.update({f"{task}, {name}": row for task, row in of_one.items()})
     log_table(rows)
     left_out = from_all(img_loader.left_out)
     if rank():  # several processes share the work; one writes

@@ -3,9 +3,10 @@
 import torch
 from torch import nn
 
+from model import objectives
 from model.clip_model import CLIP, Transformer
 from model.clip_resnet import ModifiedResNet
-from model.irra import IRRA, PARTS
+from model.irra import GIVEN, IRRA, PARTS
 from model.pretrained import architecture, image_grid, load_clip, new_clip
 from utils.checkpoint import load_weights
 from utils.errors import InputError
@@ -73,6 +74,8 @@ def facts_of(clip):
 
 
 def _with_heads(args, clip, loss_names, num_classes, cmt_depth):
+    for name in loss_names:
+        objectives.check(name, GIVEN, vars(args))
     return IRRA(
         clip,
         loss_names,
@@ -80,6 +83,8 @@ def _with_heads(args, clip, loss_names, num_classes, cmt_depth):
         temperature=args.temperature,
         cmt_depth=cmt_depth,
         loss_weights={name: vars(args)[row.weight] for name, row in LOSSES.items() if row.weight},
+        constants={name: vars(args)[name] for row in LOSSES.values() for name in row.options},
+        selection={"ratio": args.select_ratio, "norm": args.tse_norm, "text_length": args.text_length},
     )
 
 

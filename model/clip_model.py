@@ -71,6 +71,24 @@ def attend(attn, query, key, value, causal=False):
     return attn.out_proj(x.transpose(1, 2).reshape(B, Q, D))
 
 
+@torch.no_grad()
+def attention_row(attn, x, at, causal=False):
+    """How much each token counts for one of them, averaged over heads: (B, N), fp32, without gradient.
+
+    x: (B, N, D), as `attend` sees it. at: (B,), whose row it is.
+    """
+    B, N, D = x.shape
+    wq, wk, _ = attn.in_proj_weight.chunk(3)
+    bq, bk, _ = attn.in_proj_bias.chunk(3)
+    q = F.linear(x[torch.arange(B, device=x.device), at], wq, bq).view(B, attn.num_heads, 1, -1)
+    k = F.linear(x, wk, bk).view(B, N, attn.num_heads, -1).permute(0, 2, 3, 1)
+    scores = at_least_fp32(q @ k)[:, :, 0] * (D // attn.num_heads) ** -0.5  # (B, heads, N)
+    if causal:
+        later = torch.arange(N, device=x.device) > at[:, None]
+        scores = scores.masked_fill(later[:, None], -torch.inf)
+    return scores.softmax(dim=2).mean(dim=1)
+
+
 class ResidualAttentionBlock(nn.Module):
     def __init__(self, width, heads, causal=False):
         super().__init__()
@@ -84,17 +102,20 @@ class ResidualAttentionBlock(nn.Module):
         self.ln_2 = LayerNorm(width)
         self.causal = causal
 
-    def forward(self, x, pick=None):
+    def forward(self, x, pick=None, at=None):
         """x: (B, N, W). pick: takes (B, N, W) to the (B, M, W) whose outputs are wanted.
 
         Exact: a token's output needs the other tokens only as keys and values. Not with a causal mask.
+        at: (B,), of which the attention_row is returned too.
         """
         normed = self.ln_1(x)
+        row = None if at is None else attention_row(self.attn, normed, at, self.causal)
         if pick is None:
             x = x + attend(self.attn, normed, normed, normed, self.causal)
         else:
             x = pick(x) + attend(self.attn, pick(normed), normed, normed)
-        return x + self.mlp(self.ln_2(x))
+        x = x + self.mlp(self.ln_2(x))
+        return x if at is None else (x, row)
 
 
 class Transformer(nn.Module):
@@ -103,15 +124,15 @@ class Transformer(nn.Module):
         self.resblocks = nn.Sequential(*(ResidualAttentionBlock(width, heads, causal) for _ in range(layers)))
         self.checkpointing = False  # --grad_checkpointing: keep a block's input only, compute the rest again
 
-    def forward(self, x, pick=None):
-        """pick: see ResidualAttentionBlock; it acts in the last block."""
+    def forward(self, x, pick=None, at=None):
+        """pick, at: see ResidualAttentionBlock; they act in the last block."""
         for block in self.resblocks[:-1]:
             x = (
                 checkpoint(block, x, use_reentrant=False, preserve_rng_state=False)  # nothing is drawn in it
                 if self.checkpointing and self.training
                 else block(x)
             )
-        return self.resblocks[-1](x, pick)
+        return self.resblocks[-1](x, pick, at)
 
 
 def class_token(x):
@@ -131,16 +152,21 @@ class VisionTransformer(nn.Module):
         self.transformer = Transformer(width, layers, heads)
         self.ln_post = LayerNorm(width)
 
-    def forward(self, images, class_only=False):
-        """images: (B, 3, H, W), normalised. Returns every token (B, N, D), or (B, 1, D) with class_only."""
+    def forward(self, images, class_only=False, attention=False):
+        """images: (B, 3, H, W), normalised. Returns every token (B, N, D), or (B, 1, D) with class_only; with
+        attention also the class token's attention_row in the last block."""
         x = self.conv1(images.to(self.conv1.weight.dtype))  # (B, width, rows, columns)
         x = x.flatten(2).transpose(1, 2)  # (B, N - 1, width)
         class_embedding = self.class_embedding.to(x.dtype).expand(
             x.shape[0], 1, -1
         )  # not len(x), which ONNX export would fix
         x = torch.cat([class_embedding, x], dim=1) + self.positional_embedding.to(x.dtype)
-        x = self.transformer(self.ln_pre(x), class_token if class_only else None)
-        return self.ln_post(x) @ self.proj
+        x = self.ln_pre(x)
+        at = torch.zeros(x.shape[0], dtype=torch.long, device=x.device) if attention else None
+        x = self.transformer(x, class_token if class_only else None, at)
+        x, row = x if attention else (x, None)
+        x = self.ln_post(x) @ self.proj
+        return (x, row) if attention else x
 
 
 class CLIP(nn.Module):
@@ -169,16 +195,20 @@ class CLIP(nn.Module):
     def dtype(self):
         return self.visual.conv1.weight.dtype
 
-    def encode_image(self, images, class_only=False):
-        """(B, 3, H, W) to every token (B, N, D), or its first (B, 1, D); a ResNet gives one pooled (B, D)."""
-        return self.visual(images, class_only)
+    def encode_image(self, images, class_only=False, attention=False):
+        """(B, 3, H, W) to every token (B, N, D), or its first (B, 1, D); a ResNet gives one pooled (B, D).
+        attention: see VisionTransformer."""
+        return self.visual(images, class_only, attention) if attention else self.visual(images, class_only)
 
-    def encode_text(self, ids):
-        """(B, L) to every position (B, L, D); L may be shorter than the positions there are."""
-        return self.encode_words(self.token_embedding(ids))
+    def encode_text(self, ids, at=None):
+        """(B, L) to every position (B, L, D); L may be shorter than the positions there are. With at (B,)
+        also that position's attention_row in the last block."""
+        return self.encode_words(self.token_embedding(ids), at)
 
-    def encode_words(self, x):
+    def encode_words(self, x, at=None):
         """encode_text after the look-up of words, which torch.compile is kept from: (B, L, width)."""
         x = x.to(self.dtype) + self.positional_embedding[: x.shape[1]].to(self.dtype)
-        x = self.transformer(x)
-        return self.ln_final(x) @ self.text_projection
+        x = self.transformer(x, at=at)
+        x, row = x if at is not None else (x, None)
+        x = self.ln_final(x) @ self.text_projection
+        return x if at is None else (x, row)

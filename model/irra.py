@@ -1,14 +1,17 @@
 """IRRA: CLIP's two encoders, a classifier of persons, and masked words predicted with the image's help."""
 
+import functools
 from collections import OrderedDict
 from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from model import objectives
 from model.clip_model import LayerNorm, QuickGELU, Transformer, at_least_fp32, attend
+from model.token_selection import EMBEDDING, SelectedPatches, SelectedWords
 from utils.batch import PLAN, Batch
 from utils.dist import gather, share_sizes, total
 from utils.losses import LOSSES
@@ -19,6 +22,7 @@ class Part(NamedTuple):
 
     loss: str | None  # that brings it: a head; without, every model has it
     lr_factor: float | None = None  # of its rate; None: the published rule, which reads parameters' names
+    lr: float | None = None  # its rate, whatever --lr is
     encodes: bool = False  # features depend on it, so a search index is of these weights
 
 
@@ -31,7 +35,16 @@ PARTS = {  # a parameter of a part without a row here has no learning rate: that
     "ln_pre_i": Part("mlm"),
     "ln_post": Part("mlm"),
     "mlm_head": Part("mlm"),
+    "visul_emb_layer": Part("tse", lr=1e-3, encodes=True),
+    "texual_emb_layer": Part("tse", lr=1e-3, encodes=True),
 }
+
+
+GIVEN = (  # what a loss may ask for by the name of an argument; see IRRA.compare
+    *("image_features", "text_features", "pids", "logit_scale", "weights", "image_logits", "text_logits"),
+    *("image_patches", "text_tokens", "image_selected", "text_selected", "compared"),
+    *("scores", "labels", "count"),  # of mlm
+)
 
 
 class IRRA(nn.Module):
@@ -39,18 +52,30 @@ class IRRA(nn.Module):
 
     parts = PARTS
 
-    def __init__(self, clip, loss_names, num_classes, temperature=0.02, cmt_depth=4, loss_weights=None):
-        """clip: a model.clip_model.CLIP. loss_names: of utils.losses; id and mlm bring heads.
-        loss_weights: {name: factor} of those losses that have one."""
+    def __init__(
+        self,
+        clip,
+        loss_names,
+        num_classes,
+        temperature=0.02,
+        cmt_depth=4,
+        loss_weights=None,
+        constants=None,
+        selection=None,
+    ):
+        """clip: a model.clip_model.CLIP. loss_names: of utils.losses; id, mlm and tse bring heads.
+        loss_weights: {name: factor} of those losses that have one. constants: what losses ask for by name
+        besides features. selection: model.token_selection's ratio, norm and text_length, for tse."""
         super().__init__()
         self.loss_names = tuple(loss_names)
-        self.loss_weights = dict(loss_weights or {})
+        self.loss_weights, self.constants = dict(loss_weights or {}), dict(constants or {})
         self.logit_scale = 1 / temperature  # a constant, not a parameter
         self.register_buffer("temperature", torch.tensor(1 / self.logit_scale), persistent=False)  # to report
         self.autocast_dtype = None  # set by model.build for --precision bf16
         self.compiled = None  # set by compile_encoders, see `encoders`
         self.base_model = clip
         self.width = D = clip.text_projection.shape[1]  # of a feature
+        self.uses_tokens = any(LOSSES[name].of == "tokens" for name in self.loss_names)
         if "id" in self.loss_names:
             self.classifier = nn.Linear(D, num_classes)
         if "mlm" in self.loss_names:
@@ -66,16 +91,35 @@ class IRRA(nn.Module):
                 )
             )
         initialise_heads(self, D, cmt_depth)
+        self.selects = "tse" in self.loss_names
+        if self.selects:
+            self.visul_emb_layer = SelectedPatches(D, **(selection or {}))
+            self.texual_emb_layer = SelectedWords(D, **(selection or {}))
+            self.width = D + EMBEDDING
 
     # ---- encoders ----
 
     def encode_image(self, images):
-        """(B, 3, H, W), normalised pixels, to (B, D) fp32, not L2-normalised."""
-        return self.image_side(images)[0]
+        """(B, 3, H, W), normalised pixels, to (B, width) fp32. The class token's feature, not L2-normalised;
+        with token selection both embeddings, of equal norms, so that a cosine is the mean of the two."""
+        if not self.selects:
+            return self.image_side(images)[0]
+        with self.autocast(images.device):
+            feature, *selected = self.image_side(images, all_tokens=True, attention=True)
+            return side_by_side(feature, self.visul_emb_layer(*selected))
 
     def encode_text(self, ids):
-        """(B, L) token ids to (B, D) fp32, not L2-normalised: the feature at EOT."""
-        return self.text_side(ids)[0]
+        """(B, L) token ids to (B, width) fp32, the feature at EOT; see encode_image."""
+        if not self.selects:
+            return self.text_side(ids)[0]
+        with self.autocast(ids.device):
+            feature, *selected = self.text_side(ids, attention=True)
+            return side_by_side(feature, self.texual_emb_layer(*selected, ids))
+
+    def embeddings(self):
+        """{name: columns} of the embeddings that encode_image and encode_text put side by side."""
+        D = self.base_model.text_projection.shape[1]
+        return {"global": slice(0, D), "selected": slice(D, None)} if self.selects else {}
 
     def encoders(self):
         """CLIP's encode_image and encode_text; those of torch.compile where gradients are wanted."""
@@ -83,34 +127,53 @@ class IRRA(nn.Module):
             return self.compiled
         return self.base_model.encode_image, self.base_model.encode_text
 
-    def image_side(self, images, all_tokens=False):
-        """(B, D) features, and the tokens they are read from: (B, N, D), or the class token's (B, 1, D)."""
+    def image_side(self, images, all_tokens=False, attention=False):
+        """(B, D) features, and the tokens they are read from: (B, N, D), or the class token's (B, 1, D). With
+        attention also how much each counts for that, (B, N)."""
         encode_image, _ = self.encoders()
         with self.autocast(images.device):
-            tokens = encode_image(images, class_only=not all_tokens)
-        return pooled(tokens), tokens
+            if not attention:
+                tokens = encode_image(images, class_only=not all_tokens)
+                return pooled(tokens), tokens
+            tokens, row = encode_image(images, class_only=not all_tokens, attention=True)
+            return pooled(tokens), tokens, row
 
-    def text_side(self, ids):
-        """(B, D) features, and the tokens (B, L, D) that they are read from."""
+    def text_side(self, ids, attention=False):
+        """(B, D) features, and the tokens (B, L, D) that they are read from. With attention also how much
+        each counts for that, (B, L)."""
         _, encode_text = self.encoders()
         with self.autocast(ids.device):
-            tokens = encode_text(ids)
-        return at_eot(tokens, ids), tokens
+            if not attention:
+                tokens = encode_text(ids)
+                return at_eot(tokens, ids), tokens
+            tokens, row = encode_text(ids, at=ids.argmax(dim=1))
+            return at_eot(tokens, ids), tokens, row
 
     def features(self, batch, words=False):
-        """The one way from a planned batch, whole or a part, to its features, (B, D) and (B, D).
+        """The one way from a planned batch, whole or a part, to what its losses compare: {name: (B, …)}.
 
         words: also the (n, V) scores and (n,) labels of its masked words; else None.
         """
+        all_tokens = words or self.selects or self.uses_tokens
         with self.autocast(batch.caption_ids.device):
-            image, image_tokens = self.image_side(batch.images, all_tokens=words)
-            if words and batch.same_caption:
-                text, masked_tokens = self.text_side(batch.caption_ids)
-            else:
-                text, _ = self.text_side(batch.caption_ids[:, : batch.text_length])
-                masked_tokens = self.text_side(batch.mlm_ids)[1] if words else None
-            masked = self.predict_masked(masked_tokens, image_tokens, batch) if words else None
-        return image, text, masked
+            image, image_tokens, *image_row = self.image_side(batch.images, all_tokens, self.selects)
+            shared = words and batch.same_caption
+            # padding takes part in the mlm head, in efa, and in what the selected tokens are normalised by
+            whole = shared or self.uses_tokens or self.selects
+            ids = batch.caption_ids if whole else batch.caption_ids[:, : batch.text_length]
+            text, text_tokens, *text_row = self.text_side(ids, self.selects)
+            found = {"image_features": image, "text_features": text}
+            if self.selects:
+                found["image_selected"] = self.visul_emb_layer(image_tokens, *image_row)
+                found["text_selected"] = self.texual_emb_layer(text_tokens, *text_row, ids)
+            if self.uses_tokens:
+                found["image_patches"] = at_least_fp32(image_tokens[:, 1:])
+                found["text_tokens"] = at_least_fp32(text_tokens)
+            masked = None
+            if words:
+                masked_tokens = text_tokens if shared else self.text_side(batch.mlm_ids)[1]
+                masked = self.predict_masked(masked_tokens, image_tokens, batch)
+        return found, masked
 
     def compile_encoders(self, **options):
         """Train with encoders that torch.compile makes; evaluation, whose sizes vary, goes without.
@@ -121,15 +184,15 @@ class IRRA(nn.Module):
         encode_image = torch.compile(self.base_model.encode_image, **options)
         encode_words = torch.compile(self.base_model.encode_words, **options)
 
-        def image(images, class_only):
+        def image(images, class_only, attention=False):
             torch._dynamo.maybe_mark_dynamic(images, 0)  # the last batch of an epoch is smaller
-            return encode_image(images, class_only)
+            return encode_image(images, class_only, attention)
 
-        def text(ids):
+        def text(ids, at=None):
             # PyTorch 2.6 compiles the look-up into wrong gradients (on a CPU; later versions do not)
             words = self.base_model.token_embedding(ids)
             torch._dynamo.maybe_mark_dynamic(words, (0, 1))
-            return encode_words(words)
+            return encode_words(words, at)
 
         self.compiled = image, text
 
@@ -163,27 +226,28 @@ class IRRA(nn.Module):
         Under torchrun the batch is this process's share, and the numbers are those of the whole batch.
         """
         batch = Batch.of(batch).planned()
-        image_features, text_features, masked = self.features(batch, words="mlm" in self.loss_names)
-        report = self.compare(image_features, text_features, batch.pids)
+        found, masked = self.features(batch, words="mlm" in self.loss_names)
+        report = self.compare(found, batch.pids, batch.label_hat)
         if masked:
-            count = total(torch.full((), float(len(masked[1])), device=image_features.device))
+            count = total(torch.full((), float(len(masked[1])), device=batch.pids.device))
             report.update({name: total(part) for name, part in self.fill_in(*masked, count).items()})
         return report
 
-    def compare(self, image_features, text_features, pids):
+    def compare(self, found, pids, weights=None):
         """The losses and accuracies that need features only, over the whole batch of all processes.
 
-        What their functions may ask for, by the name of an argument, stands in `given`.
+        found: {name: (B, …)} as `features` gives it, not normalised. pids: (B,). weights: (B,) of samples.
+        What the losses' functions may ask for, by the name of an argument, stands in `given`.
         """
         sizes = share_sizes(len(pids), pids.device)
-        given = {
-            "image_features": gather(image_features, sizes),  # (B, D), not normalised
-            "text_features": gather(text_features, sizes),
-            "pids": gather(pids, sizes),  # (B,)
-            "logit_scale": self.logit_scale,
-        }
+        given = {name: gather(values, sizes) for name, values in found.items()}
+        given.update(self.constants, pids=gather(pids, sizes), logit_scale=self.logit_scale)
+        if weights is not None:
+            given["weights"] = gather(weights.float(), sizes)
+        if self.selects:
+            given["compared"] = functools.partial(self.sum_of_pairs, given)
         report = {"temperature": self.temperature}
-        of_batch = [name for name in LOSSES if name in self.loss_names and LOSSES[name].of == "batch"]
+        of_batch = [name for name in LOSSES if name in self.loss_names and LOSSES[name].of != "words"]
         for name in sorted(of_batch, key=lambda name: name != "itc"):  # first, as published: sums round so
             if name == "id":
                 for side in ("image", "text"):
@@ -192,6 +256,12 @@ class IRRA(nn.Module):
                 report["txt_acc"] = accuracy(given["text_logits"], given["pids"])
             report[f"{name}_loss"] = self.weighted(name, objectives.compute(name, given))
         return report
+
+    def sum_of_pairs(self, given, image_features, text_features):
+        """What the losses of two features alone give for these features."""
+        given = {**given, "image_features": image_features, "text_features": text_features}
+        names = [name for name in self.loss_names if LOSSES[name].of == "features"]
+        return sum(objectives.compute(name, given) for name in names)
 
     def weighted(self, name, loss):
         return loss * self.loss_weights[name] if name in self.loss_weights else loss
@@ -226,6 +296,11 @@ class IRRA(nn.Module):
 def pooled(image_tokens):
     """The class token of (B, N, D), or a ResNet's pooled (B, D) itself; fp32."""
     return at_least_fp32(image_tokens[:, 0] if image_tokens.ndim == 3 else image_tokens)
+
+
+def side_by_side(feature, selected):
+    """(B, D + E), of norm 1: the inner product with another is the mean of the two cosines."""
+    return torch.cat([F.normalize(feature, dim=1), F.normalize(selected, dim=1)], dim=1) * 0.5**0.5
 
 
 def at_eot(text_tokens, ids):

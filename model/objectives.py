@@ -7,40 +7,83 @@ import inspect
 import torch
 import torch.nn.functional as F
 
+from utils.losses import LOSSES
+
 
 def same_person(pids):
     """pids: [B]. Returns [B, B] floats, 1 where row and column show the same person."""
     return (pids[:, None] == pids[None, :]).float()
 
 
-def row_kl(logits, log_true):
-    """mean_i Σ_j p_ij (log p_ij − log q_ij): KL(softmax of a row || true row). logits, log_true: [B, B]."""
+def row_kls(logits, log_true):
+    """Σ_j p_ij (log p_ij − log q_ij) of each row i: KL(softmax || truth). logits, log_true: [B, B]."""
     log_predicted = F.log_softmax(logits, dim=1)
-    return (log_predicted.exp() * (log_predicted - log_true)).sum(dim=1).mean()
+    return (log_predicted.exp() * (log_predicted - log_true)).sum(dim=1)
 
 
-def compute(name, given):
-    """The loss of that name, of what its function asks for. given: see model.irra.IRRA.compare."""
-    return globals()[f"compute_{name}"](**{argument: given[argument] for argument in needs(name)})
+def row_kl(logits, log_true):
+    return row_kls(logits, log_true).mean()
+
+
+def cosines(image_features, text_features):
+    """[B texts, B images]."""
+    image, text = normalised(image_features, text_features)
+    return text @ image.t()
+
+
+def weighted_mean(losses, weights):
+    """Σ y_i l_i / Σ y_i; 0 where every weight is 0."""
+    return (weights * losses).sum() / weights.sum().clamp(min=1e-12)
+
+
+def compute(name, given, kind="compute"):
+    """The loss of that name, of what its function asks for; what has a default there may be missing.
+
+    given: see model.irra.IRRA.compare. kind "each": the loss of each sample, [B], of those that have it.
+    """
+    function = globals()[f"{kind}_{name}"]
+    needed, optional = needs(function)
+    asked = {argument: given[argument] for argument in needed}
+    return function(**asked, **{argument: given[argument] for argument in optional if argument in given})
 
 
 @functools.cache
-def needs(name):
-    """The arguments of compute_<name> that have no default."""
-    parameters = inspect.signature(globals()[f"compute_{name}"]).parameters.values()
-    return tuple(parameter.name for parameter in parameters if parameter.default is parameter.empty)
+def needs(function):
+    """The names of its arguments without a default, and of those with one."""
+    parameters = inspect.signature(function).parameters.values()
+    needed = tuple(parameter.name for parameter in parameters if parameter.default is parameter.empty)
+    return needed, tuple(parameter.name for parameter in parameters if parameter.name not in needed)
+
+
+def check(name, given, options):
+    """Raises KeyError where the loss asks for what nobody gives, or would keep its default of an option that
+    is on the command line. given: names of what there is. options: {name: value} of the command line."""
+    needed, optional = needs(globals()[f"compute_{name}"])
+    known = {*given, *LOSSES[name].options}
+    if unknown := [argument for argument in needed if argument not in known]:
+        raise KeyError(
+            f"compute_{name} asks for {unknown[0]}, and there is {', '.join(sorted(known))}; an option's "
+            f"value comes with options=({unknown[0]!r},) in its row of LOSSES (utils/losses.py)"
+        )
+    if kept := [argument for argument in optional if argument in options and argument not in known]:
+        raise KeyError(
+            f"compute_{name} would never see --{kept[0]}: give its row of LOSSES (utils/losses.py) "
+            f"options=({kept[0]!r},)"
+        )
 
 
 def normalised(image_features, text_features):
     return F.normalize(image_features, dim=1), F.normalize(text_features, dim=1)
 
 
-def compute_sdm(image_features, text_features, pids, logit_scale, image_ids=None, factor=0.3, epsilon=1e-8):
+def compute_sdm(
+    image_features, text_features, pids, logit_scale, image_ids=None, factor=0.3, epsilon=1e-8, weights=None
+):
     """Similarity distribution matching, arXiv 2303.12501: KL(predicted || true) over rows, both directions.
 
     image_features, text_features: [B, D], not normalised. pids: [B]. logit_scale: 1 / temperature.
     Two samples match when they show the same person, so a row may have several matches. With image_ids [B]
-    another image of the same person counts only `factor`.
+    another image of the same person counts only `factor`. weights: [B], of the samples' rows.
     """
     true = same_person(pids)
     if image_ids is not None:
@@ -49,18 +92,146 @@ def compute_sdm(image_features, text_features, pids, logit_scale, image_ids=None
     log_true = torch.log(true / true.sum(dim=1, keepdim=True) + epsilon)
     image, text = normalised(image_features, text_features)
     logits = logit_scale * text @ image.t()  # [B texts, B images]
-    return row_kl(logits, log_true) + row_kl(logits.t(), log_true)
+    if weights is None:
+        return row_kl(logits, log_true) + row_kl(logits.t(), log_true)
+    return weighted_mean(row_kls(logits, log_true) + row_kls(logits.t(), log_true), weights)
 
 
-def compute_itc(image_features, text_features, logit_scale):
+def each_sdm(image_features, text_features, pids, logit_scale, epsilon=1e-8):
+    """compute_sdm's share of each sample, [B]."""
+    true = same_person(pids)
+    log_true = torch.log(true / true.sum(dim=1, keepdim=True) + epsilon)
+    logits = logit_scale * cosines(image_features, text_features)
+    return row_kls(logits, log_true) + row_kls(logits.t(), log_true)
+
+
+def compute_itc(image_features, text_features, logit_scale, weights=None):
     """Image-text contrastive loss (InfoNCE, arXiv 1807.03748, as in CLIP): the pair is the only match.
 
-    image_features, text_features: [B, D], not normalised. logit_scale: 1 / temperature.
+    image_features, text_features: [B, D], not normalised. logit_scale: 1 / temperature. weights: [B], of the
+    samples' rows.
     """
+    if weights is not None:
+        return weighted_mean(each_itc(image_features, text_features, logit_scale), weights)
     image, text = normalised(image_features, text_features)
     logits = logit_scale * image @ text.t()
     pair = torch.arange(len(logits), device=logits.device)
     return (F.cross_entropy(logits, pair) + F.cross_entropy(logits.t(), pair)) / 2
+
+
+def each_itc(image_features, text_features, logit_scale):
+    """compute_itc's share of each sample, [B]."""
+    logits = logit_scale * cosines(image_features, text_features)
+    pair = torch.arange(len(logits), device=logits.device)
+    sides = [F.cross_entropy(side, pair, reduction="none") for side in (logits, logits.t())]
+    return sum(sides) / 2
+
+
+def compute_tal(image_features, text_features, pids, tau, margin, weights=None):
+    """Triplet alignment (RDE, arXiv 2308.09911): each row's matches, softly averaged, are to lie `margin`
+    above the soft maximum of all that do not match. Summed over the batch, as published, not averaged.
+
+    image_features, text_features: [B, D], not normalised. pids: [B]. tau: the temperature of both softmaxes.
+    weights: [B], of the samples' rows. With log-sum-exp, so that no tau overflows; a row in which all show
+    the same person adds nothing (published: a gradient of NaN).
+    """
+    losses = each_tal(image_features, text_features, pids, tau, margin)
+    return losses.sum() if weights is None else (weights * losses).sum()
+
+
+def each_tal(image_features, text_features, pids, tau, margin):
+    """compute_tal's share of each sample, [B]."""
+    same = pids[:, None] == pids[None, :]
+    has_negative = ~same.all(dim=1)
+
+    def one_direction(similarity):
+        scaled = similarity / tau
+        alpha = scaled.detach().masked_fill(~same, -torch.inf).softmax(dim=1)
+        positive = (alpha * similarity).sum(dim=1)
+        # a row without negatives would be a log of 0: its entries are put in, and its loss left out
+        negative = tau * scaled.masked_fill(same & has_negative[:, None], -torch.inf).logsumexp(dim=1)
+        return (margin + negative - positive).clamp(min=0) * has_negative
+
+    similarity = cosines(image_features, text_features)
+    return one_direction(similarity) + one_direction(similarity.t())
+
+
+def compute_trl(image_features, text_features, pids, tau, margin, weights=None):
+    """compute_tal with the hardest negative instead of the soft maximum. As published the same person's
+    entries count as 0 among them, not as absent."""
+    losses = each_trl(image_features, text_features, pids, tau, margin)
+    return losses.sum() if weights is None else (weights * losses).sum()
+
+
+def each_trl(image_features, text_features, pids, tau, margin):
+    """compute_trl's share of each sample, [B]."""
+    same = same_person(pids)
+
+    def one_direction(similarity):
+        alpha = (similarity.detach() / tau).masked_fill(same == 0, -torch.inf).softmax(dim=1)
+        hardest = (similarity * (1 - same)).max(dim=1).values
+        return (margin + hardest - (alpha * similarity).sum(dim=1)).clamp(min=0)
+
+    similarity = cosines(image_features, text_features)
+    return one_direction(similarity) + one_direction(similarity.t())
+
+
+def compute_asdm(image_features, text_features, pids, logit_scale, strength=0.1, epsilon=1e-8):
+    """Adaptive similarity distribution matching (FMFA, arXiv 2509.13754): sdm whose rows weigh more the
+    farther their best image is above their first match, in cosines. The gradient flows through that too.
+
+    image_features, text_features: [B, D], not normalised. As published the first sample of the person counts
+    as the match, whichever the pair is.
+    """
+    true = same_person(pids)
+    log_true = torch.log(true / true.sum(dim=1, keepdim=True) + epsilon)
+    first = true.argmax(dim=1, keepdim=True)
+
+    def one_direction(similarity):
+        gap = similarity.max(dim=1).values - similarity.gather(1, first)[:, 0]
+        return ((1 + strength * gap) * row_kls(logit_scale * similarity, log_true)).mean()
+
+    similarity = cosines(image_features, text_features)
+    return one_direction(similarity) + one_direction(similarity.t())
+
+
+def compute_efa(text_tokens, image_patches, text_margin=0.1, image_margin=0.9):
+    """Explicit fine-grained alignment (FMFA, arXiv 2509.13754): each word gathers the patches that it agrees
+    with most, and words and patches are to find their own pair's gathered ones.
+
+    text_tokens: [B, L, D], padding included, as published. image_patches: [B, N, D]. Neither normalised.
+    """
+    return efa_side(text_tokens, gathered := aggregated(text_tokens, image_patches), text_margin) + efa_side(
+        image_patches, gathered, image_margin
+    )
+
+
+def compute_tse(image_selected, text_selected, compared):
+    """RDE's second term: the losses of features, of the selected tokens' embeddings instead, [B, E] each.
+    compared: takes the two to the sum of those losses."""
+    return compared(image_selected, text_selected)
+
+
+def aggregated(text_tokens, image_patches):
+    """[B, L, D]: for each word the patches, weighed by how well they agree with it; those below 1/N out."""
+    agreement = text_tokens @ image_patches.transpose(1, 2)  # (B, L, N)
+    low, high = agreement.amin(dim=2, keepdim=True), agreement.amax(dim=2, keepdim=True)
+    share = (agreement - low) / (high - low).clamp(min=1e-12)
+    share = share.masked_fill(share <= 1 / image_patches.shape[1], 0)
+    return share / share.sum(dim=2, keepdim=True).clamp(min=1e-12) @ image_patches
+
+
+def efa_side(tokens, gathered, margin):
+    """tokens: [B, X, D]. gathered: [B, L, D]. As published both sums run over the first index."""
+    x, c = F.normalize(tokens, dim=2), F.normalize(gathered, dim=2)
+    # (B, X, D) against each (L, D): one row of the batch at a time would be slower, all at once B·B·X·L
+    best = torch.einsum("ixd,jld->ijxl", x, c).amax(dim=3)  # (B, B, X)
+    h = F.normalize(best.logsumexp(dim=2), dim=1)
+    others = 1 - torch.eye(len(h), device=h.device, dtype=h.dtype)
+    own = h.diagonal()
+    return sum(
+        ((h - pair + margin) * others).logsumexp(dim=0).mean() for pair in (own[:, None], own[None, :])
+    )
 
 
 def compute_cmpm(image_features, text_features, pids, epsilon=1e-8):

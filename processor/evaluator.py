@@ -21,6 +21,11 @@ class Features(NamedTuple):
     image: torch.Tensor  # (G, D)
     image_pids: torch.Tensor
 
+    def of(self, columns):
+        """Of one of several embeddings that stand side by side."""
+        text, image = (F.normalize(features[:, columns], dim=1) for features in (self.text, self.image))
+        return self._replace(text=text, image=image)
+
 
 @torch.no_grad()
 def encode(model, img_loader, txt_loader, device, progress=False):

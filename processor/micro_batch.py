@@ -18,21 +18,26 @@ def backward_in_parts(model, parts):
     time. Exact but for rounding, since nothing in a ViT looks across a batch (a ResNet's normalisation does).
     """
     with torch.no_grad():
-        features = [model.features(part)[:2] for part in parts]
-    image, text = (torch.cat(side).requires_grad_() for side in zip(*features, strict=True))
-    report = model.compare(image, text, torch.cat([part.pids for part in parts]))
+        of_parts = [model.features(part)[0] for part in parts]
+    found = {name: torch.cat([of[name] for of in of_parts]).requires_grad_() for name in of_parts[0]}
+    weights = None if parts[0].label_hat is None else torch.cat([part.label_hat for part in parts])
+    report = model.compare(found, torch.cat([part.pids for part in parts]), weights)
     losses = [value for name, value in report.items() if is_loss(name)]
     if losses:
         sum(losses).backward()  # the features' gradients, and the classifier's
     mlm = "mlm" in model.loss_names
     if mlm:
         labelled = float(sum(len(part.mlm_rows) for part in parts))
-        count = total(torch.full((), labelled, device=image.device))
+        count = total(torch.full((), labelled, device=parts[0].pids.device))
         words = []
     sizes = [len(part.pids) for part in parts]
-    for part, image_grad, text_grad in zip(parts, grads(image, sizes), grads(text, sizes), strict=True):
-        image_features, text_features, masked = model.features(part, words=mlm)
-        surrogate = (image_features * image_grad).sum() + (text_features * text_grad).sum()
+    of_each = [
+        dict(zip(found, part, strict=True))
+        for part in zip(*(grads(x, sizes) for x in found.values()), strict=True)
+    ]
+    for part, gradients in zip(parts, of_each, strict=True):
+        features, masked = model.features(part, words=mlm)
+        surrogate = sum((features[name] * gradient).sum() for name, gradient in gradients.items())
         if mlm:
             words.append(model.fill_in(*masked, count))
             surrogate = surrogate + world_size() * words[-1]["mlm_loss"]  # gradients are averaged below

@@ -93,16 +93,18 @@ def open_run(args):
     checkpoint = Path(args.checkpoint or Path(args.run_dir) / "best.pth")
     weights = load_checkpoint(checkpoint)["model"]
     model = build_trained_model(args, weights, checkpoint)
-    fingerprint = fingerprint_of(weights, args.img_size, args.stride_size)
+    selection = (args.select_ratio, args.text_length) if model.selects else ()
+    fingerprint = fingerprint_of(weights, args.img_size, args.stride_size, *selection)
     return Encoders(model, args.img_size, args.text_length, resolve(args).device, fingerprint)
 
 
-def fingerprint_of(weights, img_size, stride_size):
+def fingerprint_of(weights, img_size, stride_size, *more):
     """Changes with the encoders' weights and with how they are applied, and with nothing else.
 
     weights: a checkpoint's, so that it is the same on every device and in every precision.
     """
-    digest = hashlib.blake2b(f"{list(img_size)} {stride_size}".encode(), digest_size=16)
+    applied = " ".join(map(str, (list(img_size), stride_size, *more)))
+    digest = hashlib.blake2b(applied.encode(), digest_size=16)
     for name in sorted(name for name in weights if PARTS[name.split(".")[0]].encodes):
         digest.update(f"{name} {list(weights[name].shape)}".encode())
         digest.update(weights[name].contiguous().numpy())

@@ -61,6 +61,11 @@ def export(encoders, args, kind, folder):
     It appears there once its features have been compared with the run's. Returns the largest difference.
     """
     folder = Path(folder)
+    if encoders.model.selects:
+        raise InputError(
+            f"the {kind} form has no place for the second embedding of this run (--token_selection): search "
+            "with the run itself"
+        )
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))

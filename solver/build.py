@@ -28,15 +28,16 @@ HOW = {"fp32": {"fused": True, "foreach": False}, "fp16": {"fused": False, "fore
 def lr_and_decay(name, args, parts=None):
     """The published rules, read top to bottom; a later rule overrides an earlier one.
 
-    parts: the model's, by name (model.irra.PARTS); one with an lr_factor of its own goes by that alone.
+    parts: the model's, by name (model.irra.PARTS); one with a rate or a factor of its own goes by that alone.
     """
     if parts is not None:
         part = name.split(".")[0]
         if part not in parts:
             raise KeyError(f"{name} has no learning rate: give {part} a row in PARTS (model/irra.py)")
-        if parts[part].lr_factor is not None:
+        row = parts[part]
+        if row.lr is not None or row.lr_factor is not None:
             decay = args.weight_decay_bias if name.endswith("bias") else args.weight_decay
-            return args.lr * parts[part].lr_factor, decay
+            return args.lr * row.lr_factor if row.lr is None else row.lr, decay
     lr, decay = args.lr, args.weight_decay
     if "cross" in name:  # the interaction encoder starts from random weights
         lr = args.lr * args.lr_factor

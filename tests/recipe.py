@@ -6,6 +6,7 @@ answers. The shapes stand here once more, written out of CLIP's sizes and not as
 """
 
 import functools
+import itertools
 import json
 import math
 import tempfile
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 
 from model import build_model
+from utils.losses import LOSSES
 from utils.options import get_args
 
 REFERENCE = Path(__file__).parent / "reference"
@@ -25,6 +27,14 @@ FULL = dict(
 )
 POCKET = dict(embed_dim=64, grid=2, patch=16, vision_width=64, vision_layers=1, text_width=64, text_layers=1)
 VOCABULARY, CONTEXT = 49408, 77
+PUBLISHED = ("sdm", "itc", "cmpm", "id", "mlm")
+# what is typed after --loss_names: each combination of IRRA's losses, and each row of the table beside them
+COMBINATIONS = ["+".join(names) for n in range(1, 6) for names in itertools.combinations(PUBLISHED, n)]
+for _name, _row in LOSSES.items():
+    if _row.switch:
+        COMBINATIONS += [f"{names} --{_row.switch}" for names in ("tal", "sdm+id+mlm+tal")]
+    elif _name not in PUBLISHED:
+        COMBINATIONS += [_name, f"sdm+id+mlm+{_name}"]
 CLASSES = 37  # persons of the tiny model's classifier
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from model import objectives
+from model import build_model, objectives
 from model.irra import IRRA, PARTS, Part
 from processor.micro_batch import backward_in_parts
 from processor.trainer import Meters, train_one_epoch
@@ -76,6 +76,24 @@ def test_a_new_loss_is_the_same_in_two_processes(tmp_path):
         assert shared["l2_loss"] == pytest.approx(alone["l2_loss"], rel=1e-5) and alone["l2_loss"] > 0
 
 
+def test_a_setting_of_a_loss_comes_from_the_command_line(new_loss, monkeypatch):
+    def compute_l2(image_features, text_features, margin):
+        return (image_features - text_features).square().mean() + margin
+
+    monkeypatch.setattr(objectives, "compute_l2", compute_l2)
+    with pytest.raises(KeyError, match=r"asks for margin, and there is .*options=\('margin',\) in its row"):
+        build_model(tiny_args("l2", margin=5), 7)
+    monkeypatch.setitem(LOSSES, "l2", Loss(options=("margin",)))
+    model = build_model(tiny_args("l2", margin=5), 7)
+    assert 5 < model(tiny_batch())["l2_loss"].item() < 50
+
+
+def test_a_default_that_an_option_would_never_change_is_an_error(new_loss, monkeypatch):
+    monkeypatch.setattr(objectives, "compute_l2", lambda image_features, margin=0.3: image_features.sum())
+    with pytest.raises(KeyError, match="compute_l2 would never see --margin"):
+        build_model(tiny_args("l2"), 7)
+
+
 def test_a_loss_without_a_row_is_an_error_and_not_left_out():
     with pytest.raises(KeyError, match="odd_loss is reported, but LOSSES in utils/losses.py"):
         total_loss({"sdm_loss": 1.0, "odd_loss": 2.0})
@@ -132,11 +150,12 @@ def test_a_head_says_its_rate_where_it_is_defined(monkeypatch):
 
 
 def test_every_part_of_the_model_has_a_row_and_the_published_rule():
-    model = tiny_model("sdm+id+mlm")
+    model = build_model(tiny_args("sdm+id+mlm", token_selection=True), 7)
     assert {name.split(".")[0] for name, _ in model.named_parameters()} == set(PARTS)
     args = get_args([])
     for name, _ in model.named_parameters():
-        assert lr_and_decay(name, args, PARTS) == lr_and_decay(name, args)
+        if PARTS[name.split(".")[0]].lr is None:
+            assert lr_and_decay(name, args, PARTS) == lr_and_decay(name, args)
 
 
 def test_a_search_index_is_of_what_encodes(monkeypatch):

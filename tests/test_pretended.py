@@ -1,7 +1,6 @@
 """The default path of a GPU on a pretended one (benchmarks/pretended.py): each tensor on the right device, of
 the right type, the host waiting at log time only, no memory that grows, a CPU's numbers bit for bit."""
 
-import itertools
 from contextlib import nullcontext
 
 import pytest
@@ -16,8 +15,8 @@ from processor.evaluator import encode, evaluate
 from processor.trainer import FiniteWatch, NotFinite, Steps, train_one_epoch
 from retrieval.encoders import Encoders
 from solver import build_optimizer
+from tests.recipe import COMBINATIONS
 from utils.batch import Batch
-from utils.losses import LOSSES
 from utils.metrics import rank_features
 from utils.options import get_args
 
@@ -25,9 +24,6 @@ CPU = torch.device("cpu")
 PERSONS, IMG_SIZE = 7, (64, 32)
 TINY = "embed_dim=64 vision_layers=2 vision_width=64 transformer_width=64 transformer_layers=1".split()
 PRECISIONS = ("fp32", "fp16", "bf16")
-COMBINATIONS = [
-    "+".join(names) for n in range(1, len(LOSSES) + 1) for names in itertools.combinations(LOSSES, n)
-]
 READS = "aten._local_scalar_dense.default"
 
 
@@ -102,9 +98,10 @@ def assert_equal(on_cpu, there):
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("loss_names", COMBINATIONS)
-def test_every_combination_of_losses_computes_there_what_it_does_here(loss_names, precision):
-    on_cpu, there, gpu = on_both(precision, loss_names)
+@pytest.mark.parametrize("typed", COMBINATIONS)
+def test_every_combination_of_losses_computes_there_what_it_does_here(typed, precision):
+    loss_names, *more = typed.split()
+    on_cpu, there, gpu = on_both(precision, loss_names, more=more)
     assert_equal(on_cpu, there)
     # the watch at the epoch's end, the averages, and this test, which reads the weights
     assert gpu.waits == {READS: 1, "copy to the host": 1 + len(there[1])}

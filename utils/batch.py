@@ -25,6 +25,8 @@ class Batch(Mapping):
     image_ids: torch.Tensor | None = None  # (B,) counts the training images
     mlm_ids: torch.Tensor | None = None  # (B, L) the masked caption
     mlm_labels: torch.Tensor | None = None  # (B, L) the token that was masked; 0 where none was
+    label_hat: torch.Tensor | None = None  # (B,) what a sample's rows count for in the losses; 1 where absent
+    indices: torch.Tensor | None = None  # (B,) counts the training captions
     batch_size: int | None = None  # samples of all processes together, where there are several
     more: dict = field(default_factory=dict)  # what else a data set of your own gives, a row a sample
 

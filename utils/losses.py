@@ -7,23 +7,38 @@ class Loss(NamedTuple):
     """A row of LOSSES. Its function is compute_<name> in model/objectives.py, which gets what its arguments
     without a default ask for by name: see IRRA.compare for what there is."""
 
-    of: str = "batch"  # or "words": computed of masked words alone, part by part of a batch
+    of: str = "features"  # of image and text; "logits", "tokens", "selected" tokens; "words": of masked words
+    # alone, part by part of a batch
     weight: str | None = None  # the option that multiplies it
+    options: tuple = ()  # those whose values it asks for by name
+    switch: str | None = None  # the option that brings it, instead of --loss_names
+    tokens: bool = False  # it looks at image tokens, which a ResNet does not give
 
 
 LOSSES = {  # in the order of log lines and plots
     "sdm": Loss(),
     "itc": Loss(),
     "cmpm": Loss(),
-    "id": Loss(weight="id_loss_weight"),
-    "mlm": Loss(of="words", weight="mlm_loss_weight"),
+    "id": Loss(of="logits", weight="id_loss_weight"),
+    "mlm": Loss(of="words", weight="mlm_loss_weight", tokens=True),
+    "tal": Loss(options=("tau", "margin")),
+    "trl": Loss(options=("tau", "margin")),
+    "asdm": Loss(),
+    "efa": Loss(of="tokens", tokens=True),
+    "tse": Loss(of="selected", switch="token_selection", tokens=True),
 }
 REPORTED = ("loss", *(f"{name}_loss" for name in LOSSES), "img_acc", "txt_acc", "mlm_acc")
 
 
+def named():
+    """What --loss_names takes."""
+    return [name for name, row in LOSSES.items() if not row.switch]
+
+
 def names_of(args):
-    """The names in --loss_names, in its order."""
-    return str(args.loss_names).split("+")
+    """The names in --loss_names, in its order, and the losses that switches bring."""
+    switched = [name for name, row in LOSSES.items() if row.switch and vars(args)[row.switch]]
+    return str(args.loss_names).split("+") + switched
 
 
 def total_loss(report):

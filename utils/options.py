@@ -12,7 +12,7 @@ from pathlib import Path
 from utils.config_file import read_options
 from utils.data_sets import DATA_SETS, DEFAULT, absolute, check_data_options, options_over
 from utils.errors import InputError
-from utils.losses import LOSSES, names_of
+from utils.losses import named, names_of
 from utils.option_types import Parser, nearest, number, number_list, one_of, path
 from utils.run_folders import output_dir_in
 from utils.settings import RESNETS, check
@@ -40,6 +40,7 @@ port = number(int, "a port from 0 to 65535 (0: a free one)", lambda n: 0 <= n <=
 positive = number(float, "a number above 0", lambda x: math.isfinite(x) and x > 0)
 not_negative = number(float, "a number of at least 0", lambda x: math.isfinite(x) and x >= 0)
 share = number(float, "a number from 0 to 1", lambda x: 0 <= x <= 1)
+part = number(float, "a number above 0, at most 1", lambda x: 0 < x <= 1)
 momentum = number(float, "a number from 0 up to, not including, 1", lambda x: 0 <= x < 1)
 split = one_of("test", "val", "train")
 
@@ -47,9 +48,9 @@ split = one_of("test", "val", "train")
 def loss_list(text):
     names = [name.strip() for name in str(text).split("+")]
     for name in names:
-        if name not in LOSSES:
-            known = f"{', '.join(LOSSES)}; joined as sdm+mlm+id"
-            raise ArgumentTypeError(f'"{name}" is not a loss ({known}){nearest(name, LOSSES)}')
+        if name not in named():
+            known = f"{', '.join(named())}; joined as sdm+mlm+id"
+            raise ArgumentTypeError(f'"{name}" is not a loss ({known}){nearest(name, named())}')
     if len(set(names)) < len(names):
         raise ArgumentTypeError(f'"{text}" names a loss twice')
     return str(text)
@@ -69,7 +70,7 @@ def clip_size(text):
     return name, count(value)
 
 
-loss_list.names, clip_size.word, absolute.word = LOSSES, "K=N", "PATH"
+clip_size.word, absolute.word = "K=N", "PATH"
 
 # ---- the options ----
 
@@ -113,9 +114,14 @@ OPTIONS = {
     ("--batch_size", {"train": 128}, count, "samples in a training batch; the recipe's is 64"),
     ("--on_bad_image", {"train": "stop"}, one_of("stop", "skip"), "at an unreadable image; skip lists it")],
 "losses": [
-    ("--loss_names", {"train": "sdm+id+mlm"}, loss_list, "losses joined by +"),
+    ("--loss_names", {"train": "sdm+id+mlm"}, loss_list, "losses joined by +; see above"),
     ("--mlm_loss_weight", {"train": 1.0}, not_negative, "factor of the mlm loss"),
     ("--id_loss_weight", {"train": 1.0}, not_negative, "factor of the id loss"),
+    ("--tau", {"train": 0.015}, positive, "tal, trl: temperature"),
+    ("--margin", {"train": 0.1}, not_negative, "tal, trl: by how much a match is to lie above the rest"),
+    ("--token_selection", {"train": False}, bool, "a second embedding, of the tokens attended to most (RDE)"),
+    ("--select_ratio", {"train": 0.3}, part, "share of the tokens that it selects"),
+    ("--tse_norm", {"train": "eval"}, one_of("eval", "train"), "what its tokens are normalised by"),
     ("--MLM", {"train": False}, bool, "mask training captions; comes with mlm among the losses"),
     ("--clean_captions", {"train": False}, bool, "only mlm sees masked captions; published: every loss"),
     ("--cmt_depth", {"train": 4}, count, "blocks of the cross-modal transformer"),
@@ -170,6 +176,7 @@ OPTIONS = {
 "result": [
     ("--i2t", {"test": False}, bool, "image-to-text too"),
     ("--chance", {"test": False}, bool, "add a row for random order"),
+    ("--all_embeddings", {"test": False}, bool, "a row for each of a run's embeddings too"),
     ("--picture", {"test": None}, "FILE", "draw a few queries with their ten best images"),
     ("--cmc", {"visualize": False}, bool, "CMC curve on the split, text to image and image to text"),
     ("--curves", {"visualize": []}, "RUN", "training curves of one or several runs", {"action": "store"}),
@@ -211,7 +218,8 @@ PROGRAMS = {  # a command line that will do, and what the program does
     "train": ("--config_file configs/irra.yaml",
         "Train IRRA (text-to-image person retrieval, arXiv 2303.12501). The paper's recipe: --img_aug "
         "--batch_size 64 --MLM --loss_names sdm+mlm+id --num_epoch 60. Exit status 3: stopped by SIGTERM, "
-        "SIGINT or SIGHUP after the running batch, everything saved; --resume goes on."),
+        f"SIGINT or SIGHUP after the running batch, everything saved; --resume goes on. Losses: "
+        f"{', '.join(named())}."),
     "test": ("--config_file RUN",
         "Evaluate a run: reads its configs.yaml and the best.pth beside it, prints the table and writes "
         "results.json. Published pairs of configs.yaml and best.pth work too."),

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from utils.errors import InputError
-from utils.losses import names_of
+from utils.losses import LOSSES, names_of
 
 RESNETS = ("RN50", "RN101", "RN50x4", "RN50x16", "RN50x64")
 EPS = {  # of each optimiser that has one
@@ -43,10 +43,24 @@ def check(args, precision=None, processes=1, resnet=None, context_length=None):
     None; whether the images' encoder is a ResNet is known of OpenAI's names before a file is read."""
     if resnet is None:
         resnet = args.pretrain_choice in RESNETS
-    if resnet and "mlm" in names_of(args):
+    losses = names_of(args)
+    if resnet and (name := next((name for name in losses if LOSSES[name].tokens), None)):
+        switch = LOSSES[name].switch
         raise InputError(
-            f"mlm needs image tokens, and {args.pretrain_choice} gives one pooled vector: leave mlm out of "
-            "--loss_names or choose a ViT"
+            f"{f'--{switch}' if switch else name} needs image tokens, and {args.pretrain_choice} gives one "
+            f"pooled vector: leave {'it' if switch else name} out{'' if switch else ' of --loss_names'} or "
+            "choose a ViT"
+        )
+    compared = [name for name, row in LOSSES.items() if row.of == "features"]
+    if "tse" in losses and not {*losses} & {*compared}:
+        raise InputError(
+            f"--token_selection gives a second embedding to a loss of features, and --loss_names "
+            f"{args.loss_names} has none: add one of {', '.join(compared)}"
+        )
+    if args.token_selection and args.tse_norm == "train" and args.micro_batch and args.training:
+        raise InputError(
+            "--micro_batch is not exact with --tse_norm train, which normalises over the samples at hand: "
+            "choose --tse_norm eval"
         )
     if resnet and args.micro_batch and args.training:
         raise InputError(

@@ -1,0 +1,104 @@
+"""A second embedding out of the tokens that CLIP attends to most: TSE of RDE, arXiv 2308.09911.
+
+Names of modules and parameters are the published ones, spelled so, since checkpoints hold them; some of the
+parameters never take part: those are not trained. Legend: B batch, N tokens, D width, k selected tokens, E
+width of the embedding.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from model.clip_model import at_least_fp32
+
+EMBEDDING = 1024  # E
+
+
+class Branch(nn.Module):
+    """D to E by way of batch normalisation over all tokens of a batch; `bns.1` is not used."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(width, width), nn.Linear(width, EMBEDDING)])
+        self.bns = nn.ModuleList([nn.BatchNorm1d(width), nn.BatchNorm1d(EMBEDDING)])
+        self.bns[1].requires_grad_(False)
+
+    def forward(self, x):
+        """(B, k, D) to (B, k, E)."""
+        first, second = self.layers
+        normed = self.bns[0](at_least_fp32(first(x).flatten(0, 1)))  # its statistics are fp32
+        return second(F.relu(normed).to(x.dtype).view_as(x))
+
+
+class TokenSelection(nn.Module):
+    """ratio: share of the tokens of an image, or of text_length, that is selected.
+
+    norm: "train" normalises over the batch in training, as the published code does today; "eval" goes by the
+    running statistics, which then never move, as it did when the paper's table was made.
+    """
+
+    def __init__(self, width, ratio=0.3, norm="eval", text_length=77):
+        super().__init__()
+        self.ratio, self.norm, self.text_length = ratio, norm, text_length
+        self.linear = nn.Linear(width, EMBEDDING)
+        self.mlp = Branch(width)
+        self.train()
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.mlp.bns.train(mode and self.norm == "train")
+        return self
+
+    def residual(self, x):
+        return self.linear(x)
+
+    def embed(self, tokens, weights, number, k):
+        """(B, E), fp32: the maximum over the selected tokens.
+
+        tokens: (B, N, D). weights: (B, N), what they are selected by. number: (B,) how many of the k count;
+        the others only enter the batch's statistics.
+        """
+        at = weights.topk(k, dim=1).indices  # (B, k)
+        x = tokens.gather(1, at[:, :, None].expand(-1, -1, tokens.shape[2]))
+        x = x / (x.norm(dim=2, keepdim=True) + 1e-8)
+        x = x.to(self.linear.weight.dtype)
+        x = at_least_fp32(self.residual(x) + self.mlp(x))  # (B, k, E)
+        counts = torch.arange(k, device=x.device) < number[:, None]
+        return x.masked_fill(~counts[:, :, None], -torch.inf).amax(dim=1)
+
+
+class SelectedPatches(TokenSelection):
+    """Of an image; its `linear` is not used."""
+
+    def __init__(self, width, **how):
+        super().__init__(width, **how)
+        self.fc = nn.Linear(width, EMBEDDING)
+        self.linear.requires_grad_(False)
+
+    def residual(self, x):
+        return self.fc(x)
+
+    def forward(self, tokens, attention):
+        """tokens: (B, 1 + N, D). attention: (B, 1 + N), of the class token."""
+        k = max(int((tokens.shape[1] - 1) * self.ratio), 1)
+        weights = attention.index_fill(1, torch.zeros(1, dtype=torch.long, device=attention.device), -1)
+        return self.embed(tokens, weights, torch.full((len(tokens),), k, device=tokens.device), k)
+
+
+class SelectedWords(TokenSelection):
+    """Of a caption, however short those at hand are cut."""
+
+    def forward(self, tokens, attention, ids):
+        """tokens: (B, L, D). attention: (B, L), of the EOT token. ids: (B, L).
+
+        A caption without words, which spoils the rest of its batch in the published code, is its EOT token.
+        """
+        L = ids.shape[1]
+        k = min(max(int((self.text_length - 2) * self.ratio), 1), L)
+        eot = ids.argmax(dim=1, keepdim=True)
+        words = ((ids != 0).sum(dim=1) - 2).clamp(max=k)  # (B,)
+        weights = torch.where(ids != 0, attention, 0)  # with a 0 the rest fills up
+        weights = weights.index_fill(1, torch.zeros(1, dtype=torch.long, device=ids.device), -1)
+        ends = torch.where(words > 0, -1.0, 2.0).to(weights.dtype)[:, None]
+        weights = weights.scatter(1, eot, ends)
+        return self.embed(tokens, weights, words.clamp(min=1), k)
