@@ -1,20 +1,33 @@
 """export.py: in each form the two encoders give the run's features, and a stranger's program can use them."""
 
 import json
+import random
+import string
+import sys
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from retrieval.export import can_write_onnx
+from datasets.tokenizer import EOT, SOT, SimpleTokenizer, tokenize_all
+from datasets.transforms import STD, normalise, read_image, resize
+from retrieval import export
+from retrieval.encoders import open_run
+from retrieval.export import can_write_onnx, check_plain_vit
+from retrieval.transformers_clip import square_positions
 from tests.conftest import load_script
 from tests.tiny_run import make_run, missing
+from utils.errors import InputError
+from utils.tool_options import export_args
 
 needs_onnx = [
     pytest.mark.skipif(not can_write_onnx(), reason="the ONNX form needs PyTorch 2.9 or newer"),
-    *(missing(module, module, "requirements-search.txt") for module in ("onnx", "onnxscript", "onnxruntime")),
+    *(missing(module, module) for module in ("onnx", "onnxscript", "onnxruntime")),
 ]
+needs_transformers = missing("transformers", "transformers")
+ONNX = pytest.param("onnx", marks=needs_onnx)
+KINDS = ["safetensors", ONNX, "open_clip", pytest.param("transformers", marks=needs_transformers)]
 SENTENCES = ["a woman in a red coat", "a man, with a multicoloured rucksack " * 20]
 
 
@@ -30,9 +43,6 @@ def home(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def encoders(home):
-    from retrieval.encoders import open_run
-    from utils.tool_options import export_args
-
     return open_run(export_args([str(home / "run"), "--format", "onnx"]))
 
 
@@ -56,9 +66,6 @@ def picture(home):
 
 
 def own_features(encoders, picture):
-    from datasets.tokenizer import tokenize_all
-    from datasets.transforms import normalise
-
     with torch.no_grad():
         image = encoders.model.encode_image(normalise(encoders.pixels(picture)[None]))
         return image.numpy(), encoders.model.encode_text(tokenize_all(SENTENCES, 77)).numpy()
@@ -129,7 +136,125 @@ def test_onnx_gives_the_same_features_for_any_batch_size_following_its_own_card(
         assert np.abs(text[:1] - own_text[:1]).max() < 1e-4 and len(text) == len(sentences)
 
 
-@pytest.mark.parametrize("kind", ["safetensors", "open_clip"])
+# ---- transformers ----
+
+
+def loaded(folder):
+    from transformers import CLIPModel, CLIPProcessor
+
+    return CLIPModel.from_pretrained(folder).eval(), CLIPProcessor.from_pretrained(folder, backend="pil")
+
+
+@torch.no_grad()
+def their_features(folder, picture, sentences):
+    """What transformers alone makes of the folder: features, L2-normalised, and the scale of the scores."""
+    model, processor = loaded(folder)
+    inputs = processor(
+        text=sentences, images=Image.open(picture), return_tensors="pt", padding=True, truncation=True
+    )
+    found = model(**inputs, interpolate_pos_encoding=True)
+    return found.image_embeds.numpy(), found.text_embeds.numpy(), float(model.logit_scale.exp())
+
+
+@needs_transformers
+def test_transformers_loads_the_folder_and_gives_the_same_features(encoders, exported, picture):
+    image, text, scale = their_features(exported("transformers"), picture, SENTENCES)
+    assert np.abs(image - encoders.image_features([encoders.pixels(picture)])).max() < 1e-5
+    assert np.abs(text - encoders.text_features(SENTENCES)).max() < 1e-5
+    assert scale == pytest.approx(1 / 0.02)
+
+
+@needs_transformers
+@pytest.mark.parametrize(
+    "size, most",
+    [((384, 128), 1e-5), ((192, 96), 1e-4), ((48, 80), 1e-4), ((64, 64), 1e-5), ((70, 40), 1e-4)],
+)
+def test_transformers_gives_the_same_features_at_any_image_size(size, most, tmp_path, picture):
+    """Grids of 24 x 8, 12 x 6, 3 x 5, a square one, and sides that are no multiples of a patch."""
+    run = make_run(tmp_path, "sdm", img_size=list(size))
+    words = [str(run), "--format", "transformers"]
+    assert load_script("export").main(words) == 0
+    own = open_run(export_args(words)).image_features([resize(read_image(picture), size)])
+    image, _, _ = their_features(run / "export" / "transformers", picture, SENTENCES)
+    assert np.abs(image - own).max() < most
+
+
+@needs_transformers
+@pytest.mark.parametrize(
+    "grid, most", [((24, 8), 0), ((6, 2), 0), ((8, 24), 0), ((14, 14), 0), ((12, 6), 1e-6), ((16, 5), 1e-6)]
+)
+def test_transformers_own_interpolation_gives_our_positions_back(grid, most):
+    from transformers.models.clip.modeling_clip import CLIPVisionConfig, CLIPVisionEmbeddings
+
+    positions = torch.randn(1 + grid[0] * grid[1], 8, generator=torch.Generator().manual_seed(0))
+    square = square_positions(positions, grid)
+    config = CLIPVisionConfig(hidden_size=8, num_attention_heads=1, image_size=max(grid) * 16, patch_size=16)
+    embeddings = CLIPVisionEmbeddings(config)
+    embeddings.position_embedding.weight.data = square
+    tokens = torch.zeros(1, len(positions), 8)
+    with torch.no_grad():
+        found = embeddings.interpolate_pos_encoding(tokens, grid[0] * 16, grid[1] * 16)
+    assert (found.squeeze(0) - positions).abs().max() <= most
+
+
+def test_of_24_x_8_positions_each_column_stands_three_times():
+    positions = torch.randn(1 + 24 * 8, 4)
+    square = square_positions(positions, (24, 8))
+    columns = positions[1:].reshape(24, 8, 4).repeat_interleave(3, dim=1)
+    assert torch.equal(square[1:].reshape(24, 24, 4), columns) and torch.equal(square[0], positions[0])
+
+
+CAPTIONS = [
+    *SENTENCES,
+    "",
+    "!",
+    "!! what a coat!",  # "!" is the padding's piece
+    "a <|mask|> and a <|MASK|>, no,<|mask|>",
+    "the end <|endoftext|> and more <|startoftext|>",
+    "Jekyll and Hyde",  # the word whose place the mask takes
+    "don't they're it's 'S",
+    " \u201ccurly\u201d man\u2019s  cafe\u0301 \ufb01ne \uff21 &amp; &lt;b&gt; &quot;q&quot;\n\t\ufeffx\x0by",
+    "T-shirt (15% off) snake_case 3.14 \U0001f600 \u65e5\u672c",
+]
+
+
+@needs_transformers
+def test_transformers_tokeniser_gives_our_ids_padding_included(exported):
+    _, processor = loaded(exported("transformers"))
+    ids = processor(text=CAPTIONS, return_tensors="pt", padding="max_length", truncation=True).input_ids
+    for caption, found, own in zip(CAPTIONS, ids, tokenize_all(CAPTIONS, 77), strict=True):
+        assert found.tolist() == own.tolist(), caption
+    assert len(processor.tokenizer) == 49408
+
+
+@needs_transformers
+def test_transformers_tokeniser_gives_our_ids_for_whatever_is_typed(exported):
+    from tokenizers import Tokenizer
+
+    own, theirs = SimpleTokenizer(), Tokenizer.from_file(str(exported("transformers") / "tokenizer.json"))
+    letters = string.printable.replace("&", "")  # entities need html's list
+    pieces = [*letters, "<|mask|> ", ",<|Mask|> ", " <|endoftext|>", "jekyll", "'s", "n't"]
+    drawn = random.Random(0)
+    for _ in range(2000):
+        text = "".join(drawn.choices(pieces, k=drawn.randrange(12)))
+        assert theirs.encode(text).ids == [SOT, *own.encode(text), EOT], text
+
+
+@needs_transformers
+@pytest.mark.parametrize("backend, most", [("pil", 1e-6), (None, 1.01 / 255 / min(STD))])
+def test_transformers_processor_gives_our_pixels(backend, most, encoders, exported, picture):
+    """By torchvision's resizing, its choice where it is asked for none, up to a grey level."""
+    from transformers import CLIPProcessor
+
+    processor = CLIPProcessor.from_pretrained(exported("transformers"), backend=backend)
+    pixels = processor(images=Image.open(picture), return_tensors="pt")["pixel_values"]
+    assert (pixels - normalise(encoders.pixels(picture)[None])).abs().max() < most
+
+
+# ---- whatever the form ----
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind is not ONNX])
 def test_the_card_and_the_settings_say_what_a_stranger_needs(exported, kind):
     folder = exported(kind)
     card, settings = (folder / "README.md").read_text(), json.loads((folder / "irra.json").read_text())
@@ -140,8 +265,6 @@ def test_the_card_and_the_settings_say_what_a_stranger_needs(exported, kind):
 
 
 def test_a_form_that_differs_is_not_written(home, tmp_path, monkeypatch, capsys):
-    from retrieval import export
-
     script = load_script("export")
     monkeypatch.setitem(export.WRITERS, "safetensors", lambda *_: 0.01)
     words = [str(home / "run"), "--format", "safetensors", "--output", str(tmp_path / "out")]
@@ -149,29 +272,35 @@ def test_a_form_that_differs_is_not_written(home, tmp_path, monkeypatch, capsys)
     assert "other features" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
-def test_what_open_clip_cannot_hold_is_refused(tmp_path, capsys):
+@pytest.mark.parametrize("kind", ["open_clip", "transformers"])
+def test_what_another_programs_clip_cannot_be_is_refused(kind, tmp_path, capsys):
     run = make_run(tmp_path, "sdm", stride_size=12)
-    assert load_script("export").main([str(run), "--format", "open_clip"]) == 2
-    assert "do not overlap" in capsys.readouterr().err
+    assert load_script("export").main([str(run), "--format", kind]) == 2
+    err = capsys.readouterr().err
+    assert (
+        f"{kind}'s patches do not overlap (--stride_size 12, patches of 16)" in err and err.count("\n") == 1
+    )
     assert load_script("export").main([str(run), "--format", "safetensors"]) == 0
+    with pytest.raises(InputError, match="ResNet"):
+        check_plain_vit({"architecture": {"vision_patch_size": None, "stride_size": 16}}, kind)
 
 
 def test_bad_input_is_one_sentence(home, capsys):
     script = load_script("export")
     with pytest.raises(SystemExit):
         script.main([str(home / "run"), "--format", "tensorflow"])
-    assert "safetensors, onnx, open_clip" in capsys.readouterr().err
+    assert "safetensors, onnx, open_clip, transformers" in capsys.readouterr().err
     assert script.main([str(home / "nowhere"), "--format", "onnx"]) == 2
     assert script.main([str(home / "run"), "--format", "onnx", "--output", "/proc/none/x"]) == 2
     assert "cannot make" in capsys.readouterr().err
 
 
-@needs_onnx[0]
-@needs_onnx[1]
-def test_a_missing_package_is_a_sentence_with_the_command(home, monkeypatch, capsys):
-    import sys
-
-    monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    assert load_script("export").main([str(home / "run"), "--format", "onnx"]) == 2
+@pytest.mark.parametrize(
+    "kind, module",
+    [pytest.param("onnx", "onnxruntime", marks=needs_onnx), ("transformers", "transformers")],
+)
+def test_a_missing_package_is_a_sentence_with_the_command(kind, module, home, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, module, None)
+    assert load_script("export").main([str(home / "run"), "--format", kind]) == 2
     err = capsys.readouterr().err
-    assert "onnxruntime" in err and "python -m pip install -r requirements-search.txt" in err
+    assert module in err and "python -m pip install -r requirements-search.txt" in err

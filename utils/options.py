@@ -22,7 +22,7 @@ OPTIMIZERS = ("Adam", "SGD", "AdamW")
 SCHEDULES = ("step", "exp", "poly", "cosine", "linear")
 PRECISIONS = ("fp16", "bf16", "fp32")
 INDEX_TYPES = ("flat", "ivf", "hnsw")
-FORMATS = ("safetensors", "onnx", "open_clip")
+FORMATS = ("safetensors", "onnx", "open_clip", "transformers")
 CLIP_MODELS = (*RESNETS, "ViT-B/32", "ViT-B/16", "ViT-L/14")
 ARCHITECTURE = (
     "embed_dim image_resolution vision_layers vision_width vision_patch_size "
