@@ -2,94 +2,153 @@
 
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 from model.pretrained import CHECKPOINTS
 from utils.data_sets import name_of
 from utils.run import results_of
 
+
+class Use(NamedTuple):
+    """How a form is used: the hub's name of the library, what to know, and the example's imports and body.
+
+    The body takes sentences and person.jpg to similarities, (sentences, 1).
+    """
+
+    library: str
+    text: str
+    imports: str
+    body: str
+
+
 USE = {
-    "safetensors": """`model.safetensors` holds both encoders by the names of OpenAI's CLIP (`visual.…`,
-`transformer.…`), `irra.json` how pixels and words become their inputs.
-
-```python
-from safetensors.torch import load_file
-weights = load_file("model.safetensors")
-```""",
-    "onnx": """Two graphs, batch size free: `image_encoder.onnx` (`images`, float32 [B, 3, {H}, {W}]) and
-`text_encoder.onnx` (`ids`, int64 [B, {L}]); both give `features`, float32 [B, {D}]. `irra.json` says how
-pixels and words become their inputs.
-
-```python
-import numpy, onnxruntime
+    "safetensors": Use(
+        "pytorch",
+        """`model.safetensors` holds both encoders by the names of OpenAI's CLIP (`visual.…`,
+`transformer.…`), `irra.json` how pixels and words become their inputs. The example uses IRRA's own code,
+whose folder must be on PYTHONPATH.""",
+        """import torch
+from datasets.tokenizer import tokenize_all
+from datasets.transforms import normalise, read_image, resize
+from model.irra import at_eot
+from model.pretrained import load_clip""",
+        """clip = load_clip("model.safetensors", ({H}, {W}), {stride}).eval()
+image = normalise(resize(read_image("person.jpg"), ({H}, {W})))[None]
+ids = tokenize_all(sentences, {L})
+with torch.no_grad():
+    image_features = clip.encode_image(image, class_only=True).flatten(1)
+    text_features = at_eot(clip.encode_text(ids), ids)
+image_features, text_features = map(torch.nn.functional.normalize, (image_features, text_features))
+similarities = text_features @ image_features.T""",
+    ),
+    "onnx": Use(
+        "onnx",
+        """Two graphs, batch size free: `image_encoder.onnx` (`images`, float32 [B, 3, {H}, {W}]) and
+`text_encoder.onnx` (`ids`, int64 [B, {L}]); both give `features`, float32 [B, {D}]. `tokenizer.json` makes
+the ids, `irra.json` says how pixels become inputs. The example needs onnxruntime, tokenizers and Pillow.""",
+        """import numpy
+import onnxruntime
 from PIL import Image
-session = onnxruntime.InferenceSession("image_encoder.onnx")
+from tokenizers import Tokenizer""",
+        """def normalised_features(file, name, inputs):
+    (features,) = onnxruntime.InferenceSession(file).run(None, {{name: inputs}})
+    return features / numpy.linalg.norm(features, axis=1, keepdims=True)
+
 image = Image.open("person.jpg").convert("RGB").resize(({W}, {H}), Image.BILINEAR)
 pixels = (numpy.asarray(image) / 255 - {mean}) / {std}
 pixels = pixels.astype(numpy.float32).transpose(2, 0, 1)[None]
-(features,) = session.run(None, {{"images": pixels}})
-features /= numpy.linalg.norm(features, axis=1, keepdims=True)
-```""",
-    "open_clip": """```python
-import open_clip
-model, _, preprocess = open_clip.create_model_and_transforms("local-dir:THIS FOLDER")
-tokenizer = open_clip.get_tokenizer("local-dir:THIS FOLDER")
-model.eval()
-```
-
-Images are {H}x{W}, not square; `preprocess` squeezes any picture to that, as in training. open_clip's
-tokeniser does not know `<|mask|>`: it would read it as text, and the word "jekyll" as the mask's id. Other
+tokenizer = Tokenizer.from_file("tokenizer.json")
+ids = numpy.array([encoding.ids for encoding in tokenizer.encode_batch(sentences)])
+image_features = normalised_features("image_encoder.onnx", "images", pixels)
+text_features = normalised_features("text_encoder.onnx", "ids", ids)
+similarities = text_features @ image_features.T""",
+    ),
+    "open_clip": Use(
+        "open_clip",
+        """Images are {H}x{W}; `preprocess` squeezes any picture to that, as in training. The tokeniser of
+open_clip does not know `<|mask|>`: it would read it as text, and the word "jekyll" as the mask's id. Other
 sentences get the ids that training gave them{longer}.""",
-    "transformers": """```python
-from transformers import CLIPModel, CLIPProcessor
-model = CLIPModel.from_pretrained("THIS FOLDER").eval()
-processor = CLIPProcessor.from_pretrained("THIS FOLDER", backend="pil")  # the resizing of training to the bit
-inputs = processor(text=sentences, images=images, return_tensors="pt", padding=True, truncation=True)
-outputs = model(**inputs, interpolate_pos_encoding=True)
-```
-
-Images are {H}x{W}; each call needs `interpolate_pos_encoding=True` where that is not square. The positions in
-the file are those of a square grid, made so that their interpolation gives the run's.""",
+        """import open_clip
+import torch
+from PIL import Image""",
+        """model, _, preprocess = open_clip.create_model_and_transforms("local-dir:.")
+tokenizer = open_clip.get_tokenizer("local-dir:.")
+model.eval()
+image = preprocess(Image.open("person.jpg"))[None]
+with torch.no_grad():
+    image_features = model.encode_image(image, normalize=True)
+    text_features = model.encode_text(tokenizer(sentences), normalize=True)
+similarities = text_features @ image_features.T""",
+    ),
+    "transformers": Use(
+        "transformers",
+        """`CLIPModel` and `CLIPProcessor` load this folder. The processor squeezes any picture to {H}x{W};
+give it `padding=True, truncation=True`, since training cut longer sentences too. Its ids are those of
+training, also of `<|mask|>`; but it does not repair damaged text, as training did (ftfy).{interpolation}""",
+        """import torch
+from PIL import Image
+from transformers import CLIPModel, CLIPProcessor""",
+        """model = CLIPModel.from_pretrained(".").eval()
+processor = CLIPProcessor.from_pretrained(".", backend="pil")  # the resizing of training to the bit
+image = Image.open("person.jpg")
+inputs = processor(text=sentences, images=image, return_tensors="pt", padding=True, truncation=True)
+with torch.no_grad():
+    outputs = model(**inputs, interpolate_pos_encoding=True)
+similarities = outputs.text_embeds @ outputs.image_embeds.T""",
+    ),
 }
+EXAMPLE = """```python
+{imports}
 
+sentences = ["a woman in a red coat with a black bag", "a man with grey trousers and white sneakers"]
+{body}
+for sentence, (similarity,) in zip(sentences, similarities.tolist()):
+    print(f"{{similarity:.4f}}  {{sentence}}")
+```"""
+HUB = """---
+library_name: {library}
+pipeline_tag: zero-shot-image-classification
+language: en
+# fill in these three: the authors of the data set and of the first weights limit what you may choose
+license: other
+license_name: to-be-filled-in
+license_link: LICENSE
+tags:
+- clip
+- irra
+- person-retrieval
+- text-to-image-retrieval
+- {kind}
+---
 
-def model_card(args, facts, kind, difference):
-    H, W = facts["image"]["size"]
-    longer = ""
-    if facts["text"]["context_length"] < facts["architecture"]["context_length"]:
-        longer = f"; those of more than {facts['text']['context_length']} tokens, training cut there"
-    use = USE[kind].format(
-        H=H,
-        W=W,
-        L=facts["text"]["context_length"],
-        D=facts["architecture"]["embed_dim"],
-        mean=facts["image"]["mean"],
-        std=facts["image"]["std"],
-        longer=longer,
-    )
-    start = args.pretrain_choice if args.pretrain_choice in (*CHECKPOINTS, "random") else "weights of a file"
-    return f"""# {args.name}: IRRA on {name_of(args)}
+"""
+CARD = (
+    HUB
+    + """# {args.name}: IRRA on {data_set}
 
 Retrieves the image of a person from a sentence that describes them (IRRA, CVPR 2023, arXiv 2303.12501): an
-image and a text encoder into one space of {facts["architecture"]["embed_dim"]} dimensions. Form: {
-        kind
-    }. The classifier and the
-module of masked words, which only training needs, are left out.
+image and a text encoder into one space of {D} dimensions. Form: {kind}. The classifier and the module of
+masked words, which only training needs, are left out.
 
 ## Use
 
 {use}
 
-Features are not L2-normalised; the similarity of a sentence and an image is the inner product of the
-normalised ones.
+Run in this folder, with a picture person.jpg beside it:
+
+{example}
+
+The encoders' features are not L2-normalised; the similarity of a sentence and an image is the inner product
+of the normalised ones.
 
 ## Training
 
-Data set {name_of(args)}; losses {args.loss_names}; started from {start};
+Data set {data_set}; losses {args.loss_names}; started from {start};
 {args.num_epoch} epochs; temperature {args.temperature}.
-{figures_of(args)}
+{figures}
 ## Check
 
-The largest difference between these features and those of the run, over noise images and a few sentences: \
+The largest difference between these features and those of the run, over noise images and a few sentences:
 {difference:.1e} (absolute, before normalising).
 
 ## Limits
@@ -98,6 +157,44 @@ It knows the kind of pictures and sentences it was trained on: one person, cut o
 full sentences. It can be wrong, and it finds people: mind whose pictures you search, and the law where you
 are. The data set's authors limit what may be done with models trained on it.
 """
+)
+CUT = "; those of more than {L} tokens, training cut there"
+NOT_SQUARE = """
+
+Each call of the model needs `interpolate_pos_encoding=True`, since images are not square (`pipeline()` does
+not pass it). The positions in the file are those of a square grid, made so that their interpolation gives
+the run's."""
+
+
+def model_card(args, facts, kind, difference):
+    """README.md as the hub reads it: what the model is, how it is used, what it can do and what it cannot."""
+    sizes, (H, W), L = facts["architecture"], facts["image"]["size"], facts["text"]["context_length"]
+    use = USE[kind]
+    values = {
+        "H": H,
+        "W": W,
+        "L": L,
+        "D": sizes["embed_dim"],
+        "stride": sizes["stride_size"],
+        "mean": facts["image"]["mean"],
+        "std": facts["image"]["std"],
+        "longer": CUT.format(L=L) if L < sizes["context_length"] else "",
+        "interpolation": NOT_SQUARE if H != W else "",
+    }
+    return CARD.format(
+        **values,
+        library=use.library,
+        kind=kind,
+        args=args,
+        data_set=name_of(args),
+        use=use.text.format(**values),
+        example=EXAMPLE.format(imports=use.imports, body=use.body.format(**values)),
+        start=args.pretrain_choice
+        if args.pretrain_choice in (*CHECKPOINTS, "random")
+        else "weights of a file",
+        figures=figures_of(args),
+        difference=difference,
+    )
 
 
 def figures_of(args):

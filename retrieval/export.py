@@ -185,7 +185,7 @@ def write_onnx(encoders, facts, folder):
             f"--format onnx needs PyTorch 2.9 or newer, and this is {torch.__version__}: choose another "
             "form, or export where a newer one is"
         )
-    runtime = extra("onnxruntime")
+    runtime, tokenizers = extra("onnxruntime"), extra("tokenizers")
     images, ids = sample_inputs(encoders)
     parts = {
         "images": (folder / "image_encoder.onnx", ImageEncoder(encoders.model), images),
@@ -195,11 +195,18 @@ def write_onnx(encoders, facts, folder):
     for name, (path, module, example) in parts.items():
         write_graph(module, example, name, path)
         sessions[name] = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    tokenizer = fast_tokenizer(encoders.tokenizer, tokenizers)
+    tokenizer.enable_truncation(encoders.text_length)
+    tokenizer.enable_padding(length=encoders.text_length, pad_id=0, pad_token="!")
+    tokenizer.save(str(folder / "tokenizer.json"))
 
     def run(name):
         return lambda x: torch.from_numpy(sessions[name].run(None, {name: x.numpy()})[0])
 
-    found = largest_difference(encoders, run("images"), run("ids"))
+    def read(_):  # sentences, not ids: the tokeniser is checked too
+        return run("ids")(torch.tensor([each.ids for each in tokenizer.encode_batch(list(SENTENCES))]))
+
+    found = largest_difference(encoders, run("images"), read)
     one = largest_difference(encoders, run("images"), run("ids"), slice(1, 2))  # another batch size
     return max(found, one)
 

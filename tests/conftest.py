@@ -52,7 +52,8 @@ SLOW = {  # what --fast leaves out, by what takes it long: a file, or file::begi
         "test_export.py::test_onnx",
     ),
     "the benchmarks, the dry run of the one for a GPU above all": ("test_benchmarks.py",),
-    "other programs, asked at several image sizes": (
+    "other programs' libraries, loaded by a process each or asked at several image sizes": (
+        "test_export.py::test_the_example_of_each_card",
         "test_export.py::test_transformers_gives_the_same_features_at_any_image_size",
     ),
     "a browser, and a server to look at": ("test_demo_page.py",),

@@ -1,8 +1,10 @@
 """export.py: in each form the two encoders give the run's features, and a stranger's program can use them."""
 
 import json
+import os
 import random
 import string
+import subprocess
 import sys
 
 import numpy as np
@@ -13,17 +15,19 @@ from PIL import Image
 from datasets.tokenizer import EOT, SOT, SimpleTokenizer, tokenize_all
 from datasets.transforms import STD, normalise, read_image, resize
 from retrieval import export
+from retrieval.cards import USE, model_card
 from retrieval.encoders import open_run
 from retrieval.export import can_write_onnx, check_plain_vit
 from retrieval.transformers_clip import square_positions
-from tests.conftest import load_script
+from tests.conftest import ROOT, load_script
 from tests.tiny_run import make_run, missing
 from utils.errors import InputError
+from utils.options import FORMATS
 from utils.tool_options import export_args
 
 needs_onnx = [
     pytest.mark.skipif(not can_write_onnx(), reason="the ONNX form needs PyTorch 2.9 or newer"),
-    *(missing(module, module) for module in ("onnx", "onnxscript", "onnxruntime")),
+    *(missing(module, module) for module in ("onnx", "onnxscript", "onnxruntime", "tokenizers")),
 ]
 needs_transformers = missing("transformers", "transformers")
 ONNX = pytest.param("onnx", marks=needs_onnx)
@@ -71,6 +75,41 @@ def own_features(encoders, picture):
         return image.numpy(), encoders.model.encode_text(tokenize_all(SENTENCES, 77)).numpy()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_example_of_each_card_runs_as_it_stands_and_ranks_as_the_run(kind, encoders, exported, picture):
+    """A reader has nothing else. Only the safetensors form needs this repository's code."""
+    folder = exported(kind)
+    (folder / "person.jpg").write_bytes(picture.read_bytes())
+    code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    path = [str(ROOT)] * (kind == "safetensors") + [os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path)), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    shown = [line.split("  ", 1) for line in done.stdout.splitlines()]
+    assert len(shown) == 2
+    image = encoders.image_features([encoders.pixels(picture)])
+    own = encoders.text_features([sentence for _, sentence in shown]) @ image.T
+    assert [float(value) for value, _ in shown] == pytest.approx(own[:, 0].tolist(), abs=2e-4)
+
+
+def test_each_form_has_a_writer_and_a_card():
+    assert tuple(export.WRITERS) == tuple(USE) == FORMATS
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_the_hub_reads_the_cards_front_matter(kind, home, encoders):
+    from huggingface_hub import ModelCard
+
+    args = export_args([str(home / "run"), "--format", kind])
+    card = ModelCard(model_card(args, export.described(encoders, args), kind, 1e-6))
+    read = card.data.to_dict()
+    assert read["library_name"] == ("pytorch" if kind == "safetensors" else kind)
+    assert read["pipeline_tag"] == "zero-shot-image-classification" and "clip" in read["tags"]
+    assert (read["license"], read["license_name"]) == ("other", "to-be-filled-in")
+    assert card.text.lstrip().startswith("# ")
+
+
 def test_safetensors_hold_the_runs_weights_by_openais_names(encoders, exported):
     from safetensors.torch import load_file
 
@@ -115,24 +154,19 @@ def with_onnx(function):
 
 
 @with_onnx
-def test_onnx_gives_the_same_features_for_any_batch_size_following_its_own_card(encoders, exported, picture):
-    """The model card's example is what is run here: a reader has nothing else."""
+def test_onnx_gives_the_same_features_for_any_batch_size(encoders, exported, picture):
     import onnxruntime
+    from tokenizers import Tokenizer
 
-    card = (exported("onnx") / "README.md").read_text()
-    code = card.split("```python\n")[1].split("```")[0]
-    code = code.replace("image_encoder.onnx", str(exported("onnx") / "image_encoder.onnx"))
-    values = {}
-    exec(code.replace("person.jpg", str(picture)), values)
     own_image, own_text = own_features(encoders, picture)
-    own_image /= np.linalg.norm(own_image, axis=1, keepdims=True)
-    assert np.abs(values["features"] - own_image).max() < 1e-4
-
-    from datasets.tokenizer import tokenize_all
-
+    session = onnxruntime.InferenceSession(str(exported("onnx") / "image_encoder.onnx"))
+    (image,) = session.run(None, {"images": normalise(encoders.pixels(picture)[None]).numpy()})
+    assert np.abs(image - own_image).max() < 1e-4
     session = onnxruntime.InferenceSession(str(exported("onnx") / "text_encoder.onnx"))
+    tokenizer = Tokenizer.from_file(str(exported("onnx") / "tokenizer.json"))
     for sentences in (SENTENCES, SENTENCES[:1], SENTENCES * 4):
-        (text,) = session.run(None, {"ids": tokenize_all(sentences, 77).numpy()})
+        ids = np.array([each.ids for each in tokenizer.encode_batch(sentences)])
+        (text,) = session.run(None, {"ids": ids})
         assert np.abs(text[:1] - own_text[:1]).max() < 1e-4 and len(text) == len(sentences)
 
 
