@@ -84,10 +84,11 @@ def export(encoders, args, kind, folder):
         (beside / "README.md").write_text(model_card(args, facts, kind, difference), encoding="utf-8")
         folder.mkdir(exist_ok=True)
         for path in sorted(beside.iterdir()):
-            path.chmod(0o644)  # safetensors makes its files readable by their owner only
             os.replace(path, folder / path.name)
     except OSError as error:
-        raise InputError(f"cannot write {folder}: {error.strerror}; the export is not complete") from None
+        raise InputError(
+            f"cannot write {folder}: {error.strerror or error}; the export is not complete"
+        ) from None
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     return difference
@@ -154,15 +155,22 @@ def check_plain_vit(facts, library):
         )
 
 
+def write_weights(path, weights, header):
+    """A safetensors file with everybody's rights, whose error on a full disk is an OSError."""
+    from safetensors.torch import save
+
+    path.write_bytes(save(weights, metadata=header))
+
+
 def write_json(path, content):
     path.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def write_safetensors(encoders, facts, folder):
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file
 
     path = folder / "model.safetensors"
-    save_file(clip_weights(encoders.model), path, metadata=header_of(facts))
+    write_weights(path, clip_weights(encoders.model), header_of(facts))
     again = load_file(path)
     stride = facts["architecture"]["stride_size"]
     clip = new_clip(architecture(again), encoders.img_size, stride).eval()
@@ -198,7 +206,7 @@ def write_onnx(encoders, facts, folder):
     tokenizer = fast_tokenizer(encoders.tokenizer, tokenizers)
     tokenizer.enable_truncation(encoders.text_length)
     tokenizer.enable_padding(length=encoders.text_length, pad_id=0, pad_token="!")
-    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
 
     def run(name):
         return lambda x: torch.from_numpy(sessions[name].run(None, {name: x.numpy()})[0])
@@ -245,7 +253,6 @@ def quiet():
 
 def write_open_clip(encoders, facts, folder):
     import open_clip
-    from safetensors.torch import save_file
 
     check_plain_vit(facts, "open_clip")
     sizes, image = facts["architecture"], facts["image"]
@@ -279,7 +286,7 @@ def write_open_clip(encoders, facts, folder):
     write_json(folder / "open_clip_config.json", config)
     logit_scale = torch.tensor(math.log(encoders.model.logit_scale))
     weights = {**clip_weights(encoders.model), "logit_scale": logit_scale}
-    save_file(weights, folder / "open_clip_model.safetensors", metadata=header_of(facts))
+    write_weights(folder / "open_clip_model.safetensors", weights, header_of(facts))
     model, _, _ = open_clip.create_model_and_transforms(f"local-dir:{folder}")
     model.eval()
     missing = sizes["context_length"] - encoders.text_length
@@ -289,16 +296,15 @@ def write_open_clip(encoders, facts, folder):
 
 
 def write_transformers(encoders, facts, folder):
-    from safetensors.torch import save_file
-
     check_plain_vit(facts, "transformers")
     transformers, tokenizers = extra("transformers"), extra("tokenizers")
     logit_scale = encoders.model.logit_scale
     weights = their_weights(clip_weights(encoders.model), grid_of(facts), logit_scale)
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    write_weights(folder / "model.safetensors", weights, {"format": "pt"})
     for name, content in their_settings(facts, logit_scale).items():
         write_json(folder / name, content)
-    fast_tokenizer(encoders.tokenizer, tokenizers).save(str(folder / "tokenizer.json"))
+    tokenizer = fast_tokenizer(encoders.tokenizer, tokenizers)
+    (folder / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
     transformers.utils.logging.disable_progress_bar()
     with quiet():
         model = transformers.CLIPModel.from_pretrained(folder).eval()

@@ -20,6 +20,7 @@ from retrieval.encoders import open_run
 from retrieval.export import can_write_onnx, check_plain_vit
 from retrieval.transformers_clip import square_positions
 from tests.conftest import ROOT, load_script
+from tests.full_disk import limited
 from tests.tiny_run import make_run, missing
 from utils.errors import InputError
 from utils.options import FORMATS
@@ -304,6 +305,23 @@ def test_a_form_that_differs_is_not_written(home, tmp_path, monkeypatch, capsys)
     words = [str(home / "run"), "--format", "safetensors", "--output", str(tmp_path / "out")]
     assert script.main(words) == 2
     assert "other features" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind is not ONNX])
+@pytest.mark.parametrize("room", [1 << 10, 1 << 20])
+def test_a_full_disk_is_one_sentence_and_leaves_nothing(room, kind, home, tmp_path, capsys):
+    words = [str(home / "run"), "--format", kind, "--output", str(tmp_path / "out")]
+    with limited(room):
+        assert load_script("export").main(words) == 2
+    err = capsys.readouterr().err
+    assert "File too large" in err and "not complete" in err and err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_whoever_may_read_a_new_file_may_read_an_export(exported, tmp_path):
+    (tmp_path / "plain").touch()
+    for path in exported("safetensors").iterdir():
+        assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode, path
 
 
 @pytest.mark.parametrize("kind", ["open_clip", "transformers"])
