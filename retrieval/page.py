@@ -27,6 +27,8 @@ CSS = """
 footer {display: none !important}
 .hint {color: var(--body-text-color-subdued)}
 #gallery .grid-wrap {max-height: none; height: auto; overflow: visible; padding-top: 0}
+#gallery .grid-container {grid-template-columns:
+  repeat(auto-fill, minmax(max(84px, (100% - 5 * var(--spacing-lg)) / 6), 1fr))}
 #gallery .gallery-item, #gallery .thumbnail-lg {aspect-ratio: 2 / 5; height: auto}
 #gallery .thumbnail-lg img {object-fit: contain; padding-bottom: 1.6em}
 #gallery .caption-label {left: 0; right: 0; max-width: none; text-align: center; border: none}
@@ -161,7 +163,6 @@ def build(page, title, examples=(), max_upload=20):
         with gr.Row():
             gallery = gr.Gallery(
                 show_label=False,
-                columns=6,
                 height=None,
                 object_fit="contain",
                 allow_preview=False,

@@ -206,6 +206,29 @@ def test_a_folder_of_ones_own_is_searched_and_then_the_gallery_again(page, imgs,
     until(lambda: len(tiles(page)) == 3)
 
 
+@in_browser
+@pytest.mark.parametrize("width", [320, 390, 768, 1280])
+def test_every_result_can_be_seen_at_any_width(page, width):
+    screen = {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": width < 1000}
+    page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
+    try:
+        type_and_search(page, SENTENCE)
+        until(lambda: len(tiles(page)) == 5)
+        inside = """
+            return [...document.querySelectorAll("#gallery button img")].map(tile => {
+                let {left, right} = tile.getBoundingClientRect(), inside = right - left > 50;
+                for (let e = tile; e = e.parentElement; )
+                    if (e === document.body || getComputedStyle(e).overflowX !== "visible") {
+                        const edge = e.getBoundingClientRect();
+                        inside &&= left >= edge.left - 1 && right <= edge.right + 1;
+                    }
+                return inside && right <= window.innerWidth;
+            })"""
+        assert until(lambda: all(page.execute_script(inside))) and len(page.execute_script(inside)) == 5
+    finally:
+        page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
 # ---- what the server refuses ----
 
 
