@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import math
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -115,10 +116,16 @@ class NotAPicture(InputError):
     """The file was read, and it is no whole picture: that will not change by itself."""
 
 
-def open_picture(path):
-    """RGB picture of any file that Pillow reads, turned upright as its EXIF data asks for."""
+def open_picture(path, box=None):
+    """RGB picture of any file that Pillow reads, turned upright as its EXIF data asks for.
+
+    box: (width, height) that the picture will be shown in: a JPEG of more than twice that is decoded at a
+    half, a quarter or an eighth of its size, which takes a fraction of the time. Never for the model.
+    """
     try:
         with open_image(path) as image:
+            if box:
+                image.draft(None, enough(image.size, box))
             return as_rgb(ImageOps.exif_transpose(image))
     except FileNotFoundError:
         raise InputError(f"no picture at {shown(path)}") from None
@@ -132,6 +139,13 @@ def open_picture(path):
         reason = system or str(error) or type(error).__name__
         kind = InputError if system else NotAPicture
         raise kind(f"the picture {shown(path)} cannot be read ({reason})") from None
+
+
+def enough(size, box):
+    """(width, height), twice what a picture of this size has inside the box, upright or turned."""
+    (width, height), (most, high) = size, box
+    scale = 2 * max(min(most / width, high / height), min(most / height, high / width))
+    return math.ceil(scale * width), math.ceil(scale * height)
 
 
 def shown(path):

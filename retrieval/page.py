@@ -4,12 +4,15 @@ The browser is sent small copies of pictures that the index names, never a file,
 place in the last result: no path that comes from outside is ever opened.
 """
 
+import functools
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import ImageOps
+from PIL import Image
 
+from datasets.transforms import resize
 from retrieval.encoders import checked_sentence, cut_notice, open_picture, shown
 from retrieval.gallery import GalleryIndex, Stamp, plural
 from retrieval.relevance import heat, word_maps, words_of
@@ -17,6 +20,9 @@ from utils.errors import InputError
 from utils.extras import extra
 
 THUMBNAIL = (192, 384)  # width, height
+BOX = (4 * THUMBNAIL[0], THUMBNAIL[1])  # of a small copy
+KEPT = 512  # small copies in memory, of 0.2 MB each, 0.9 MB at most
+READERS = 4  # threads
 LONGEST = 20_000  # characters: one long "word" takes the tokeniser quadratic time
 EXAMPLES = (
     "a woman in a red coat with a black handbag",
@@ -55,20 +61,23 @@ class Page:
         sentence = checked_sentence(sentence or "", "the sentence")
         if len(sentence) > LONGEST:
             raise InputError(f"the sentence has {len(sentence)} characters; at most {LONGEST} are taken here")
-        index = own or self.index
+        index, whose = (own, "your ") if own else (self.index, "")
         (answer,) = index.search(self.encoders.text_features([sentence]), self.top_k)
+        paths = [os.path.join(index.gallery, name) for _, name in answer]
+        with ThreadPoolExecutor(READERS) as pool:
+            copies = list(pool.map(small_copy_or_none, paths))
         tiles, pictures, names = [], [], []
-        for similarity, name in answer:
-            path = os.path.join(index.gallery, name)
-            try:
-                tiles.append((small(open_picture(path)), f"{len(tiles) + 1} · {similarity:.3f}"))
-            except InputError:
+        for (similarity, name), path, small in zip(answer, paths, copies, strict=True):
+            if small is None:
                 continue  # it has gone since the index was made
+            tiles.append((small, f"{len(tiles) + 1} · {similarity:.3f}"))
             pictures.append(path)
-            names.append(name)
-        remark = f"best of {plural(len(index), 'picture')}, with rank and similarity"
-        remark = cut_notice(self.encoders, sentence) or remark
-        return Result(sentence, pictures, names), tiles, remark
+            names.append(os.path.basename(name) if own else name)
+        remarks = [f"best of {whose}{plural(len(index), 'picture')}, with rank and similarity"]
+        if len(tiles) < len(answer):
+            remarks.append(f"{plural(len(answer) - len(tiles), 'picture')} found can no longer be read")
+        remarks += filter(None, [cut_notice(self.encoders, sentence)])
+        return Result(sentence, pictures, names), tiles, "; ".join(remarks)
 
     def words(self, result):
         """[(word, its number), …]: what can be clicked."""
@@ -81,10 +90,18 @@ class Page:
         """(Heat map of a word of the last sentence over a picture of the last result, the picture's name)."""
         if result is None or not 0 <= place < len(result.pictures):
             raise InputError("search first, then choose a picture and a word")
-        picture, name = open_picture(result.pictures[place]), shown(result.names[place])
-        if number is None:
-            return small(picture), name
-        maps = word_maps(self.encoders, result.sentence, picture)
+        path, name = result.pictures[place], shown(result.names[place])
+        try:
+            stamp = stamp_of(path)
+            picture = small_copy(path, stamp)
+            if number is None:
+                return picture, name
+            seen = as_the_model_sees(path, stamp, self.encoders.img_size)
+        except InputError:  # which names the folder too, and that is nobody's business here
+            raise InputError(f"{name} can no longer be read: search again") from None
+        maps = word_maps(self.encoders, result.sentence, seen)
+        if not 0 <= number < len(maps):
+            raise InputError("that word is not of this sentence: choose one again")
         return heat(picture, maps[number].map, THUMBNAIL[1]), name
 
     def upload(self, files):
@@ -111,8 +128,34 @@ class Page:
         return index, f"your {plural(len(index), 'picture')} are searched{left_out}"
 
 
-def small(picture):
-    return ImageOps.contain(picture, (4 * THUMBNAIL[0], THUMBNAIL[1]))
+def stamp_of(path):
+    try:
+        state = os.stat(path)
+    except OSError as error:
+        raise InputError(f"the picture {shown(path)} cannot be read ({error.strerror})") from None
+    return Stamp(state.st_size, state.st_mtime_ns)
+
+
+@functools.lru_cache(KEPT)
+def small_copy(path, stamp):
+    """A picture inside BOX. stamp: of the file as it is now; one that has changed is read anew."""
+    picture = open_picture(path, BOX)
+    scale = min(BOX[0] / picture.width, BOX[1] / picture.height)
+    return picture.resize([max(1, round(scale * side)) for side in picture.size])  # of a line too, something
+
+
+def small_copy_or_none(path):
+    try:
+        return small_copy(path, stamp_of(path))
+    except InputError:
+        return None
+
+
+@functools.lru_cache(KEPT)
+def as_the_model_sees(path, stamp, img_size):
+    """A picture of the model's size, with the very pixels that its features were made from."""
+    pixels = resize(open_picture(path), img_size)  # [3, H, W]
+    return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
 
 
 def build(page, title, examples=(), max_upload=20):

@@ -12,8 +12,9 @@ import urllib.error
 import urllib.request
 import uuid
 
+import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from tests.conftest import ROOT
 from tests.tiny_run import make_run, missing
@@ -354,3 +355,94 @@ def test_a_port_in_use_is_one_sentence(address, home, imgs):
         [sys.executable, "demo.py", *map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 2 and "give another --port" in done.stderr and "Traceback" not in done.stderr
+
+
+# ---- small copies ----
+
+
+@pytest.fixture(scope="module")
+def encoders(home):
+    from retrieval.encoders import open_run
+    from utils.tool_options import export_args
+
+    return open_run(export_args([str(home / "run"), "--format", "onnx"]))
+
+
+def photo(path, size=(2400, 1600), seed=0, **save):
+    """A picture of smooth shapes, as large as a camera's."""
+    noise = np.random.default_rng(seed).integers(0, 255, (12, 18, 3), dtype=np.uint8)
+    Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC).save(path, **save)
+    return str(path)
+
+
+@pytest.mark.parametrize("turn", [1, 6, 8])
+@pytest.mark.parametrize("size", [(2400, 1600), (1600, 2400), (6000, 300), (150, 300)])
+def test_a_small_copy_is_the_large_picture_made_small(tmp_path, size, turn):
+    from retrieval.encoders import open_picture
+    from retrieval.page import BOX, small_copy, stamp_of
+
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    path = photo(tmp_path / "a.jpg", size, exif=exif, quality=95)
+    full = ImageOps.contain(open_picture(path), BOX)
+    small = small_copy(path, stamp_of(path))
+    assert abs(small.width - full.width) <= 1 and abs(small.height - full.height) <= 1
+    difference = np.abs(np.asarray(small.resize(full.size), float) - np.asarray(full, float))
+    assert difference.mean() < 2
+    decoded = open_picture(path, BOX)
+    assert min(decoded.width / full.width, decoded.height / full.height) > 1.9 or min(size) < 400
+    if size == (2400, 1600):
+        assert decoded.width * decoded.height <= 2400 * 1600 / 4
+
+
+def test_a_picture_of_one_line_does_not_end_a_search(encoders, tmp_path):
+    from retrieval.page import Page
+
+    paths = [photo(tmp_path / "line.jpg", (9000, 1)), photo(tmp_path / "a.jpg", (90, 240))]
+    page = Page(encoders, None, 5, 10)
+    result, tiles, _ = page.search("a red coat", page.upload(paths)[0])
+    assert len(tiles) == 2
+    assert page.look(result, result.names.index("line.jpg"), 0)[0].height == 48
+
+
+def test_a_search_keeps_small_copies_until_their_files_change(encoders, tmp_path):
+    from retrieval.page import BOX, KEPT, Page, small_copy
+
+    paths = [photo(tmp_path / f"{n}.jpg", seed=n) for n in range(3)]
+    page = Page(encoders, None, 5, 10)
+    own, _ = page.upload(paths)
+    result, before, _ = page.search("a woman", own)
+    assert len(before) == 3
+    for path in paths:  # the same size and time, but nothing that could be decoded
+        state = os.stat(path)
+        with open(path, "r+b") as file:
+            file.write(bytes(state.st_size))
+        os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+    _, after, _ = page.search("a woman", own)
+    assert [caption for _, caption in after] == [caption for _, caption in before]
+    assert all(a.tobytes() == b.tobytes() for (a, _), (b, _) in zip(after, before, strict=True))
+    photo(result.pictures[0], (300, 900), seed=9)
+    _, changed, remark = page.search("a woman", own)
+    assert changed[0][0].size == (128, 384) and len(changed) == 3
+    os.unlink(result.pictures[0])
+    _, left, remark = page.search("a woman", own)
+    assert len(left) == 2 and "1 picture found can no longer be read" in remark
+    assert small_copy.cache_info().maxsize == KEPT and 3 * KEPT * BOX[0] * BOX[1] < 500e6
+
+
+def test_the_model_sees_a_large_photo_as_it_was_indexed(encoders, tmp_path):
+    from retrieval.encoders import open_picture
+    from retrieval.page import Page, as_the_model_sees, small_copy, stamp_of
+    from retrieval.relevance import heat, word_maps
+
+    path = photo(tmp_path / "a.jpg")
+    stamp = stamp_of(path)
+    page = Page(encoders, None, 5, 10)
+    own, _ = page.upload([path])
+    seen = as_the_model_sees(path, stamp, encoders.img_size)
+    assert (np.asarray(seen).transpose(2, 0, 1) == encoders.pixels(path).numpy()).all()
+    result, *_ = page.search("a red coat", own)
+    drawn, name = page.look(result, 0, 1)
+    (_, expected), *_ = word_maps(encoders, "a red coat", open_picture(path))[1:]
+    assert name == "a.jpg"
+    assert drawn.tobytes() == heat(small_copy(path, stamp), expected, 384).tobytes()
