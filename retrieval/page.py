@@ -4,6 +4,7 @@ The browser is sent small copies of pictures that the index names, never a file,
 place in the last result: no path that comes from outside is ever opened.
 """
 
+import copy
 import functools
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,7 @@ THUMBNAIL = (192, 384)  # width, height
 BOX = (4 * THUMBNAIL[0], THUMBNAIL[1])  # of a small copy
 KEPT = 512  # small copies in memory, of 0.2 MB each, 0.9 MB at most
 READERS = 4  # threads
+SEARCHED = "the gallery is searched"
 LONGEST = 20_000  # characters: one long "word" takes the tokeniser quadratic time
 EXAMPLES = (
     "a woman in a red coat with a black handbag",
@@ -104,28 +106,27 @@ class Page:
             raise InputError("that word is not of this sentence: choose one again")
         return heat(picture, maps[number].map, THUMBNAIL[1]), name
 
-    def upload(self, files):
-        """An index of a visitor's own pictures, in memory only."""
+    def upload(self, files, own=None):
+        """An index of a visitor's own pictures, in memory only, and what is searched now.
+
+        own: the visitor's index until now, which stays as it is; what it knows is not encoded again.
+        """
         if not files:
-            return None, "the gallery is searched"
+            return None, SEARCHED
         if len(files) > self.max_pictures:
             raise InputError(
                 f"that folder holds {len(files)} files; at most {self.max_pictures} are taken here"
             )
-        folder = os.path.commonpath([os.path.dirname(path) for path in files])
-        found = {os.path.relpath(path, folder): Stamp(os.path.getsize(path), 0) for path in files}
-        index = GalleryIndex(None, folder, self.encoders.fingerprint, self.encoders.width)
-
-        def encode(paths):
-            full = {os.path.join(folder, path): path for path in paths}
-            for good, features, bad in self.encoders.encode_files(list(full)):
-                yield [full[path] for path in good], features, {full[path]: why for path, why in bad.items()}
-
-        change = index.update(found, encode)
+        found = {path: stamp_of(path) for path in files if os.path.exists(path)}
+        empty = GalleryIndex(None, "", self.encoders.fingerprint, self.encoders.width)
+        index = copy.deepcopy(own) if own else empty
+        index.update(found, self.encoders.encode_files)
         if not len(index):
             raise InputError("none of these files is a picture that can be read")
-        left_out = f", {plural(len(change.unreadable), 'file')} left out" if change.unreadable else ""
-        return index, f"your {plural(len(index), 'picture')} are searched{left_out}"
+        left_out = len(set(files)) - len(index)
+        left_out = f", {plural(left_out, 'file')} left out" if left_out else ""
+        verb = "is" if len(index) == 1 else "are"
+        return index, f"your {plural(len(index), 'picture')} {verb} searched{left_out}"
 
 
 def stamp_of(path):
@@ -159,8 +160,67 @@ def as_the_model_sees(path, stamp, img_size):
 
 
 def build(page, title, examples=(), max_upload=20):
-    """A gradio.Blocks. max_upload: MB of a file, told to visitors; launch() enforces it."""
+    """A gradio.Blocks. title: of the gallery. max_upload: MB of a file; told here, enforced by serve()."""
     gr = extra("gradio", "requirements-demo.txt")
+    with gr.Blocks(title="IRRA", analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:
+        heading = gr.Markdown(heading_of(title), elem_id="heading")
+        with gr.Row(equal_height=True):
+            sentence = gr.Textbox(
+                label="Sentence",
+                placeholder=EXAMPLES[0],
+                lines=2,
+                scale=5,
+                elem_id="sentence",
+                autofocus=True,
+            )
+            button = gr.Button("Search", variant="primary", scale=1, elem_id="search")
+        gr.Examples([[text] for text in (examples or EXAMPLES)], [sentence], label="Examples")
+        answer = lay_out_answer(gr, page.sees_words)
+        with gr.Accordion("Search your own pictures", open=False):
+            gr.Markdown(
+                f"A folder of at most {page.max_pictures} pictures, {max_upload} MB each. They are kept in "
+                "temporary files of the computer that serves this page, for two hours at most; small copies "
+                "stay in its memory until others take their place.",
+                elem_classes="hint",
+            )
+            files = gr.File(label="Folder", file_count="directory", type="filepath", elem_id="folder")
+            state = gr.Markdown(SEARCHED, elem_id="state", elem_classes="hint")
+        connect(gr, page, title, (sentence, button), answer, (heading, files, state))
+    return blocks
+
+
+def lay_out_answer(gr, sees_words):
+    """What a search fills: (gallery, remark, words, picture, file)."""
+    remark = gr.Markdown(elem_id="remark", elem_classes="hint")
+    with gr.Row():
+        gallery = gr.Gallery(
+            show_label=False,
+            height=None,
+            object_fit="contain",
+            allow_preview=False,
+            interactive=False,
+            buttons=[],
+            scale=4,
+            elem_id="gallery",
+        )
+        with gr.Column(scale=1, min_width=240):
+            picture = gr.Image(
+                label="Where the word looks", interactive=False, buttons=[], height=400, elem_id="look"
+            )
+            words = gr.Radio(
+                choices=[], label="Choose a picture, then a word", visible=sees_words, elem_id="words"
+            )
+            file = gr.Textbox(label="File", interactive=False, elem_id="file")
+            if not sees_words:
+                gr.Markdown("This model was trained without mlm: it cannot tell where its words look.")
+    return gallery, remark, words, picture, file
+
+
+def connect(gr, page, title, asked, answer, searched):
+    """What happens on a click. asked: (sentence, button). answer: as lay_out_answer gives it. searched: the
+    (heading, files, state) of what is searched."""
+    (sentence, button), (gallery, _, words, picture, file), (heading, files, state) = asked, answer, searched
+    result, place, own = gr.State(None), gr.State(0), gr.State(None)
 
     def guarded(function):
         """An input error becomes a sentence on the page."""
@@ -173,78 +233,43 @@ def build(page, title, examples=(), max_upload=20):
 
         return call
 
-    @guarded
-    def on_search(sentence, own):
+    def answer_to(sentence, own):
         result, tiles, remark = page.search(sentence, own)
-        words = gr.Radio(choices=page.words(result), value=None)
+        choices = gr.Radio(choices=page.words(result), value=None)
         chosen = page.look(result, 0, None) if result.pictures else (None, "")
-        return result, 0, gr.Gallery(value=tiles, selected_index=None), remark, words, *chosen
+        return result, 0, gr.Gallery(value=tiles, selected_index=None), remark, choices, *chosen
 
     def on_picture(result, number, event: gr.SelectData):
         return event.index, *guarded(page.look)(result, event.index, number)
 
-    def on_word(result, place, number):
-        return guarded(page.look)(result, place, number)
+    def on_files(files, own, result):
+        """All that speaks of what is searched changes with it; the last sentence is asked again."""
+        try:
+            own, now = page.upload(files, own)
+        except InputError as error:
+            own, now = None, f"{error}; {SEARCHED}"
+        heading = heading_of(f"{plural(len(own), 'picture')} of your own" if own else title)
+        nothing = None, 0, gr.Gallery(value=[]), "", gr.Radio(choices=[], value=None), None, ""
+        return own, heading, now, *(answer_to(result.sentence, own) if result else nothing)
 
-    on_upload = guarded(page.upload)
+    private = {"api_visibility": "private", "show_progress": "minimal"}
+    found = [result, place, *answer]
+    button.click(guarded(answer_to), [sentence, own], found, **private)
+    sentence.submit(guarded(answer_to), [sentence, own], found, **private)
+    gallery.select(on_picture, [result, words], [place, picture, file], **private)
+    words.input(guarded(page.look), [result, place, words], [picture, file], **private)
+    gr.on(
+        [files.upload, files.delete, files.clear],
+        guarded(on_files),
+        [files, own, result],
+        [own, heading, state, *found],
+        trigger_mode="always_last",  # of several taken out in a row the last one counts
+        **private,
+    )
 
-    with gr.Blocks(title="IRRA", analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:
-        result, place, own = gr.State(None), gr.State(0), gr.State(None)
-        gr.Markdown(f"## Find a person by a sentence\n{title}")
-        with gr.Row(equal_height=True):
-            sentence = gr.Textbox(
-                label="Sentence",
-                placeholder=EXAMPLES[0],
-                lines=2,
-                scale=5,
-                elem_id="sentence",
-                autofocus=True,
-            )
-            button = gr.Button("Search", variant="primary", scale=1, elem_id="search")
-        gr.Examples([[text] for text in (examples or EXAMPLES)], [sentence], label="Examples")
-        remark = gr.Markdown(elem_id="remark", elem_classes="hint")
-        with gr.Row():
-            gallery = gr.Gallery(
-                show_label=False,
-                height=None,
-                object_fit="contain",
-                allow_preview=False,
-                interactive=False,
-                buttons=[],
-                scale=4,
-                elem_id="gallery",
-            )
-            with gr.Column(scale=1, min_width=240):
-                picture = gr.Image(
-                    label="Where the word looks", interactive=False, buttons=[], height=400, elem_id="look"
-                )
-                words = gr.Radio(
-                    choices=[],
-                    label="Choose a picture, then a word",
-                    visible=page.sees_words,
-                    elem_id="words",
-                )
-                file = gr.Textbox(label="File", interactive=False, elem_id="file")
-                if not page.sees_words:
-                    gr.Markdown("This model was trained without mlm: it cannot tell where its words look.")
-        with gr.Accordion("Search your own pictures", open=False):
-            gr.Markdown(
-                f"A folder of at most {page.max_pictures} pictures, {max_upload} MB each. They are kept in "
-                "temporary files of the computer that serves this page, for two hours at most.",
-                elem_classes="hint",
-            )
-            files = gr.File(label="Folder", file_count="directory", type="filepath", elem_id="folder")
-            state = gr.Markdown("the gallery is searched", elem_id="state", elem_classes="hint")
 
-        private = {"api_visibility": "private", "show_progress": "minimal"}
-        outputs = [result, place, gallery, remark, words, picture, file]
-        button.click(on_search, [sentence, own], outputs, **private)
-        sentence.submit(on_search, [sentence, own], outputs, **private)
-        gallery.select(on_picture, [result, words], [place, picture, file], **private)
-        words.input(on_word, [result, place, words], [picture, file], **private)
-        files.upload(on_upload, files, [own, state], **private)
-        files.clear(lambda: (None, "the gallery is searched"), None, [own, state], **private)
-    return blocks
+def heading_of(title):
+    return f"## Find a person by a sentence\n{title}"
 
 
 def serve(blocks, host, port, max_upload):

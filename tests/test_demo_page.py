@@ -194,17 +194,69 @@ def test_an_empty_sentence_is_a_message_and_a_long_one_a_remark(page):
     assert len(tiles(page)) == 5
 
 
+def choose_folder(page, imgs, folder, names, broken=False):
+    """Upload a new folder of pictures with these names."""
+    folder.mkdir()
+    for name, path in zip(names, sorted(imgs.rglob("*.jpg")), strict=False):
+        shutil.copy(path, folder / name)
+    if broken:
+        (folder / "broken.jpg").write_bytes(b"not a picture")
+    page.find_element("xpath", "//button[contains(., 'Search your own pictures')]").click()
+    until(lambda: page.find_element("css selector", "#folder input[type=file]")).send_keys(str(folder))
+
+
+REMOVE = "#folder button[aria-label^='Remove' i]"
+
+
+def take_one_out(page):
+    """The first file of the folder that was uploaded."""
+    page.find_element("css selector", REMOVE).click()
+
+
 @in_browser
 def test_a_folder_of_ones_own_is_searched_and_then_the_gallery_again(page, imgs, tmp_path):
-    for number, path in enumerate(sorted(imgs.rglob("*.jpg"))[:3]):
-        shutil.copy(path, tmp_path / f"own{number}.jpg")
-    (tmp_path / "broken.jpg").write_bytes(b"not a picture")
-    page.find_element("xpath", "//button[contains(., 'Search your own pictures')]").click()
-    chooser = until(lambda: page.find_element("css selector", "#folder input[type=file]"))
-    chooser.send_keys(str(tmp_path))
+    gallery, number = text_of(page, "#heading"), len(list(imgs.rglob("*.jpg")))
+    assert f"{number} pictures in imgs" in gallery
+    choose_folder(page, imgs, tmp_path / "own", ["own0.jpg", "own1.jpg", "own2.jpg"], broken=True)
     until(lambda: "your 3 pictures are searched, 1 file left out" in text_of(page, "#state"))
+    assert "3 pictures of your own" in text_of(page, "#heading") and "imgs" not in text_of(page, "#heading")
     type_and_search(page, SENTENCE)
     until(lambda: len(tiles(page)) == 3)
+    file = page.find_element("css selector", "#file input, #file textarea")
+    assert file.get_attribute("value") in ("own0.jpg", "own1.jpg", "own2.jpg")
+    page.find_element("css selector", "#folder button[aria-label='Clear' i]").click()
+    until(lambda: text_of(page, "#heading") == gallery and len(tiles(page)) == 5)
+    assert text_of(page, "#state") == "the gallery is searched"
+    assert f"best of {number} pictures" in text_of(page, "#remark")
+
+
+@in_browser
+def test_what_is_taken_out_of_an_upload_is_no_longer_searched(page, imgs, tmp_path):
+    choose_folder(page, imgs, tmp_path / "own", [f"own{n}.jpg" for n in range(4)])
+    until(lambda: "your 4 pictures are searched" in text_of(page, "#state"))
+    type_and_search(page, SENTENCE)
+    until(lambda: len(tiles(page)) == 4)
+    take_one_out(page)
+    until(lambda: "3 pictures of your own" in text_of(page, "#heading") and len(tiles(page)) == 3)
+    assert "best of your 3 pictures" in text_of(page, "#remark")
+    at_once = "for (const n of [1, 0]) document.querySelectorAll(arguments[0])[n].click()"
+    page.execute_script(at_once, REMOVE)  # the second while the first is still at work
+    until(lambda: text_of(page, "#state") == "your 1 picture is searched" and len(tiles(page)) == 1)
+    assert "1 picture of your own" in text_of(page, "#heading")
+    left = page.find_element("css selector", "#folder .file-preview").text.split()[0]
+    assert f"{left}.jpg" == page.find_element("css selector", "#file input, #file textarea").get_attribute(
+        "value"
+    )
+
+
+@in_browser
+def test_an_upload_that_is_refused_leaves_the_gallery_and_says_so(page, imgs, tmp_path):
+    choose_folder(page, imgs, tmp_path / "own", [f"own{n}.jpg" for n in range(5)])
+    until(lambda: "holds 5 files; at most 4" in text_of(page, "#state"))
+    assert text_of(page, "#state").endswith("the gallery is searched")
+    assert "pictures in imgs" in text_of(page, "#heading")
+    take_one_out(page)
+    until(lambda: "your 4 pictures are searched" in text_of(page, "#state"))
 
 
 @in_browser
@@ -446,3 +498,19 @@ def test_the_model_sees_a_large_photo_as_it_was_indexed(encoders, tmp_path):
     (_, expected), *_ = word_maps(encoders, "a red coat", open_picture(path))[1:]
     assert name == "a.jpg"
     assert drawn.tobytes() == heat(small_copy(path, stamp), expected, 384).tobytes()
+
+
+def test_what_is_left_of_an_upload_is_not_encoded_again(encoders, tmp_path):
+    from retrieval.page import Page
+
+    paths = [photo(tmp_path / f"{n}.jpg", (90, 240), seed=n) for n in range(4)]
+    page = Page(encoders, None, 5, 10)
+    three, _ = page.upload(paths[:3])
+    os.truncate(paths[0], 0)
+    os.unlink(paths[1])
+    two, state = page.upload([paths[1], paths[2], paths[3]], three)
+    assert state == "your 2 pictures are searched, 1 file left out"
+    assert sorted(two.paths) == paths[2:] and len(three) == 3
+    fresh, _ = page.upload(paths[2:])
+    sentence = encoders.text_features(["a red coat"])
+    assert [p for _, p in two.search(sentence, 5)[0]] == [p for _, p in fresh.search(sentence, 5)[0]]
