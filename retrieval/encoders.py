@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import math
+import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -148,9 +149,16 @@ def enough(size, box):
     return math.ceil(scale * width), math.ceil(scale * height)
 
 
-def shown(path):
-    """A path that can be printed, whatever bytes the file system holds."""
-    return str(path).encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+def shown(text):
+    """A path or a sentence that can be printed, whatever bytes the file system holds: what would act on a
+    terminal or turn the text around (control characters, line ends, marks of direction) as its escape."""
+    text = str(text).encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    return "".join(c.encode("unicode_escape").decode() if acts(c) else c for c in text)
+
+
+def acts(character):
+    kind = unicodedata.category(character)
+    return (kind[0] == "C" or kind in ("Zl", "Zp")) and character not in "\u200c\u200d"  # these join letters
 
 
 def checked_sentence(sentence, what="the query"):

@@ -6,6 +6,7 @@ place in the last result: no path that comes from outside is ever opened.
 
 import copy
 import functools
+import html
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -34,6 +35,7 @@ EXAMPLES = (
 CSS = """
 footer {display: none !important}
 .hint {color: var(--body-text-color-subdued)}
+#heading, .hint {overflow-wrap: anywhere}
 #gallery .grid-wrap {max-height: none; height: auto; overflow: visible; padding-top: 0}
 #gallery .grid-container {grid-template-columns:
   repeat(auto-fill, minmax(max(84px, (100% - 5 * var(--spacing-lg)) / 6), 1fr))}
@@ -86,7 +88,7 @@ class Page:
         if not self.sees_words:
             return []
         words = words_of(result.sentence, self.encoders.tokenizer, self.encoders.text_length)
-        return [(word, number) for number, (word, _) in enumerate(words)]
+        return [(shown(word), number) for number, (word, _) in enumerate(words)]
 
     def look(self, result, place, number):
         """(Heat map of a word of the last sentence over a picture of the last result, the picture's name)."""
@@ -174,7 +176,7 @@ def build(page, title, examples=(), max_upload=20):
                 autofocus=True,
             )
             button = gr.Button("Search", variant="primary", scale=1, elem_id="search")
-        gr.Examples([[text] for text in (examples or EXAMPLES)], [sentence], label="Examples")
+        gr.Examples([[shown(text)] for text in (examples or EXAMPLES)], [sentence], label="Examples")
         answer = lay_out_answer(gr, page.sees_words)
         with gr.Accordion("Search your own pictures", open=False):
             gr.Markdown(
@@ -228,8 +230,8 @@ def connect(gr, page, title, asked, answer, searched):
         def call(*inputs):
             try:
                 return function(*inputs)
-            except InputError as error:
-                raise gr.Error(str(error), duration=8, print_exception=False) from None
+            except InputError as error:  # a toast is read as HTML
+                raise gr.Error(html.escape(shown(error)), duration=8, print_exception=False) from None
 
         return call
 
@@ -237,7 +239,7 @@ def connect(gr, page, title, asked, answer, searched):
         result, tiles, remark = page.search(sentence, own)
         choices = gr.Radio(choices=page.words(result), value=None)
         chosen = page.look(result, 0, None) if result.pictures else (None, "")
-        return result, 0, gr.Gallery(value=tiles, selected_index=None), remark, choices, *chosen
+        return result, 0, gr.Gallery(value=tiles, selected_index=None), literal(remark), choices, *chosen
 
     def on_picture(result, number, event: gr.SelectData):
         return event.index, *guarded(page.look)(result, event.index, number)
@@ -250,7 +252,7 @@ def connect(gr, page, title, asked, answer, searched):
             own, now = None, f"{error}; {SEARCHED}"
         heading = heading_of(f"{plural(len(own), 'picture')} of your own" if own else title)
         nothing = None, 0, gr.Gallery(value=[]), "", gr.Radio(choices=[], value=None), None, ""
-        return own, heading, now, *(answer_to(result.sentence, own) if result else nothing)
+        return own, heading, literal(now), *(answer_to(result.sentence, own) if result else nothing)
 
     private = {"api_visibility": "private", "show_progress": "minimal"}
     found = [result, place, *answer]
@@ -268,8 +270,13 @@ def connect(gr, page, title, asked, answer, searched):
     )
 
 
+def literal(text):
+    """Markdown that shows the text and does nothing else: no tag, no link, no picture, no emphasis."""
+    return "".join(c if c.isalnum() or c == " " else f"&#{ord(c)};" for c in shown(text))
+
+
 def heading_of(title):
-    return f"## Find a person by a sentence\n{title}"
+    return f"## Find a person by a sentence\n{literal(title)}"
 
 
 def serve(blocks, host, port, max_upload):

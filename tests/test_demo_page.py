@@ -1,5 +1,6 @@
 """demo.py: the page in a real browser, and what its server refuses."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -57,19 +58,19 @@ def imgs(home):
     return home / "data" / "CUHK-PEDES" / "imgs"
 
 
-@pytest.fixture(scope="module")
-def address(home, imgs):
-    """demo.py as a user starts it, on a free port."""
-    words = ["--config_file", home / "run", "--gallery", imgs, "--device", "cpu", "--port", 0]
-    words += ["--top_k", 5, "--max_upload", 1, "--max_pictures", 4]
+@contextlib.contextmanager
+def served(home, gallery, *more, **environment):
+    """demo.py as a user starts it, on a free port; gives the page's address."""
+    words = ["--config_file", home / "run", "--gallery", gallery, "--device", "cpu", "--port", 0]
+    words += ["--top_k", 5, "--max_upload", 1, "--max_pictures", 4, *more]
     with open(home / "log", "w") as log:
         server = subprocess.Popen(
-            [sys.executable, "demo.py", *map(str, words)],
+            [sys.executable, "demo.py", *(os.fsencode(str(word)) for word in words)],
             cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,
-            env={**os.environ, "no_proxy": "127.0.0.1,localhost"},
+            env={**os.environ, "no_proxy": "127.0.0.1,localhost", **environment},
         )
         watchdog = threading.Timer(120, server.kill)
         watchdog.start()
@@ -79,6 +80,12 @@ def address(home, imgs):
         yield line.split()[4].rstrip("/")
         server.send_signal(signal.SIGINT)
         assert server.wait(timeout=30) == 0, (home / "log").read_text()  # Ctrl-C is how it ends
+
+
+@pytest.fixture(scope="module")
+def address(home, imgs):
+    with served(home, imgs) as address:
+        yield address
 
 
 @pytest.fixture(scope="module")
@@ -280,6 +287,42 @@ def test_every_result_can_be_seen_at_any_width(page, width):
         assert until(lambda: all(page.execute_script(inside))) and len(page.execute_script(inside)) == 5
     finally:
         page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+ACTS = "<img src=x onerror=document.title=1>**b** _e_ `c` [l](d) $$x$$ {{1+1}} ${1+1} www.a.org &lt; # h"
+UNSEEN = "\x1b[31m\u202e\n\t"  # of a terminal, of direction, of lines
+ESCAPED = "\\x1b[31m\\u202e\\n\\t"
+
+
+@in_browser
+def test_a_name_or_a_sentence_is_shown_and_never_acts(browser, home, imgs, tmp_path):
+    gallery = tmp_path / os.fsdecode(f"{ACTS}{UNSEEN}".encode() + b"\xff")
+    gallery.mkdir()
+    shutil.copy(next(imgs.rglob("*.jpg")), gallery / f"{ACTS}{UNSEEN}.jpg")
+    example = f"</script><script>document.title=1</script>{ACTS}"
+    with served(home, gallery, "--example", example) as address:
+        browser.get(address)
+        until(lambda: f"1 picture in {ACTS}{ESCAPED}\ufffd" in text_of(browser, "#heading"))
+        assert example[:40] in text_of(browser, "body")
+        sentence = f"{ACTS} <script>document.title=1</script> {'red ' * 80}"
+        type_and_search(browser, sentence)
+        until(lambda: len(tiles(browser)) == 1)
+        assert sentence[:40] in text_of(browser, "#remark")
+        labels = [label.text for label in browser.find_elements("css selector", "#words label")]
+        assert labels[:9] == sentence.replace("&lt;", "<").lower().split()[:9]
+        file = browser.find_element("css selector", "#file input, #file textarea")
+        assert file.get_attribute("value") == f"{ACTS}{ESCAPED}.jpg"
+        (gallery / f"{ACTS}{UNSEEN}.jpg").unlink()
+        tiles(browser)[0].click()
+        until(lambda: f"{ACTS}{ESCAPED}.jpg can no longer be read" in text_of(browser, "body"))
+        type_and_search(browser, "a man")
+        until(lambda: "1 picture found can no longer be read" in text_of(browser, "#remark"))
+        choose_folder(browser, imgs, tmp_path / "own", ["<img src=x onerror=document.title=1>.jpg"])
+        until(lambda: "your 1 picture is searched" in text_of(browser, "#state"))
+        assert "<img src=x onerror=document.title=1>" in text_of(browser, "#folder")
+        assert browser.title == "IRRA" and not browser.find_elements("css selector", "img[src=x]")
+        for part in ("#heading", "#remark"):
+            assert not browser.find_elements("css selector", f"{part} :is(strong, em, code, a, .katex)")
 
 
 # ---- what the server refuses ----
