@@ -1,6 +1,8 @@
 """demo.py: the page in a real browser, and what its server refuses."""
 
 import contextlib
+import http.client
+import http.server
 import json
 import os
 import shutil
@@ -323,6 +325,64 @@ def test_a_name_or_a_sentence_is_shown_and_never_acts(browser, home, imgs, tmp_p
         assert browser.title == "IRRA" and not browser.find_elements("css selector", "img[src=x]")
         for part in ("#heading", "#remark"):
             assert not browser.find_elements("css selector", f"{part} :is(strong, em, code, a, .katex)")
+
+
+class StripsPrefix(http.server.BaseHTTPRequestHandler):
+    """A reverse proxy that serves the page of server.page below /irra, and tells it nothing."""
+
+    def do_GET(self):
+        if not self.path.startswith("/irra/"):
+            return self.send_error(404)
+        length = int(self.headers.get("Content-Length", 0))
+        dropped = ("host", "connection", "accept-encoding")
+        headers = {name: value for name, value in self.headers.items() if name.lower() not in dropped}
+        url = self.server.page + self.path.removeprefix("/irra")
+        asked = urllib.request.Request(url, self.rfile.read(length) if length else None, headers)
+        try:
+            answer = urllib.request.build_opener(urllib.request.ProxyHandler({})).open(asked, timeout=60)
+        except urllib.error.HTTPError as error:
+            answer = error
+        self.send_response(answer.status)
+        self.send_header("Content-Type", answer.headers.get("Content-Type", "text/plain"))
+        self.end_headers()
+        with contextlib.suppress(ConnectionError, http.client.HTTPException):  # one side has gone away
+            while data := answer.read1(1 << 16):
+                self.wfile.write(data)
+
+    do_POST = do_GET
+
+    def log_message(self, *words):
+        pass
+
+
+@in_browser
+def test_behind_a_proxy_that_strips_a_prefix_all_of_it_works(browser, home, imgs, tmp_path):
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), StripsPrefix) as proxy:
+        outside = f"http://127.0.0.1:{proxy.server_port}/irra"
+        threading.Thread(target=proxy.serve_forever, daemon=True).start()
+        with served(home, imgs, GRADIO_ROOT_PATH=outside) as proxy.page:
+            browser.get_log("performance")
+            browser.get(f"{outside}/")
+            until(lambda: browser.find_element("css selector", "#sentence textarea").is_displayed())
+            choose_folder(browser, imgs, tmp_path / "own", ["own0.jpg", "own1.jpg"])
+            until(lambda: "your 2 pictures are searched" in text_of(browser, "#state"))
+            type_and_search(browser, SENTENCE)
+            until(lambda: len(tiles(browser)) == 2)
+            loaded = "return [...document.querySelectorAll('#gallery img')].every(i => i.naturalWidth > 0)"
+            until(lambda: browser.execute_script(loaded) and look(browser).startswith(outside))
+            events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+            asked = {
+                e["params"]["request"]["url"]
+                for e in events
+                if "WillBeSent" in e["method"] and "request" in e["params"]
+            }
+            own = (f"{outside}/", "data:", "blob:", "chrome:", "about:")
+            beside = ("/favicon.ico", "/manifest.json")  # of the site, which the page can do without
+            assert asked and not {
+                url for url in asked if not url.startswith(own) and not url.endswith(beside)
+            }
+            browser.get("about:blank")
+        proxy.shutdown()
 
 
 # ---- what the server refuses ----
