@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from model.clip_model import CLIP, VisionTransformer
 from model.clip_resnet import ModifiedResNet
-from utils.checkpoint import load_weights
+from utils.checkpoint import load_plain, load_weights
 from utils.errors import InputError
 from utils.files import whole_file
 
@@ -112,13 +112,11 @@ def read_weights(path):
         elif zipfile.is_zipfile(path) and (root := _torchscript_root(path)):
             weights = _read_torchscript(path, root)
         else:
-            weights = torch.load(path, map_location="cpu", weights_only=True)
+            weights = load_plain(path)
     except InputError:
         raise
     except pickle.UnpicklingError as error:
-        raise InputError(
-            f"{path} is refused: it is damaged or holds more than weights ({_first(error)})"
-        ) from None
+        raise InputError(f"{path} is refused: {_first(error)}") from None
     except Exception as error:  # whatever a parser trips over, the file is not CLIP weights
         raise InputError(f"{path} cannot be read as CLIP weights ({_first(error)})") from None
     if not isinstance(weights, dict) or not all(isinstance(key, str) for key in weights):

@@ -1,6 +1,7 @@
 """Damaged inputs through the real entry points: each trains correctly or ends in one sentence that names the
 file, exit status 2; no traceback, nothing over 10 s, and no code of a file ever runs."""
 
+import argparse
 import io
 import json
 import os
@@ -10,6 +11,7 @@ import re
 import time
 import zipfile
 from collections import Counter
+from pathlib import PurePosixPath
 
 import hypothesis
 import numpy as np
@@ -24,7 +26,7 @@ from datasets import check
 from datasets.synthetic import make_dataset
 from datasets.transforms import read_image
 from retrieval.encoders import open_picture
-from tests.children import words
+from tests.children import ARCHITECTURE, words
 from utils.checkpoint import load_checkpoint
 from utils.errors import InputError
 
@@ -84,6 +86,13 @@ def data(tmp_path_factory):
 def one_step(root, logs, *more):
     """Words of a training of one batch, with an evaluation."""
     return words(root, logs, "--batch_size", "4", *more, epochs=1)
+
+
+def one_step_from(weights, root, logs):
+    """The same, from a file of weights, which says its architecture itself."""
+    argv = one_step(root, logs, "--pretrain_choice", weights)
+    first = argv.index("--clip_architecture")
+    return argv[:first] + argv[first + 1 + len(ARCHITECTURE) :]
 
 
 @pytest.fixture(scope="module")
@@ -521,6 +530,93 @@ def test_altered_checkpoints(alter, finished, tried, train_script, tmp_path):
     (tmp_path / "configs.yaml").write_bytes((finished / "configs.yaml").read_bytes())
     argv = ["--resume", "--resume_ckpt_file", path, "--num_epoch", "2"]
     assert tried("checkpoints", train_script.main, argv, path).status == 2
+
+
+ADVICE = (
+    "weights_only",
+    "safe_globals",
+    "arbitrary code",
+    "\\x1b",
+    "file an issue",
+)  # PyTorch's to its users
+CARRYING = {  # what forks and other programs leave beside the weights
+    "a namespace": argparse.Namespace(lr=1),
+    "a path": PurePosixPath("logs"),
+    "an array of objects": np.array([{}], dtype=object),
+    "a NumPy word": np.str_("x"),
+    "a module": torch.nn.Linear(1, 1),
+}
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+@pytest.mark.parametrize("name", CARRYING)
+def test_no_program_passes_on_the_advice_to_run_the_code_of_a_file(
+    name, protocol, finished, data, tried, train_script, test_script, tmp_path
+):
+    path = tmp_path / "last.pth"
+    (tmp_path / "configs.yaml").write_bytes((finished / "configs.yaml").read_bytes())
+    torch.save({"model": {}, "extra": CARRYING[name]}, path, pickle_protocol=protocol)
+    start = one_step_from(path, data, tmp_path / "logs")
+    for script, argv in (
+        (train_script, ["--resume", "--resume_ckpt_file", path, "--num_epoch", "2"]),
+        (test_script, ["--config_file", finished, "--checkpoint", path]),
+        (train_script, start),
+    ):
+        outcome = tried("checkpoints", script.main, argv, path, "it is damaged or holds more than weights (")
+        assert outcome.status == 2 and not any(word in outcome.err for word in ADVICE), outcome.err
+
+
+def test_a_torchscript_archive_as_a_checkpoint_is_called_by_its_name(finished, tried, test_script, tmp_path):
+    torch.jit.script(torch.nn.Linear(1, 1)).save(tmp_path / "clip.pt")
+    argv = ["--config_file", finished, "--checkpoint", tmp_path / "clip.pt"]
+    outcome = tried("checkpoints", test_script.main, argv, "clip.pt is refused: it is a TorchScript archive")
+    assert outcome.status == 2 and not any(word in outcome.err for word in ADVICE), outcome.err
+
+
+NUMBERS = [np.float64(1.5), np.float32(0.25), np.int64(7), np.uint8(9), np.bool_(True), np.arange(6.0)]
+NUMBERS += [np.arange(6, dtype=">i4").reshape(2, 3), np.asfortranarray(np.eye(2, 3)), np.array(2.5)]
+
+
+@pytest.mark.parametrize("core", ["core", "_core"])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_numpy_number_in_a_checkpoint_is_a_number(core, zipped, tmp_path):
+    """By the names that NumPy 1 gives its functions, and by those of NumPy 2; arrays are lists."""
+    torch.save(
+        {"model": {}, "extra": NUMBERS},
+        path := tmp_path / "a.pth",
+        _use_new_zipfile_serialization=zipped,
+    )
+    own = b"cnumpy._core.multiarray" if np.__version__[0] > "1" else b"cnumpy.core.multiarray"
+    data = path.read_bytes()
+    if zipped:
+        with zipfile.ZipFile(path) as old, zipfile.ZipFile(tmp_path / "b.pth", "w") as new:
+            for name in old.namelist():
+                new.writestr(name, old.read(name).replace(own, f"cnumpy.{core}.multiarray".encode()))
+    else:
+        (tmp_path / "b.pth").write_bytes(data.replace(own, f"cnumpy.{core}.multiarray".encode()))
+    found = load_checkpoint(tmp_path / "b.pth")["extra"]
+    assert found == [np.atleast_1d(n).tolist() if isinstance(n, np.ndarray) else n.item() for n in NUMBERS]
+    assert {type(value) for value in found[:5]} == {float, int, bool}
+
+
+def test_a_run_whose_figures_are_numpys_tests_starts_and_goes_on(
+    finished, data, tried, train_script, test_script, tmp_path
+):
+    state = parts_of(finished)
+    state.update(epoch=np.int64(state["epoch"]), best_R1=np.float64(state["best_R1"]), curve=np.arange(3.0))
+    state["scheduler"]["last_epoch"] = np.int64(state["scheduler"]["last_epoch"])
+    (tmp_path / "configs.yaml").write_bytes((finished / "configs.yaml").read_bytes())
+    for name in ("last.pth", "best.pth"):
+        torch.save(state, tmp_path / name)
+    assert tried("checkpoints", test_script.main, ["--config_file", tmp_path]).status == 0
+    assert json.loads((tmp_path / "results.json").read_text())["epoch"] == 1
+    argv = ["--resume", "--resume_ckpt_file", tmp_path, "--num_epoch", "2"]
+    assert tried("checkpoints", train_script.main, argv).status == 0
+    assert load_checkpoint(tmp_path / "last.pth")["epoch"] == 2
+    weights = {k.removeprefix("base_model."): v for k, v in state["model"].items() if "base_model." in k}
+    torch.save({**weights, "logit_scale": np.float32(4.6)}, tmp_path / "clip.pt")
+    argv = one_step_from(tmp_path / "clip.pt", data, tmp_path / "logs")
+    assert tried("pretrained weights", train_script.main, argv).status == 0
 
 
 PRETRAINED = [*list(FOREIGN)[:26:2], "22% of a zip", "80% of a zip", "50% of an old file"]

@@ -1,8 +1,12 @@
 """Checkpoints: saved in one step, loaded without the power to run code."""
 
+import _codecs
 import pickle
+import re
+import warnings
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from utils.errors import InputError
@@ -39,13 +43,11 @@ def load_checkpoint(path):
     """What a best.pth or last.pth holds, on the CPU: ours or a published one. Runs no code of the file."""
     path = Path(path)
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = load_plain(path)
     except FileNotFoundError:
         raise InputError(f"no checkpoint at {path}{_neighbours(path)}") from None
     except pickle.UnpicklingError as error:
-        raise InputError(
-            f"{path} is refused: it is damaged or holds more than plain weights ({_first(error)})"
-        ) from None
+        raise InputError(f"{path} is refused: {error}") from None
     except Exception as error:  # whatever PyTorch's readers trip over, the file is no checkpoint
         raise InputError(f"{path} cannot be read as a checkpoint: {_first(error)}") from None
     if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
@@ -55,6 +57,66 @@ def load_checkpoint(path):
         # published by a run on several GPUs, whose DistributedDataParallel was saved with it
         state["model"] = {key.removeprefix("module."): value for key, value in weights.items()}
     return state
+
+
+# ---- reading without running ----
+
+
+def load_plain(path):
+    """What torch.save has written, on the CPU: tensors, plain objects, NumPy's numbers (as Python's) and
+    arrays of numbers (as lists). Raises pickle.UnpicklingError with a reason of ours where there is more, or
+    something else: PyTorch's own words advise to run the file's code, which no program here does."""
+    try:
+        with torch.serialization.safe_globals(NUMPY), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickle protocols: they are read, or refused below
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        more = f" ({named[1][:80]})" if named else ""
+        if "operand 149" in str(error):  # where a pickle of protocol 4 begins
+            more = " (its pickle protocol is not torch.save's own: save it without pickle_protocol)"
+        raise pickle.UnpicklingError(f"it is damaged or holds more than weights{more}") from None
+    except RuntimeError as error:
+        if "TorchScript" in str(error):
+            raise pickle.UnpicklingError("it is a TorchScript archive, a program with its weights") from None
+        raise
+
+
+class _Kind:
+    """Stands for numpy.dtype in a file: the kind of a number, and of nothing else."""
+
+    def __init__(self, name, *_):
+        if not re.fullmatch(r"b1|[iu][1248]|f[248]", name):
+            raise pickle.UnpicklingError(f"GLOBAL numpy.dtype[{name}]")
+        self.name = name
+
+    def __setstate__(self, state):
+        self.dtype = np.dtype({">": ">"}.get(state[1], "<") + self.name)
+
+
+class _Array(list):
+    """Stands for what makes NumPy's arrays in a file: a list of numbers, or of lists of them."""
+
+    def __init__(self, *_):
+        super().__init__()
+
+    def __setstate__(self, state):
+        _, shape, kind, by_columns, data = state
+        values = np.frombuffer(data, kind.dtype).reshape(shape, order="F" if by_columns else "C")
+        self[:] = np.atleast_1d(values).tolist()
+
+
+def _number(kind, data):
+    return np.frombuffer(data, kind.dtype).item()
+
+
+NUMPY = [  # in place of NumPy's own functions, which would also read objects; by their names before 2.0 too
+    (_Kind, "numpy.dtype"),
+    (_Array, "numpy.ndarray"),
+    (_codecs.encode, "_codecs.encode"),
+    *((_number, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    *((_Array, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
+]
 
 
 def _first(error):
