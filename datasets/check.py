@@ -148,16 +148,16 @@ def check_pictures(splits, progress=True):
     those that other programs show differently."""
     from tqdm import tqdm
 
-    from datasets.transforms import is_deep, is_turned, open_image, read_image
+    from datasets.transforms import as_rgb, is_deep, opened, turn_of
 
     def look(path):
         try:
-            read_image(path)
+            with opened(path) as image:
+                as_rgb(image)
+                odd["turned"] += [path] * (turn_of(image) is not None)
+                odd["deep"] += [path] * is_deep(image)
         except InputError as error:
             return path, None, str(error)
-        with open_image(path) as image:
-            odd["turned"] += [path] * is_turned(image)
-            odd["deep"] += [path] * is_deep(image)
         return path, hashlib.sha256(Path(path).read_bytes()).hexdigest(), None
 
     owner = {path: name for name, split in splits.by_name.items() for path in split.image_paths}
@@ -189,7 +189,8 @@ def check_pictures(splits, progress=True):
     says = {
         "turned": "are turned by an EXIF tag: training and test.py read them as they lie, as the published "
         "code does, search.py and demo.py upright",
-        "deep": "are grey with more than eight bits, of which the upper eight are read",
+        "deep": "are grey with more than eight bits: here they are brought to eight, the published code cuts "
+        "them at 255, which leaves white",
     }
     findings += [
         Finding(f"{len(paths)} pictures {says[kind]}; the first is {min(paths)}", False)

@@ -26,7 +26,7 @@ from utils.errors import InputError
 from utils.files import remove_leftovers, whole_file
 
 logger = logging.getLogger("IRRA.dataset")
-MAGIC = "IRRA images 1"
+MAGIC = "IRRA images 2"
 PAGE = 4096
 
 

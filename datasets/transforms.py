@@ -2,10 +2,11 @@
 to floats, so that bytes can be kept and floats made where they are needed."""
 
 import math
+from contextlib import contextmanager
 
 import numpy as np
 import torch
-from PIL import EpsImagePlugin, ExifTags, Image
+from PIL import EpsImagePlugin, ExifTags, Image, TiffImagePlugin
 
 from utils.errors import InputError
 
@@ -22,6 +23,17 @@ LOG_RATIO = torch.tensor(ERASE_RATIO).log().tolist()  # in fp32, as torchvision 
 
 # EPS is a program, and PIL would have Ghostscript run it, also inside a file of another format (IPTC)
 EpsImagePlugin.gs_binary = False
+TURNS = {  # EXIF's word for how a picture lies, and what sets it upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+AT_ONCE = 1 << 20  # deep pixels that are brought to eight bits at a time
+WIDEST = 1 << 26  # pixels that resizing may hold on its way
 
 
 def open_image(path):
@@ -33,30 +45,62 @@ def open_image(path):
     return image
 
 
-def as_rgb(image):
-    """The picture decoded, in RGB, as every program here sees it; not turned by its EXIF tag."""
+def as_rgb(image, upright=False):
+    """The picture decoded, in RGB, as every program here sees it. upright: turned as its EXIF tag asks."""
     image.load()
-    if is_deep(image):  # convert() would cut at 255, which leaves white
-        values = np.asarray(image)
-        image = Image.fromarray((values >> (8 if values.max() > 255 else 0)).clip(0, 255).astype(np.uint8))
-    return image if image.mode == "RGB" else image.convert("RGB")
+    turn = turn_of(image) if upright else None
+    rgb = eight_bits(image) if is_deep(image) else image
+    rgb = rgb if rgb.mode == "RGB" else rgb.convert("RGB")
+    return rgb if turn is None else rgb.transpose(turn)
 
 
 def is_deep(image):
-    """Whether it is grey with more than eight bits."""
-    return image.mode == "I" or image.mode.startswith("I;16")
+    """Whether it is grey with more than eight bits, whole numbers or floats."""
+    return image.mode in ("I", "F") or image.mode.startswith("I;16")
 
 
-def is_turned(image):
-    """Whether an EXIF tag asks viewers to turn it."""
-    return image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+def turn_of(image):
+    """What sets a decoded picture upright, or None. TIFF needs nothing: Pillow turns it while decoding."""
+    try:
+        return TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # whatever PIL trips over in a damaged tag: it asks for nothing
+        return None
 
 
-def read_image(path):
-    """RGB picture of a file. One that cannot be decoded is an error that names it; it is not tried again."""
+def eight_bits(image):
+    """A deep grey picture as mode L; convert() would cut at 255, which leaves white.
+
+    Its white is the smallest of 1 (of floats), 255, 4095 and the like where a TIFF says its bits, and 65535
+    that no value is above. Where there is none, or values are negative, the picture's own range counts.
+    """
+    values, tags = np.asarray(image), getattr(image, "tag_v2", {})
+    if values.dtype == np.int32 and tags.get(TiffImagePlugin.SAMPLEFORMAT) == (1,):
+        values = values.view(np.uint32)
+    if image.mode == "F":
+        values = np.nan_to_num(values, nan=0, posinf=0, neginf=0)
+    black, white = float(values.min()), float(values.max())
+    bits = tags.get(TiffImagePlugin.BITSPERSAMPLE, (16,))[0]
+    scales = {1: 255.0} if image.mode == "F" else {}
+    scales.update({2**n - 1: 2.0 ** (8 - n) for n in (8, bits, 16) if 8 <= n <= 16})
+    scale = next((scale for top, scale in scales.items() if 0 <= black and white <= top), None)
+    if scale is None:
+        scale = 255 / (white - black) if white > black else 0
+    else:
+        black = 0
+    flat, grey = values.ravel(), np.empty(values.size, np.uint8)
+    for start in range(0, values.size, AT_ONCE):
+        part = slice(start, start + AT_ONCE)
+        grey[part] = (flat[part].astype(np.float64) - black) * scale  # rounded down, as convert() does
+    return Image.fromarray(grey.reshape(values.shape))
+
+
+@contextmanager
+def opened(path):
+    """PIL's picture of a file, while it is looked at. One that cannot be decoded is an error that names it;
+    it is not tried again."""
     try:
         with open_image(path) as image:
-            return as_rgb(image)
+            yield image
     except FileNotFoundError:
         raise InputError(f"no image at {path}") from None
     except Exception as error:  # each of PIL's decoders raises its own kinds; the file is no picture
@@ -66,10 +110,23 @@ def read_image(path):
         ) from None
 
 
+def read_image(path):
+    """RGB picture of a file, as it lies there: not turned by its EXIF tag. InputError: see `opened`."""
+    with opened(path) as image:
+        return as_rgb(image)
+
+
+def resized(image, size, resample=Image.Resampling.BILINEAR):
+    """PIL's resize, size: (width, height), in bounded memory whatever the picture's shape: PIL first makes it
+    as wide as asked for at its whole height, which of a line of 10^8 pixels is larger than any memory."""
+    if size[0] * image.height > max(WIDEST, image.width * image.height):
+        image = image.resize((image.width, size[1]), resample)
+    return image if image.size == tuple(size) else image.resize(size, resample)
+
+
 def resize(image, size):
     """A PIL picture to uint8 [3, H, W]; bilinear as PIL does it. size: (H, W)."""
-    if image.size != (size[1], size[0]):
-        image = image.resize((size[1], size[0]), Image.Resampling.BILINEAR)
+    image = resized(image, (size[1], size[0]))
     return torch.from_numpy(np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1)))
 
 

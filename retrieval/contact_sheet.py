@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from datasets.transforms import open_image
+from datasets.transforms import as_rgb, open_image, resized
 from utils.errors import InputError
 from utils.files import write_whole
 
@@ -93,11 +93,18 @@ def draw_framed(sheet, draw, corner, image_path, frame, whole=False):
     draw.rectangle((x, y, x + CELL[0] + 2 * BORDER - 1, y + CELL[1] + 2 * BORDER - 1), fill=frame)
     try:
         with open_image(image_path) as image:
-            picture = ImageOps.exif_transpose(image).convert("RGB")
-        picture = ImageOps.pad(picture, CELL, color=PAPER) if whole else ImageOps.fit(picture, CELL)
+            picture = as_rgb(image, upright=True)
+        picture = fitted(picture) if whole else ImageOps.fit(picture, CELL)
     except Exception:  # gone, or whatever a decoder trips over in half a file
         picture = Image.new("RGB", CELL, PAPER)
     sheet.paste(picture, (x + BORDER, y + BORDER))
+
+
+def fitted(picture):
+    """The whole picture in a cell, on paper; of a line at least a pixel's width is seen."""
+    scale = min(CELL[0] / picture.width, CELL[1] / picture.height)
+    size = [max(1, round(side * scale)) for side in picture.size]
+    return ImageOps.pad(resized(picture, size, Image.Resampling.BICUBIC), CELL, color=PAPER)
 
 
 # ---- queries of a data set's split ----

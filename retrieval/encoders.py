@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import ImageOps, UnidentifiedImageError
+from PIL import UnidentifiedImageError
 
 from datasets.image_text import finish
 from datasets.tokenizer import EOT, SimpleTokenizer, tokenize
@@ -127,7 +127,7 @@ def open_picture(path, box=None):
         with open_image(path) as image:
             if box:
                 image.draft(None, enough(image.size, box))
-            return as_rgb(ImageOps.exif_transpose(image))
+            return as_rgb(image, upright=True)
     except FileNotFoundError:
         raise InputError(f"no picture at {shown(path)}") from None
     except IsADirectoryError:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
 from datasets.tokenizer import clean, tokenize
-from datasets.transforms import normalise, resize
+from datasets.transforms import normalise, resize, resized
 from retrieval.contact_sheet import INK, PAPER, font_of
 from utils.errors import InputError
 
@@ -87,6 +87,7 @@ def grid_of(encoders):
 # ---- drawing ----
 
 COLD_TO_HOT = np.array([(30, 20, 90), (80, 40, 160), (200, 60, 120), (250, 150, 60), (255, 245, 160)], float)
+BICUBIC = Image.Resampling.BICUBIC
 HEIGHT, GAP, LINE, PER_ROW = 256, 12, 24, 8
 
 
@@ -103,10 +104,10 @@ def heat(picture, weights, height=HEIGHT):
     """
     size = tile_size(picture, height)
     share = Image.fromarray((weights / max(weights.max(), 4 * weights.mean())).astype(np.float32))
-    share = np.clip(np.asarray(share.resize(size, Image.Resampling.BICUBIC)), 0, 1)[..., None]
+    share = np.clip(np.asarray(share.resize(size, BICUBIC)), 0, 1)[..., None]
     places = share[..., 0] * (len(COLD_TO_HOT) - 1)
     channels = [np.interp(places, range(len(COLD_TO_HOT)), COLD_TO_HOT[:, c]) for c in range(3)]
-    grey = np.asarray(picture.convert("L").convert("RGB").resize(size), float)
+    grey = np.asarray(resized(picture.convert("L"), size, BICUBIC).convert("RGB"), float)
     opacity = 0.3 + 0.4 * share  # (H, W, 1)
     mixed = (1 - opacity) * grey + opacity * np.stack(channels, axis=-1)
     return Image.fromarray(mixed.astype(np.uint8))
@@ -114,7 +115,7 @@ def heat(picture, weights, height=HEIGHT):
 
 def draw_word_maps(picture, maps):
     """The picture and, beside it, one heat map for each word with the word below. Returns a PIL picture."""
-    tiles = [("", picture.resize(tile_size(picture, HEIGHT)))]
+    tiles = [("", resized(picture, tile_size(picture, HEIGHT), BICUBIC))]
     tiles += [(word, heat(picture, weights)) for word, weights in maps]
     font = font_of(14)
     width = max(tiles[0][1].width, *(round(font.getlength(word[:24])) for word, _ in tiles)) + GAP
