@@ -117,8 +117,8 @@ def read_image(path):
 
 
 def resized(image, size, resample=Image.Resampling.BILINEAR):
-    """PIL's resize, size: (width, height), in bounded memory whatever the picture's shape: PIL first makes it
-    as wide as asked for at its whole height, which of a line of 10^8 pixels is larger than any memory."""
+    """PIL's resize, size: (width, height), in bounded memory whatever the picture's shape: Pillow before 12
+    makes it as wide as asked for at its whole height first, and a line of 10^8 pixels fills any memory."""
     if size[0] * image.height > max(WIDEST, image.width * image.height):
         image = image.resize((image.width, size[1]), resample)
     return image if image.size == tuple(size) else image.resize(size, resample)

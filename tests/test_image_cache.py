@@ -109,7 +109,7 @@ def test_another_image_size_has_a_file_of_its_own(tmp_path, paths):
         lambda data: data[:100],
         lambda data: b"",
         lambda data: b"something else entirely" * 999,
-        lambda data: data.replace(b"IRRA images 1 4096", b"IRRA images 1 what"),
+        lambda data: data.replace(b"IRRA images 2 4096", b"IRRA images 2 what"),
         lambda data: data.replace(b"img_size", b"img_sick"),
         lambda data: data.replace(b"[24, 8]", b"[8, 24]"),
         lambda data: data.replace(f'"{PIL.__version__}"'.encode(), f'"9{PIL.__version__[1:]}"'.encode()),

@@ -176,6 +176,9 @@ from PIL import Image
 from datasets.transforms import resize
 from retrieval.contact_sheet import fitted
 from retrieval.relevance import heat
+Image.Image.resize = lambda self, size, resample=3, box=None, reducing_gap=None: self._new(
+    self.im.resize(size, resample, box or (0, 0, *self.size))  # as Pillow 10 and 11 do
+)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 line = Image.new("RGB", SIZE, (200, 10, 10))
 resize(line, (384, 128)), fitted(line), heat(line, np.ones((24, 8)))
