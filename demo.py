@@ -6,7 +6,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from utils.errors import reports_errors, stop_like_an_interrupt
+from utils.errors import printable, reports_errors, stop_like_an_interrupt
 from utils.tool_options import demo_args
 
 PREFIX = "irra-page-"  # of folders for uploaded pictures, followed by the number of the process
@@ -53,7 +53,7 @@ def serve_page(args):
 
 
 def say(line):
-    print(line, file=sys.stderr)
+    print(printable(line), file=sys.stderr)
 
 
 if __name__ == "__main__":

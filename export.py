@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from utils.errors import reports_errors
+from utils.errors import printable, reports_errors
 from utils.tool_options import export_args
 
 
@@ -15,7 +15,7 @@ def main(argv=None):
 
     folder = Path(args.output or Path(args.run_dir) / "export" / args.format)
     difference = export(open_run(args), args, args.format, folder)
-    print(f"{folder} is done; its features differ from the run's by {difference:.1e} at most")
+    print(f"{printable(str(folder))} is done; its features differ from the run's by {difference:.1e} at most")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import json
 import sys
 from pathlib import Path
 
-from utils.errors import InputError, reports_errors, stop_like_an_interrupt
+from utils.errors import InputError, printable, reports_errors, stop_like_an_interrupt
 from utils.tool_options import search_args
 
 
@@ -61,7 +61,7 @@ def main(argv=None):
 
 def say(line):
     """What is not the result itself: to stderr, so that --json can be piped."""
-    print(line, file=sys.stderr)
+    print(printable(line), file=sys.stderr)
 
 
 def read_sentences(path):

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from utils.data_sets import name_of
-from utils.errors import InputError, reports_errors
+from utils.errors import InputError, printable, reports_errors
 from utils.files import make_folder
 from utils.tool_options import visualize_args
 
@@ -21,7 +21,7 @@ def main(argv=None):
     if args.cmc or args.queries or args.worst or args.best or args.random:
         written += split_pictures(args, folder)
     for path in written:
-        print(path)
+        print(printable(str(path)))
 
 
 def curves(args, folder):
@@ -39,7 +39,7 @@ def words(args, folder):
     sentence, picture = checked_sentence(args.words, "--words"), open_picture(args.image)
     encoders = open_run(args)
     if notice := cut_notice(encoders, sentence):
-        print(notice)
+        print(printable(notice))
     path = folder / f"words_{Path(args.image).stem}.png"
     save_picture(draw_word_maps(picture, word_maps(encoders, sentence, picture)), path)
     return [path]

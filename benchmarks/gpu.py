@@ -32,6 +32,7 @@ from processor.trainer import Steps, train_one_epoch
 from solver import build_optimizer
 from utils.checkpoint import load_checkpoint, load_optimizer, load_weights, save_checkpoint
 from utils.dist import pick_device
+from utils.errors import ready_output
 
 ROOT = Path(__file__).parent.parent
 TINY_DEMO = ["--num_epoch", "1", "--batch_size", "16", "--eval_period", "1"]
@@ -333,6 +334,7 @@ def estimates(args):
 
 
 def main(argv=None):
+    ready_output()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     add = parser.add_argument
     add("--dry", action="store_true", help="every part tiny, on the CPU; nothing is kept")

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from utils.errors import ready_output
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -107,6 +109,7 @@ def keep(line, device=None):
         "date": time.strftime("%Y-%m-%d"),
     }
     text = json.dumps(line, ensure_ascii=False)
+    ready_output()
     print(text, flush=True)
     RESULTS.mkdir(exist_ok=True)
     with open(RESULTS / f"{program}.jsonl", "a", encoding="utf-8") as file:

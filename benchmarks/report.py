@@ -1,9 +1,9 @@
 """A Markdown table of the latest figures in benchmarks/results: `python -m benchmarks.report`."""
 
 import json
-import sys
 
 from benchmarks.harness import RESULTS
+from utils.errors import ready_output
 
 
 def read(folder=RESULTS):
@@ -42,4 +42,5 @@ def shown(value, unit):
 
 
 if __name__ == "__main__":
-    sys.stdout.write(table(read()) + "\n")
+    ready_output()
+    print(table(read()))

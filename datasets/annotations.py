@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import NamedTuple
@@ -231,6 +232,11 @@ def missing_images(image_paths):
 def why_missing(path):
     """What explains that an image is not there, as far as its folder tells; or nothing."""
     folder, name = os.path.split(path)
+    try:
+        os.fsencode(path)
+    except UnicodeEncodeError:
+        encoding = sys.getfilesystemencoding()
+        return f" (file names here are {encoding}, which has no such letters: set PYTHONUTF8=1)"
     try:
         present = os.listdir(folder)
     except (OSError, ValueError):

@@ -21,7 +21,7 @@ from datasets.annotations import (
     why_missing,
 )
 from utils.data_sets import DATA_SETS, DEFAULT, ignored_name
-from utils.errors import InputError, reports_errors
+from utils.errors import InputError, printable, reports_errors
 
 
 class Finding(NamedTuple):
@@ -246,12 +246,12 @@ def main(argv=None):
         raise InputError(f"--split {args.split} is for an --annotations file that names no split")
     source = source_of(args, args.split)
     if ignored := ignored_name(args):
-        print(ignored, file=sys.stderr)
+        print(printable(ignored), file=sys.stderr)
     splits, findings = check_dataset(source, args.decode, args.text_length)
-    print(source.path)
+    print(printable(str(source.path)))
     print(statistics_table(splits))
     for finding in sorted(findings, key=lambda finding: not finding.fault):
-        print(f"{'FAULT' if finding.fault else 'note '} {finding.what}")
+        print(printable(f"{'FAULT' if finding.fault else 'note '} {finding.what}"))
     faults = sum(finding.fault for finding in findings)
     looked = "every image decoded" if args.decode else "images looked up, not decoded (--decode does)"
     print(f"{faults} faults, {len(findings) - faults} notes; {looked}")

@@ -23,7 +23,7 @@ from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
 
 from utils.data_sets import DATA_SETS, DEFAULT
-from utils.errors import InputError, reports_errors
+from utils.errors import InputError, printable, reports_errors
 from utils.files import write_whole
 
 VERSION = 1  # of drawing and wording: raise it when either changes, and folders drawn before are drawn again
@@ -544,7 +544,9 @@ def main(argv=None):
     records = json.loads((folder / FORMATS[args.format][0]).read_text())
     captions = sum(len(record["captions"]) for record in records)
     people = len({record["id"] for record in records})
-    print(f"{folder} holds {people} persons in {len(records)} images with {captions} sentences.")
+    print(
+        f"{printable(str(folder))} holds {people} persons in {len(records)} images with {captions} sentences."
+    )
 
 
 if __name__ == "__main__":

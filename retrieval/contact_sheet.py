@@ -1,7 +1,7 @@
 """A picture of what was found: a sentence and its best images, framed green (the right person) or red."""
 
+import bisect
 import io
-import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,12 +9,13 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from datasets.transforms import as_rgb, open_image, resized
-from utils.errors import InputError
+from utils.errors import InputError, printable
 from utils.files import write_whole
 
 GREEN, RED, GREY, INK, PAPER = (34, 160, 70), (205, 50, 45), (190, 190, 190), (30, 30, 30), (255, 255, 255)
 CELL = (96, 256)  # width, height of an image
 BORDER, GAP, MARGIN, TEXT, FOOT = 5, 10, 18, 46, 20
+LINE_HEIGHT = 22  # of text
 BETWEEN = 16  # more space between two queries than between two lines of one
 ACROSS = 12  # images side by side; more go below
 
@@ -63,7 +64,7 @@ def contact_sheet(rows):
     draw, font, small = ImageDraw.Draw(sheet), font_of(16), font_of(12)
     y = MARGIN
     for (sentence, found), height in zip(rows, heights, strict=True):
-        draw.multiline_text((MARGIN, y), wrapped(sentence, width - 2 * MARGIN), INK, font)
+        write(sheet, (MARGIN, y), (width - 2 * MARGIN, TEXT), sentence, font)
         for place, hit in enumerate(found):
             x = MARGIN + place % ACROSS * (CELL[0] + 2 * BORDER + GAP)
             top = y + TEXT + place // ACROSS * line
@@ -81,10 +82,47 @@ def font_of(size):
         return ImageFont.load_default(size)
 
 
-def wrapped(sentence, width, lines=2):
-    """A sentence on at most two lines of about `width` pixels."""
-    parts = textwrap.wrap(sentence, width=int(width / 8.2))
-    return "\n".join([*parts[: lines - 1], " ".join(parts[lines - 1 :])[: int(width / 8.2)]][:lines])
+def wrapped(sentence, width, font, lines=2):
+    """A sentence on at most so many lines of `width` pixels; "…" ends it where it is cut. What would act on a
+    line, such as a turn to the left, is shown escaped; letters that the font lacks are boxes."""
+    sentence = " ".join(sentence.split())
+    cut = len(sentence) > width * lines  # more letters than pixels: enough is enough
+    words, found = printable(sentence[: width * lines]).split(" "), []
+    while words and len(found) < lines:
+        number = fitting(words, width, font, " ")
+        if number:
+            line, words = " ".join(words[:number]), words[number:]
+        else:  # a word longer than a line goes on in the next
+            number = max(1, fitting(words[0], width, font))
+            line, words[0] = words[0][:number], words[0][number:]
+            words = words if words[0] else words[1:]
+        found.append(line)
+    if found and (words or cut):
+        found[-1] = shortened(found[-1] + "…", width, font)
+    return "\n".join(found)
+
+
+def fitting(pieces, width, font, between=""):
+    """How many of the pieces fit in a line."""
+    return bisect.bisect(
+        range(1, len(pieces) + 1), width, key=lambda n: font.getlength(between.join(pieces[:n]))
+    )
+
+
+def shortened(text, width, font):
+    """The text in `width` pixels: its end gives way to "…"."""
+    text = printable(text)
+    if font.getlength(text) <= width:
+        return text
+    return text[: fitting(text, width - font.getlength("…"), font)].rstrip() + "…"
+
+
+def write(sheet, corner, size, text, font):
+    """Text in its box, wrapped to it; marks that pile up over a letter end with the box too."""
+    box = Image.new("RGB", size, PAPER)
+    lines = max(1, size[1] // LINE_HEIGHT)
+    ImageDraw.Draw(box).multiline_text((0, 0), wrapped(text, size[0], font, lines), INK, font)
+    sheet.paste(box, corner)
 
 
 def draw_framed(sheet, draw, corner, image_path, frame, whole=False):

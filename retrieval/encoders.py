@@ -3,7 +3,6 @@
 import functools
 import hashlib
 import math
-import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from datasets.transforms import as_rgb, open_image, resize
 from model.build import build_trained_model
 from model.irra import PARTS
 from utils.checkpoint import load_checkpoint
-from utils.errors import InputError
+from utils.errors import InputError, printable
 from utils.settings import resolve
 
 
@@ -150,15 +149,8 @@ def enough(size, box):
 
 
 def shown(text):
-    """A path or a sentence that can be printed, whatever bytes the file system holds: what would act on a
-    terminal or turn the text around (control characters, line ends, marks of direction) as its escape."""
-    text = str(text).encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-    return "".join(c.encode("unicode_escape").decode() if acts(c) else c for c in text)
-
-
-def acts(character):
-    kind = unicodedata.category(character)
-    return (kind[0] == "C" or kind in ("Zl", "Zp")) and character not in "\u200c\u200d"  # these join letters
+    """A path or a sentence that can be printed, whatever bytes the file system holds."""
+    return printable(str(text).encode("utf-8", "surrogateescape").decode("utf-8", "replace"))
 
 
 def checked_sentence(sentence, what="the query"):

@@ -13,12 +13,15 @@ from retrieval.contact_sheet import (
     GREEN,
     GREY,
     INK,
+    LINE_HEIGHT,
     MARGIN,
     PAPER,
     RED,
     draw_framed,
     font_of,
+    shortened,
     wrapped,
+    write,
 )
 
 ROWS_AT_ONCE = 1 << 21  # similarities held at once
@@ -67,12 +70,12 @@ def draw_query(sentence, right_paths, found, note=""):
     width = max(2 * MARGIN + max(len(found), len(right_paths)) * step - GAP, 480)
     line = CELL[1] + 2 * BORDER + FOOT + GAP
     font, small = font_of(16), font_of(12)
-    text = wrapped(sentence, width - 2 * MARGIN, lines=4)
-    head = MARGIN + 22 * (1 + text.count("\n")) + GAP
+    text = wrapped(sentence, width - 2 * MARGIN, font, lines=4)
+    head = MARGIN + LINE_HEIGHT * (1 + text.count("\n")) + GAP
     label = FOOT + 4
     sheet = Image.new("RGB", (width, head + 2 * (label + line) + MARGIN - GAP), PAPER)
     draw = ImageDraw.Draw(sheet)
-    draw.multiline_text((MARGIN, MARGIN), text, INK, font)
+    write(sheet, (MARGIN, MARGIN), (width - 2 * MARGIN, head - MARGIN), sentence, font)
     title = "the person meant" + (f" (and {more} more images)" if more > 0 else "")
     draw.text(
         (MARGIN, head), title if right_paths else "no image of the person is in the gallery", INK, small
@@ -80,7 +83,8 @@ def draw_query(sentence, right_paths, found, note=""):
     for place, path in enumerate(right_paths):
         draw_framed(sheet, draw, (MARGIN + place * step, head + label), path, GREY)
     y = head + label + line
-    draw.text((MARGIN, y), f"found{', ' if note else ''}{note}", INK, small)
+    note = shortened(f"found{', ' if note else ''}{note}", width - 2 * MARGIN, small)
+    draw.text((MARGIN, y), note, INK, small)
     for place, hit in enumerate(found):
         x = MARGIN + place * step
         draw_framed(sheet, draw, (x, y + label), hit.image_path, GREEN if hit.right else RED)

@@ -1,15 +1,16 @@
 """Where the words of a sentence look in an image: the attention of the interaction module."""
 
+import math
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from datasets.tokenizer import clean, tokenize
 from datasets.transforms import normalise, resize, resized
-from retrieval.contact_sheet import INK, PAPER, font_of
+from retrieval.contact_sheet import PAPER, font_of, shortened, write
 from utils.errors import InputError
 
 
@@ -88,7 +89,7 @@ def grid_of(encoders):
 
 COLD_TO_HOT = np.array([(30, 20, 90), (80, 40, 160), (200, 60, 120), (250, 150, 60), (255, 245, 160)], float)
 BICUBIC = Image.Resampling.BICUBIC
-HEIGHT, GAP, LINE, PER_ROW = 256, 12, 24, 8
+HEIGHT, GAP, LINE, PER_ROW, WORD = 256, 12, 24, 8, 240
 
 
 def tile_size(picture, height):
@@ -118,14 +119,14 @@ def draw_word_maps(picture, maps):
     tiles = [("", resized(picture, tile_size(picture, HEIGHT), BICUBIC))]
     tiles += [(word, heat(picture, weights)) for word, weights in maps]
     font = font_of(14)
-    width = max(tiles[0][1].width, *(round(font.getlength(word[:24])) for word, _ in tiles)) + GAP
+    tiles = [(shortened(word, WORD, font), tile) for word, tile in tiles]
+    width = max(tiles[0][1].width, *(math.ceil(font.getlength(word)) for word, _ in tiles)) + GAP
     across = min(len(tiles), PER_ROW)
     lines = -(-len(tiles) // PER_ROW)
     sheet = Image.new("RGB", (GAP + across * width, GAP + lines * (HEIGHT + LINE + GAP)), PAPER)
-    draw = ImageDraw.Draw(sheet)
     for place, (word, tile) in enumerate(tiles):
         x = GAP + place % PER_ROW * width
         y = GAP + place // PER_ROW * (HEIGHT + LINE + GAP)
         sheet.paste(tile, (x, y))
-        draw.text((x, y + HEIGHT + 4), word[:24], INK, font)
+        write(sheet, (x, y + HEIGHT + 4), (width - GAP, LINE - 4), word, font)
     return sheet

@@ -24,12 +24,38 @@ class InputError(Exception):
         super().__init__(printable(message))
 
 
-def printable(text):
-    """The text on one line: file names and records may hold line ends and a terminal's control sequences."""
+def printable(text, keep=""):
+    """The text on one line: file names and records may hold line ends and a terminal's control sequences.
+    keep: such characters that stay."""
     return "".join(
-        c.encode("unicode_escape").decode() if c in BIDI or unicodedata.category(c) in UNPRINTABLE else c
+        c.encode("unicode_escape").decode()
+        if c not in keep and (c in BIDI or unicodedata.category(c) in UNPRINTABLE)
+        else c
         for c in text
     )
+
+
+def ready_output():
+    """From here on no letter ends the program: one that the encoding of the output lacks is escaped. What
+    was closed leads nowhere; else the next file that is opened would get what libraries write there."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free, this one
+            os.set_inheritable(number, True)
+            if getattr(sys, name) is None:
+                setattr(sys, name, open(number, "w" if number else "r", encoding="utf-8"))
+    for stream in (sys.stdout, sys.stderr):
+        if getattr(stream, "errors", None) in ("strict", "surrogateescape") and hasattr(
+            stream, "reconfigure"
+        ):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def fall_silent(stream):
+    """Nobody reads it any more: what is still to come, from its buffer too, leads nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def stop_like_an_interrupt():
@@ -49,6 +75,7 @@ def reports_errors(main):
     @functools.wraps(main)
     def run(argv=None):
         arguments = sys.argv[1:] if argv is None else argv
+        ready_output()
         try:
             return main(argv) or 0
         except InputError as error:
@@ -60,7 +87,7 @@ def reports_errors(main):
             print("interrupted", file=sys.stderr)
             return 130
         except BrokenPipeError:  # `python test.py … | head`
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            fall_silent(sys.stdout)
             return 1
         except OSError as error:  # of a log or TensorBoard's file; checkpoints say more (utils.files)
             if error.errno not in NO_ROOM:

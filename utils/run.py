@@ -1,6 +1,7 @@
 """A run's folder: what is written there, the log, and the signals that end a run in good order."""
 
 import argparse
+import errno
 import json
 import logging
 import os
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from utils.checkpoint import save_checkpoint
 from utils.dist import from_main, launched, rank, remember, world_size
-from utils.errors import InputError
+from utils.errors import InputError, fall_silent, printable
 from utils.files import link_or_copy, lock, remove_leftovers, write_whole
 from utils.run_folders import free_folder, new_run_folder
 
@@ -196,14 +197,29 @@ def end_later(number, frame):
     signal.alarm(GRACE)  # nobody handles SIGALRM: it ends the process
 
 
+class PlainFormatter(logging.Formatter):
+    """Names and values of files may hold a terminal's control sequences: they are shown, not obeyed."""
+
+    def format(self, record):
+        return printable(super().format(record), keep="\n\t")
+
+
 class BarHandler(logging.StreamHandler):
-    """Log lines on a terminal, written above the progress bar instead of through it."""
+    """Log lines on a terminal, written above the progress bar instead of through it. Where nobody reads any
+    more, as after `| head`, the program goes on without them."""
 
     def emit(self, record):
         bar = sys.modules.get("tqdm")
-        if bar is None:
-            return super().emit(record)
-        bar.tqdm.write(self.format(record), file=self.stream)
+        try:
+            if bar is None:
+                self.stream.write(self.format(record) + self.terminator)
+            else:
+                bar.tqdm.write(self.format(record), file=self.stream)
+            self.stream.flush()
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                raise
+            fall_silent(self.stream)
 
 
 class LogFile(logging.FileHandler):
@@ -227,7 +243,7 @@ def setup_logger(name):
     logger.addHandler(BarHandler(sys.stdout))
     logger.addHandler(MemoryHandler(1 << 20, flushOnClose=False))
     for handler in logger.handlers:
-        handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s: %(message)s"))
+        handler.setFormatter(PlainFormatter("%(asctime)s %(name)s %(levelname)s: %(message)s"))
     return logger
 
 
@@ -235,7 +251,7 @@ def keep_log(logger, path):
     """From here on the log also goes to a file, appended, with what was said before."""
     terminal, held = logger.handlers
     try:
-        file = LogFile(path, encoding="utf-8")
+        file = LogFile(path, encoding="utf-8", errors="backslashreplace")
     except OSError as error:  # a published run may lie in a read-only place: the terminal still has the table
         logger.warning(f"no log is kept at {path}: {error.strerror}")
         return

@@ -5,18 +5,24 @@ import time
 from pathlib import Path
 
 from utils.data_sets import name_of
-from utils.errors import InputError
+from utils.errors import InputError, printable
 
 NAMED = re.compile(r"\d{8}_\d{6}_(.*)")
 
 
 def new_run_folder(args):
     """Not made yet: that waits until data and model have proved good."""
-    if not args.name or Path(args.name).name != args.name:
+    if not args.name or Path(args.name).name != args.name or printable(args.name) != args.name:
         raise InputError(
-            f'--name "{args.name}" becomes part of a folder name: it may not be empty or hold a /'
+            f'--name "{args.name}" becomes part of a folder name: it may not be empty or hold a /, a '
+            "control character or what is not UTF-8"
         )
-    return free_folder(Path(args.output_dir) / name_of(args), args.name)
+    folder = free_folder(Path(args.output_dir) / name_of(args), args.name)
+    if any("\ud800" <= letter <= "\udfff" for letter in str(folder.absolute())):
+        raise InputError(
+            f"--output_dir {folder.parent.absolute()}: TensorBoard cannot write where a name is not UTF-8"
+        )
+    return folder
 
 
 def free_folder(root, name):
