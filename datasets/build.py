@@ -14,6 +14,7 @@ from utils.batch import Batch
 from utils.data_sets import ignored_name
 from utils.dist import total, world_size
 from utils.errors import InputError
+from utils.files import room_for_sockets
 from utils.losses import names_of
 from utils.settings import resolve
 
@@ -103,6 +104,7 @@ def workers(args, device):
     """DataLoader's arguments for --num_workers loading processes."""
     if not args.num_workers:
         return {"pin_memory": device.type == "cuda"}
+    room_for_sockets()
     # images in memory are for all processes to share, which only those that are forked do
     fork = args.image_cache == "ram" and "fork" in get_all_start_methods()
     return {

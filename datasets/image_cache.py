@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from datasets.transforms import read_image, resize
 from utils.dist import rank
 from utils.errors import InputError
-from utils.files import remove_leftovers, whole_file
+from utils.files import remove_leftovers, room_for_sockets, whole_file
 
 logger = logging.getLogger("IRRA.dataset")
 MAGIC = "IRRA images 2"
@@ -240,6 +240,8 @@ def decoded(paths, img_size, num_workers):
     """The pixels of each path, in order, decoded in num_workers processes, behind a progress bar."""
     from tqdm import tqdm
 
+    if num_workers:
+        room_for_sockets()
     batches = DataLoader(Files(paths, img_size), batch_size=32, num_workers=num_workers, collate_fn=list)
     hidden = True if rank() else None  # None: where there is no terminal
     with tqdm(total=len(paths), desc="image cache", unit="img", leave=False, disable=hidden) as bar:

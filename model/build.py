@@ -1,5 +1,7 @@
 """From options to a model on its device, in its precision."""
 
+import os
+
 import torch
 from torch import nn
 
@@ -18,8 +20,22 @@ def build_model(args, num_classes):
     """The IRRA that training starts with: pretrained CLIP, new heads; on its device and in its precision."""
     model = place(new_model(args, num_classes), resolve(args))
     if args.compile:
+        check_compiler(resolve(args).device)
         model.compile_encoders()
     return model
+
+
+def check_compiler(device):
+    """torch.compile makes code at the first step only, after all is loaded: whether it can is tried before.
+    The size is another one each time, for which no earlier code is kept."""
+    try:
+        torch.compile(lambda x: x + 1, dynamic=False)(torch.ones(1 + os.getpid(), device=device))
+    except Exception as error:  # of its many parts, each with kinds of its own
+        needs = "a C++ compiler (g++)" if device.type == "cpu" else "Triton and a C compiler (gcc)"
+        raise InputError(
+            f"--compile cannot be used here ({str(error).strip().splitlines()[0][:200]}): torch.compile "
+            f"needs {needs} on {device.type}; install what is missing, or train without --compile"
+        ) from error
 
 
 def new_model(args, num_classes):

@@ -45,7 +45,13 @@ def download(name, cache=None):
     """Path of an OpenAI archive in the cache (~/.cache/clip), downloaded once and checked by SHA-256."""
     address = CHECKPOINTS[name]
     digest, filename = address.split("/")[-2:]
-    target = Path(cache or Path.home() / ".cache" / "clip") / filename
+    try:
+        target = Path(cache or Path.home() / ".cache" / "clip") / filename
+    except RuntimeError:
+        raise InputError(
+            f"{name} would be kept in ~/.cache/clip, but this user has no home folder: set HOME, or fetch "
+            f"{address} and give --pretrain_choice its path"
+        ) from None
     by_hand = f"fetch {address} on another machine and put it at {target}, or give --pretrain_choice its path"
     if target.is_file():
         if sha256(target) == digest:

@@ -48,6 +48,7 @@ SLOW = {  # what --fast leaves out, by what takes it long: a file, or file::begi
     ),
     "compilers": (
         "test_exactness.py::test_compiled_encoders",
+        "test_surroundings.py::test_a_machine_without_a_compiler",
         "test_exactness.py::test_what_torch_compile_generates",
         "test_export.py::test_onnx",
     ),

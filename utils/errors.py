@@ -10,6 +10,7 @@ import traceback
 import unicodedata
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+NO_TEMPORARY_FOLDER = "nothing can be written to TMPDIR or /tmp: set TMPDIR to a folder for temporary files"
 UNPRINTABLE = ("Cc", "Cs", "Zl", "Zp")  # control characters, lone surrogates, line and paragraph ends
 BIDI = frozenset("\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")  # reorder what is read
 
@@ -58,14 +59,17 @@ def fall_silent(stream):
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
+def may_ask_for_signals():
+    """Python lets the main thread do so only; a program that others run in a thread goes without."""
+    return threading.current_thread() is threading.main_thread()
+
+
 def stop_like_an_interrupt():
     """From here on SIGTERM and SIGHUP, a terminal that goes, end the program as Ctrl-C does, and keep what it
     keeps. One that is ignored, as SIGHUP under nohup, stays so."""
-    if threading.current_thread() is not threading.main_thread():
-        return  # elsewhere nobody may ask for signals
     for name in ("SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)
-        if number is not None and signal.getsignal(number) == signal.SIG_DFL:
+        if number is not None and may_ask_for_signals() and signal.getsignal(number) == signal.SIG_DFL:
             signal.signal(number, signal.default_int_handler)
 
 
@@ -90,6 +94,9 @@ def reports_errors(main):
             fall_silent(sys.stdout)
             return 1
         except OSError as error:  # of a log or TensorBoard's file; checkpoints say more (utils.files)
+            if "No usable temporary directory" in str(error):
+                print(f"error: {NO_TEMPORARY_FOLDER}", file=sys.stderr)
+                return 2
             if error.errno not in NO_ROOM:
                 raise
             where = f" to {printable(str(error.filename))}" if error.filename else ""

@@ -3,11 +3,11 @@
 import os
 import shutil
 import signal
-import threading
+import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
-from utils.errors import InputError
+from utils.errors import InputError, may_ask_for_signals
 
 
 @contextmanager
@@ -15,7 +15,7 @@ def uninterrupted():
     """Signals that come meanwhile are answered afterwards. In the middle of PyTorch's writer, which is C++,
     an exception of their handlers ended the program in an abort, or was taken for a full disk."""
     come, earlier = [], {}
-    if threading.current_thread() is threading.main_thread():
+    if may_ask_for_signals():
         handled = [n for n in signal.valid_signals() if callable(signal.getsignal(n))]
         earlier = {n: signal.signal(n, lambda number, frame: come.append(number)) for n in handled}
     try:
@@ -25,6 +25,25 @@ def uninterrupted():
             signal.signal(number, handler)
         for number in come:
             signal.raise_signal(number)
+
+
+SOCKET = "/pymp-12345678/listener-12345678"  # what multiprocessing adds to the folder for temporary files
+LONGEST = 103  # bytes of a socket's path, where they are fewest
+
+
+def room_for_sockets():
+    """Loading processes hand batches over through sockets, whose paths are short; where TMPDIR is a long one
+    they fail, and their parent would wait for ever. So theirs then are in another folder."""
+    if len(os.fsencode(tempfile.gettempdir() + SOCKET)) <= LONGEST:
+        return
+    for folder in ("/tmp", "/var/tmp"):
+        if os.access(folder, os.W_OK | os.X_OK):
+            tempfile.tempdir = folder
+            return
+    raise InputError(
+        f"TMPDIR {tempfile.gettempdir()} is too long for the loading processes: set it to a shorter one, or "
+        "give --num_workers 0"
+    )
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from utils.checkpoint import save_checkpoint
 from utils.dist import from_main, launched, rank, remember, world_size
-from utils.errors import InputError, fall_silent, printable
+from utils.errors import InputError, fall_silent, may_ask_for_signals, printable
 from utils.files import link_or_copy, lock, remove_leftovers, write_whole
 from utils.run_folders import free_folder, new_run_folder
 
@@ -159,7 +159,7 @@ class StopSignals:
         self.asked, self.again, self.logger = False, False, logger
 
     def __enter__(self):
-        heeded = [number for number in STOPS if signal.getsignal(number) != signal.SIG_IGN]
+        heeded = [n for n in STOPS if may_ask_for_signals() and signal.getsignal(n) != signal.SIG_IGN]
         self.earlier = {number: signal.signal(number, self.ask) for number in heeded}
         return self
 

@@ -1,0 +1,108 @@
+"""Programs inside others, and on machines that lack something: in a thread, in a notebook, without a
+compiler, with a long or no folder for temporary files, without a home."""
+
+import io
+import os
+import pwd
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+
+import pytest
+
+from model.pretrained import download
+from tests.children import ROOT, draw, words
+from utils.errors import InputError, reports_errors
+from utils.files import SOCKET, room_for_sockets
+from utils.options import get_args
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return draw(tmp_path_factory.mktemp("drawn"), train_ids=4)
+
+
+def test_a_training_and_a_test_run_in_a_thread_and_leave_signals_alone(
+    data, train_script, test_script, tmp_path
+):
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)]
+    found = []
+
+    def both():
+        found.append(train_script.main(words(data, tmp_path, epochs=1)))
+        (run,) = tmp_path.glob("*/*")
+        found.append(test_script.main(["--config_file", str(run)]))
+
+    thread = threading.Thread(target=both)
+    thread.start()
+    thread.join()
+    assert found == [0, 0]
+    assert before == [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)]
+
+
+def test_a_notebook_trains(data, train_script, tmp_path, monkeypatch):
+    """Its output is no file, and its own words are not the program's."""
+    monkeypatch.setattr(sys, "argv", ["ipykernel_launcher.py", "-f", "kernel.json"])
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    assert get_args([]).num_epoch == 60
+    assert train_script.main(words(data, tmp_path, epochs=1)) == 0
+    assert "best R1" in sys.stdout.getvalue() and not sys.stderr.getvalue()
+
+
+def test_a_machine_without_a_compiler_is_told_so_before_a_training():
+    code = "import torch; from model.build import check_compiler; check_compiler(torch.device('cpu'))"
+    environment = {name: value for name, value in os.environ.items() if name not in ("CXX", "CC")}
+    environment["PATH"] = "/nonexistent"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 1
+    last = next(line for line in done.stderr.splitlines() if line.startswith("utils.errors.InputError: "))
+    assert "--compile cannot be used here (" in last and "a C++ compiler (g++) on cpu" in last
+    assert last.endswith("install what is missing, or train without --compile")
+
+
+def bound(folder):
+    """Whether a socket of multiprocessing's can be made in the folder."""
+    path = folder + SOCKET
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with socket.socket(socket.AF_UNIX) as one:
+        try:
+            one.bind(path)
+        except OSError as error:
+            assert "too long" in str(error)
+            return False
+    os.unlink(path)
+    os.rmdir(os.path.dirname(path))
+    return True
+
+
+@pytest.mark.parametrize("length", [40, 71, 72, 120])
+def test_loading_processes_have_sockets_however_long_tmpdir_is(length, tmp_path, monkeypatch):
+    with tempfile.TemporaryDirectory(prefix="t", dir="/tmp") as short:
+        folder = f"{short}/".ljust(length, "x")
+        os.mkdir(folder)
+        monkeypatch.setattr(tempfile, "tempdir", folder)
+        room_for_sockets()
+        assert bound(tempfile.gettempdir())
+        assert tempfile.gettempdir() == (folder if length <= 71 else "/tmp")
+        assert bound(folder) or length > 71
+
+
+def test_where_nothing_is_for_temporary_files_one_sentence_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: [str(tmp_path / "nowhere")])
+    assert reports_errors(lambda argv: tempfile.gettempdir())([]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and err.startswith("error: nothing can be written to TMPDIR")
+
+
+def test_a_user_without_a_home_is_told_where_weights_would_go(monkeypatch):
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", lambda number: {}[number])  # as of a container's user
+    with pytest.raises(InputError, match="no home folder: set HOME, or fetch https://.*--pretrain_choice"):
+        download("ViT-B/16")
