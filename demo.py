@@ -43,7 +43,7 @@ def serve_page(args):
     extra("gradio", "requirements-demo.txt")
     encoders = open_run(args)
     index = open_gallery(encoders, args, say)
-    page = Page(encoders, index, args.top_k, args.max_pictures)
+    page = Page(encoders, index, args.top_k, args.max_pictures, args.duplicates)
     blocks = build(page, gallery_title(index), args.example, args.max_upload)
     address = serve(blocks, args.host, args.port, args.max_upload)
     if args.host not in ("127.0.0.1", "localhost", "::1"):

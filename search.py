@@ -14,9 +14,11 @@ def main(argv=None):
     stop_like_an_interrupt()  # an index keeps what has been encoded
     sentences = args.query + read_sentences(args.query_file)
 
+    import numpy as np
+
     from retrieval.contact_sheet import Found, draw_contact_sheet, picture_format
     from retrieval.encoders import checked_sentence, cut_notice, open_picture, open_run, shown
-    from retrieval.gallery import open_gallery
+    from retrieval.gallery import open_gallery, plural
     from utils.extras import extra
 
     extra("faiss")
@@ -36,11 +38,15 @@ def main(argv=None):
     queries = [("query", sentence) for sentence in sentences] + [("image", path) for path in args.image]
     if not queries:
         say("no --query, --query_file or --image was given: the index is ready for one")
-    answers = index.search(encoders.text_features(sentences), args.top_k) if sentences else []
-    if args.image:
-        pixels = [encoders.pixels(path) for path in args.image]
-        answers += index.search(encoders.image_features(pixels), args.top_k)
-    answers = [[(similarity, str(Path(index.gallery) / path)) for similarity, path in a] for a in answers]
+    answers = []
+    if queries:
+        features = [encoders.text_features(sentences)] if sentences else []
+        if args.image:
+            features.append(encoders.image_features([encoders.pixels(path) for path in args.image]))
+        answers, lost = index.find(np.concatenate(features), args.top_k, args.duplicates)
+        if lost:
+            say(f"{plural(lost, 'picture')} gone or changed since just now: left out")
+    answers = [[hit._replace(path=str(Path(index.gallery) / hit.path)) for hit in hits] for hits in answers]
 
     if args.json:
         print(json.dumps([as_record(*query, answer) for query, answer in zip(queries, answers, strict=True)]))
@@ -51,7 +57,7 @@ def main(argv=None):
         rows = [
             (
                 query if kind == "query" else f"similar to {shown(query)}",
-                [Found(p, s, None) for s, p in answer],
+                [Found(hit.path, hit.similarity, None, hit.copies) for hit in answer],
             )
             for (kind, query), answer in zip(queries, answers, strict=True)
         ]
@@ -81,8 +87,8 @@ def read_sentences(path):
 
 def as_record(kind, query, answer):
     results = [
-        {"rank": rank, "similarity": round(similarity, 6), "file": path}
-        for rank, (similarity, path) in enumerate(answer, start=1)
+        {"rank": rank, "similarity": round(hit.similarity, 6), "file": hit.path, "copies": hit.copies}
+        for rank, hit in enumerate(answer, start=1)
     ]
     return {kind: query, "results": results}
 
@@ -91,8 +97,10 @@ def table(answer, shown):
     from prettytable import PrettyTable
 
     table = PrettyTable(["rank", "similarity", "file"], align="l")
-    for rank, (similarity, path) in enumerate(answer, start=1):
-        table.add_row([rank, f"{similarity:.4f}", shown(path)])
+    for rank, hit in enumerate(answer, start=1):
+        table.add_row([rank, f"{hit.similarity:.4f}", shown(hit.path)])
+        if hit.copies:
+            table.add_row(["", "", f"and {hit.copies} {'copy' if hit.copies == 1 else 'copies'}"])
     return table
 
 

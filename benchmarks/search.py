@@ -21,7 +21,9 @@ import torch
 
 from benchmarks.harness import record
 from retrieval.encoders import Encoders
-from retrieval.gallery import GalleryIndex, Stamp, new_faiss, set_effort
+from retrieval.gallery import GalleryIndex
+from retrieval.pictures import Stamp
+from retrieval.vectors import new_faiss, set_effort
 from utils.extras import extra
 
 WIDTH, LATENT, VIEWS = 512, 64, 10

@@ -24,6 +24,7 @@ class Found(NamedTuple):
     image_path: str
     similarity: float
     right: bool | None  # None: nobody knows, as in a folder of one's own; the frame is grey
+    copies: int = 0  # of equal features, not drawn
 
 
 def draw_contact_sheet(rows, path):
@@ -70,7 +71,8 @@ def contact_sheet(rows):
             top = y + TEXT + place // ACROSS * line
             frame = {True: GREEN, False: RED, None: GREY}[hit.right]
             draw_framed(sheet, draw, (x, top), hit.image_path, frame, whole=hit.right is None)
-            draw.text((x, top + CELL[1] + 2 * BORDER + 4), f"{place + 1}   {hit.similarity:.3f}", INK, small)
+            label = f"{place + 1}   {hit.similarity:.3f}" + (f"   +{hit.copies}" if hit.copies else "")
+            draw.text((x, top + CELL[1] + 2 * BORDER + 4), label, INK, small)
         y += height
     return sheet
 

@@ -4,6 +4,7 @@ import functools
 import hashlib
 import math
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -58,18 +59,20 @@ class Encoders:
     def encode_files(self, paths, batch_size=64, workers=4):
         """Yields (paths, features [n, D], {path: InputError} of those that cannot be read), batch by batch.
 
-        The next batch is read while this one is encoded.
+        paths: an iterable. The next batch is read while this one is encoded.
         """
-        batches = [paths[start : start + batch_size] for start in range(0, len(paths), batch_size)]
+        paths = iter(paths)
         with ThreadPoolExecutor(workers) as pool:
-            coming = [pool.submit(self._read, path) for path in batches[0]] if batches else []
-            for number, batch in enumerate(batches):
-                reading = coming
-                after = batches[number + 1] if number + 1 < len(batches) else []
-                coming = [pool.submit(self._read, path) for path in after]
-                results = [future.result() for future in reading]
-                good = [(p, r) for p, r in zip(batch, results, strict=True) if isinstance(r, torch.Tensor)]
-                bad = {p: r for p, r in zip(batch, results, strict=True) if isinstance(r, InputError)}
+
+            def read_batch():
+                return [(path, pool.submit(self._read, path)) for path in islice(paths, batch_size)]
+
+            coming = read_batch()
+            while coming:
+                reading, coming = coming, read_batch()
+                results = [(path, future.result()) for path, future in reading]
+                good = [(path, read) for path, read in results if isinstance(read, torch.Tensor)]
+                bad = {path: read for path, read in results if isinstance(read, InputError)}
                 features = self.image_features([r for _, r in good]) if good else np.zeros((0, self.width))
                 if not np.isfinite(features).all():
                     raise InputError(

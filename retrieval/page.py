@@ -56,8 +56,9 @@ class Result(NamedTuple):
 class Page:
     """What the page's buttons do. index: the gallery of the command line; a visitor can bring an own one."""
 
-    def __init__(self, encoders, index, top_k, max_pictures):
+    def __init__(self, encoders, index, top_k, max_pictures, duplicates=False):
         self.encoders, self.index, self.top_k, self.max_pictures = encoders, index, top_k, max_pictures
+        self.duplicates = duplicates
         self.sees_words = hasattr(encoders.model, "cross_attn")
 
     def search(self, sentence, own):
@@ -66,20 +67,25 @@ class Page:
         if len(sentence) > LONGEST:
             raise InputError(f"the sentence has {len(sentence)} characters; at most {LONGEST} are taken here")
         index, whose = (own, "your ") if own else (self.index, "")
-        (answer,) = index.search(self.encoders.text_features([sentence]), self.top_k)
-        paths = [os.path.join(index.gallery, name) for _, name in answer]
+        features = self.encoders.text_features([sentence])
+        (answer,), lost = index.find(features, self.top_k, self.duplicates)
+        paths = [os.path.join(index.gallery, name) for _, name, _ in answer]
         with ThreadPoolExecutor(READERS) as pool:
             copies = list(pool.map(small_copy_or_none, paths))
         tiles, pictures, names = [], [], []
-        for (similarity, name), path, small in zip(answer, paths, copies, strict=True):
+        for (similarity, name, more), path, small in zip(answer, paths, copies, strict=True):
             if small is None:
                 continue  # it has gone since the index was made
-            tiles.append((small, f"{len(tiles) + 1} · {similarity:.3f}"))
+            same = f" · +{more}" if more else ""
+            tiles.append((small, f"{len(tiles) + 1} · {similarity:.3f}{same}"))
             pictures.append(path)
             names.append(os.path.basename(name) if own else name)
+        lost += len(answer) - len(tiles)
         remarks = [f"best of {whose}{plural(len(index), 'picture')}, with rank and similarity"]
-        if len(tiles) < len(answer):
-            remarks.append(f"{plural(len(answer) - len(tiles), 'picture')} found can no longer be read")
+        if not tiles:
+            remarks = [f"none of the {plural(len(index), 'picture')} can be read now"]
+        elif lost:
+            remarks.append(f"{plural(lost, 'picture')} found can no longer be read")
         remarks += filter(None, [cut_notice(self.encoders, sentence)])
         return Result(sentence, pictures, names), tiles, "; ".join(remarks)
 

@@ -79,7 +79,7 @@ def test_ranking_of_a_split_is_that_of_test_py(home, search, tmp_path):
 
     sentences = tmp_path / "sentences.txt"
     sentences.write_text("\n".join(txt_loader.dataset.captions))
-    status, out, _ = search("--split", "test", "--query_file", sentences, "--json")
+    status, out, _ = search("--split", "test", "--query_file", sentences, "--json", "--duplicates")
     assert status == 0
     assert answers(out) == expected
 
@@ -96,7 +96,8 @@ def test_a_picture_of_the_gallery_finds_itself_first(search, gallery):
 def test_equal_pictures_come_in_the_order_of_their_names(search, gallery):
     for name in ("9.jpg", "7.jpg", "8.jpg"):
         shutil.copy(gallery / "0.jpg", gallery / name)
-    _, out, _ = search("--gallery", gallery, "--image", gallery / "0.jpg", "--json", "--top_k", 4)
+    words = ("--gallery", gallery, "--image", gallery / "0.jpg", "--json", "--top_k", 4, "--duplicates")
+    _, out, _ = search(*words)
     assert [os.path.basename(path) for path in answers(out)[0]] == ["0.jpg", "7.jpg", "8.jpg", "9.jpg"]
 
 
@@ -118,7 +119,8 @@ def test_a_turned_picture_with_an_exif_tag_equals_the_upright_one(search, galler
         exif = image.getexif()
         exif[0x0112] = 6  # "turn by 90 degrees clockwise to see it"
         image.convert("RGB").rotate(90, expand=True).save(gallery / "turned.png", exif=exif)
-    _, out, _ = search("--gallery", gallery, "--image", gallery / "turned.png", "--json", "--top_k", 2)
+    words = ("--gallery", gallery, "--image", gallery / "turned.png", "--json", "--top_k", 2)
+    _, out, _ = search(*words, "--duplicates")
     assert {os.path.basename(path) for path in answers(out)[0]} == {"1.jpg", "turned.png"}
 
 
@@ -128,7 +130,7 @@ def test_a_turned_picture_with_an_exif_tag_equals_the_upright_one(search, galler
 )
 def test_pictures_of_any_kind_are_read(search, gallery, mode, suffix):
     Image.open(gallery / "0.jpg").convert(mode).save(gallery / f"other.{suffix}")
-    _, out, _ = search("--gallery", gallery, "--query", QUERY, "--json")
+    _, out, _ = search("--gallery", gallery, "--query", QUERY, "--json", "--duplicates")
     assert str(gallery / f"other.{suffix}") in answers(out)[0]
 
 
@@ -142,7 +144,7 @@ def test_only_new_and_changed_pictures_are_encoded_and_removed_ones_leave(search
     *_, err = search("--gallery", gallery, "--query", QUERY)
     assert "0 encoded, 0 removed" in err
 
-    shutil.copy(gallery / "0.jpg", gallery / "new.jpg")
+    Image.open(gallery / "0.jpg").rotate(180).save(gallery / "new.jpg")
     (gallery / "1.jpg").unlink()
     Image.open(gallery / "3.jpg").convert("L").save(gallery / "2.jpg")
     _, out, err = search("--gallery", gallery, "--image", gallery / "2.jpg", "--json", "--top_k", 99)
@@ -264,7 +266,7 @@ def test_an_unreadable_picture_is_a_line_and_the_search_goes_on(search, gallery)
     *_, err = search("--gallery", gallery, "--query", QUERY)
     assert "0 encoded" in err and "2 unreadable as before" in err
 
-    shutil.copy(gallery / "0.jpg", gallery / "broken.jpg")  # mended
+    Image.open(gallery / "0.jpg").rotate(180).save(gallery / "broken.jpg")  # mended
     *_, err = search("--gallery", gallery, "--query", QUERY)
     assert "1 encoded" in err and "1 unreadable as before" in err
 
@@ -410,7 +412,7 @@ def test_a_pipe_is_not_opened(search, gallery):
 @needs_faiss
 def test_linked_folders_are_searched_each_once(search, gallery, tmp_path):
     (tmp_path / "elsewhere").mkdir()
-    shutil.copy(gallery / "0.jpg", tmp_path / "elsewhere" / "linked.jpg")
+    Image.open(gallery / "0.jpg").rotate(180).save(tmp_path / "elsewhere" / "linked.jpg")
     (gallery / "more").symlink_to(tmp_path / "elsewhere")
     (gallery / "again").symlink_to(tmp_path / "elsewhere")
     (gallery / "loop").symlink_to(gallery)
@@ -573,3 +575,407 @@ def test_pictures_of_a_page_that_was_killed_go_at_the_next_start(tmp_path, monke
         (tmp_path / name).mkdir()
     demo.remove_pictures_of_dead_pages()
     assert {path.name for path in tmp_path.iterdir()} == {f"irra-page-{os.getpid()}-y", "irra-page-other"}
+
+
+# ---- copies ----
+
+
+KINDS = ("flat", "ivf", "hnsw")
+
+
+@pytest.fixture(scope="module")
+def encoders(home):
+    from retrieval.encoders import open_run
+
+    return open_run(
+        search_args(["--config_file", str(home / "run"), "--device", "cpu", "--gallery", str(home)])
+    )
+
+
+@pytest.fixture
+def opened(home, encoders, tmp_path):
+    """Calls open_gallery as search.py does, with the index in the run; gives the index and the lines."""
+    from retrieval.gallery import open_gallery
+
+    run = shutil.copytree(home / "run", tmp_path / "run")
+
+    def call(folder, *words):
+        lines = []
+        words = ["--config_file", run, "--device", "cpu", "--gallery", folder, "--encode_batch", 4, *words]
+        index = open_gallery(encoders, search_args([*map(str, words)]), lines.append, progress=False)
+        return index, lines
+
+    return call
+
+
+def unit(rows):
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+
+
+def index_of(vectors, kind, folder=None):
+    """A GalleryIndex of pictures "0", "1", … that exist nowhere, and what brings it up to date."""
+    from retrieval.gallery import GalleryIndex
+
+    index = GalleryIndex(folder, "/nowhere", "f", vectors[0].size, kind)
+
+    def encode(paths):
+        for start in range(0, len(paths), 64):
+            some = paths[start : start + 64]
+            yield some, np.stack([vectors[int(path)] for path in some]), {}
+
+    def update(numbers):
+        return index.update({str(number): Stamp(1, 1) for number in numbers}, encode)
+
+    update(range(len(vectors)))
+    return index, update
+
+
+@needs_faiss
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_thousand_copies_of_one_picture_hide_no_other(kind):
+    rng = np.random.default_rng(0)
+    others, one = unit(rng.normal(size=(500, 16))), unit(rng.normal(size=(1, 16)))
+    vectors = np.concatenate([others[:250], np.repeat(one, 1000, axis=0), others[250:]])
+    index, _ = index_of(vectors, kind)
+    assert len(index) == 1500 and index.faiss.ntotal == 501
+    asked = [*range(0, 250, 5), *range(1250, 1500, 5)]
+    found = [
+        any(path == str(n) for _, path in hits)
+        for n, hits in zip(asked, index.search(vectors[asked], 5), strict=True)
+    ]
+    assert np.mean(found) >= (1 if kind == "flat" else 0.98)
+    (((_, first), (second, other)),) = index.search(one, 2)
+    assert (
+        first == "250"
+        and len(index.copies("250")) == 999
+        and second < 0.999
+        and other not in index.copies("250")
+    )
+    assert len(index.search(one, 1000, duplicates=True)[0]) == 1000
+
+
+@needs_faiss
+@pytest.mark.parametrize("kind", KINDS)
+def test_features_that_differ_in_the_last_bit_are_no_copies(kind):
+    one = unit(np.ones((1, 8)))
+    near = one.copy()
+    near[0, 3] = np.nextafter(near[0, 3], np.float32(2))
+    index, _ = index_of(np.concatenate([one, near, one]), kind)
+    assert index.faiss.ntotal == 2
+    assert sorted(path for _, path in index.search(one, 5)[0]) == ["0", "1"]
+    assert index.copies("0") == ["2"] and index.copies("1") == []
+
+
+@needs_faiss
+@pytest.mark.parametrize("kind", KINDS)
+def test_copies_come_and_go_and_a_picture_stays_while_one_is_left(kind, tmp_path):
+    """Each state, in memory and read again, answers as an index that was made of it at once."""
+    from retrieval.gallery import GalleryIndex
+
+    rng = np.random.default_rng(1)
+    vectors = unit(rng.normal(size=(12, 8)))
+    vectors[[4, 7, 11]] = vectors[0]
+    vectors[[5, 9]] = vectors[2]
+    index, update = index_of(vectors, kind, tmp_path)
+    for there in ([*range(12)], [4, 7, *range(1, 4)], [*range(1, 6), 11], [11], [0, 11, 2, 9], [*range(12)]):
+        update(there)
+        again = GalleryIndex.load(tmp_path, "/nowhere", "f", 8)
+        for one in (index, again):
+            for number, hits in zip(there, one.search(vectors[there], 12, duplicates=True), strict=True):
+                exact = sorted(there, key=lambda n: (-float(vectors[n] @ vectors[number]), there.index(n)))
+                same = [n for n in exact if np.array_equal(vectors[n], vectors[number])]
+                assert [path for _, path in hits][: len(same)] == [
+                    str(n) for n in sorted(same, key=there.index)
+                ]
+                assert sorted(path for _, path in hits) == sorted(map(str, there))
+            assert one.faiss.ntotal == len(np.unique(vectors[there], axis=0))
+
+
+@needs_faiss
+def test_copies_are_one_line_with_their_number_everywhere(search, gallery, tmp_path):
+    for name in ("a.jpg", "b.jpg"):
+        shutil.copy(gallery / "3.jpg", gallery / "below" / name)
+    words = ("--gallery", gallery, "--image", gallery / "3.jpg", "--top_k", 3)
+    _, out, err = search(*words, "--json")
+    assert "8 pictures" in err and "6 encoded, 0 removed, 0 kept, 2 known by content" in err
+    (record,) = json.loads(out)
+    assert [hit["copies"] for hit in record["results"]] == [2, 0, 0]  # three different pictures
+    assert record["results"][0]["file"] == str(gallery / "3.jpg")
+    _, out, _ = search(*words, "--save", tmp_path / "one.png")
+    assert out.count(".jpg") == 4 and out.count("and 2 copies") == 1  # the query's own name is one
+    _, out, _ = search(*words, "--json", "--duplicates")
+    (record,) = json.loads(out)
+    assert [os.path.basename(hit["file"]) for hit in record["results"]] == ["3.jpg", "a.jpg", "b.jpg"]
+    assert [hit["copies"] for hit in record["results"]] == [0, 0, 0]
+    shutil.rmtree(gallery / "below")
+    search(*words, "--save", tmp_path / "other.png")
+    assert (tmp_path / "one.png").read_bytes() != (tmp_path / "other.png").read_bytes()
+
+
+@needs_faiss
+def test_the_page_says_how_many_copies_a_picture_has(opened, encoders, gallery):
+    from retrieval.page import Page
+
+    for name in ("a.jpg", "b.jpg"):
+        shutil.copy(gallery / "3.jpg", gallery / name)
+    index, _ = opened(gallery)
+    _, tiles, _ = Page(encoders, index, 9, 9).search(QUERY, None)
+    assert len(tiles) == 6 and sum(caption.endswith(" · +2") for _, caption in tiles) == 1
+    _, tiles, _ = Page(encoders, index, 9, 9, duplicates=True).search(QUERY, None)
+    assert len(tiles) == 8 and not any("+" in caption for _, caption in tiles)
+
+
+@needs_faiss
+def test_copies_of_a_file_that_is_no_picture_are_named_each_and_read_once(opened, gallery):
+    for name in ("a.jpg", "b.jpg", "c.jpg"):
+        (gallery / name).write_text("no picture")
+    index, lines = opened(gallery)
+    assert len(index) == 6 and sum("passed over" in line for line in lines) == 3
+    assert sum("holds the same as" in line for line in lines) == 2
+    _, lines = opened(gallery)
+    assert "3 unreadable as before" in lines[-1] and not any("passed over" in line for line in lines)
+
+
+def keep_as_before(folder, gallery, fingerprint, paths, vectors, kind):
+    """An index as it was kept before copies were one entry: a vector a picture, and no digests."""
+    import faiss
+
+    from retrieval.vectors import new_faiss
+
+    folder.mkdir(parents=True)
+    faiss.write_index(new_faiss(kind, vectors), str(folder / "vectors-0.faiss"))
+    stamps = [(gallery / path).stat() for path in paths]
+    table = {
+        "layout": 1,
+        "fingerprint": fingerprint,
+        "gallery": str(gallery),
+        "kind": kind,
+        "vectors": "vectors-0.faiss",
+        "paths": paths,
+        "sizes": [state.st_size for state in stamps],
+        "mtimes_ns": [state.st_mtime_ns for state in stamps],
+        "unreadable": [["text.jpg", 4, 5, "no picture"]],
+    }
+    (folder / "table.json").write_text(json.dumps(table))
+
+
+@needs_faiss
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_index_of_the_layout_before_is_gone_on_with(kind, opened, encoders, gallery, tmp_path):
+    for name in ("a.jpg", "b.jpg"):
+        shutil.copy(gallery / "3.jpg", gallery / name)
+    paths = sorted(str(path.relative_to(gallery)) for path in gallery.rglob("*.jpg"))
+    pixels = {path: encoders.pixels(gallery / path) for path in paths}
+    vectors = np.concatenate([encoders.image_features([pixels[path]]) for path in paths])
+    keep_as_before(tmp_path / "old", gallery, encoders.fingerprint, paths, vectors, kind)
+    index, lines = opened(gallery, "--index", tmp_path / "old")
+    assert "0 encoded, 0 removed, 8 kept" in lines[-1] and index.kind == kind
+    assert index.faiss.ntotal == 6
+    (hits,), lost = index.find(vectors[:1], 99)
+    assert lost == 0 and sorted(hit.copies for hit in hits) == [0, 0, 0, 0, 0, 2]
+    # a copy that comes later is known by its bytes, though the old index had none
+    shutil.copy(gallery / "1.jpg", gallery / "c.jpg")
+    Image.open(gallery / "0.jpg").rotate(180).save(gallery / "d.jpg")
+    index, lines = opened(gallery, "--index", tmp_path / "old")
+    assert "1 encoded, 0 removed, 8 kept, 1 known by content" in lines[-1]
+    assert len(index) == 10 and index.faiss.ntotal == 7
+    assert json.loads((tmp_path / "old" / "table.json").read_text())["layout"] == 2
+
+
+# ---- galleries that move and change ----
+
+
+def found_in(index):
+    """{relative path} of all that a search lists."""
+    features = index.vectors()[:1]
+    (hits,), _ = index.find(features, 999, duplicates=True)
+    return {hit.path for hit in hits}
+
+
+@needs_faiss
+def test_renamed_touched_and_copied_pictures_are_known_by_their_content(opened, gallery):
+    opened(gallery)
+    (gallery / "below").rename(gallery / "under")
+    (gallery / "0.jpg").rename(gallery / "zero.jpg")
+    os.utime(gallery / "1.jpg")
+    shutil.copy(gallery / "2.jpg", gallery / "two.jpg")
+    (gallery / "3.jpg").unlink()
+    index, lines = opened(gallery)
+    assert "0 encoded, 1 removed, 3 kept, 3 known by content" in lines[-1]
+    expected = {"1.jpg", "2.jpg", "4.jpg", "two.jpg", "zero.jpg", os.path.join("under", "5.jpg")}
+    assert found_in(index) == expected == set(index.paths)
+
+
+@needs_faiss
+@pytest.mark.parametrize("pause", [0, 2.2], ids=["at once", "later"])
+def test_a_picture_replaced_by_one_of_its_size_and_time_is_noticed(pause, opened, encoders, gallery):
+    """As tar, rsync and cp -p leave it. At once: in the same tick of the clock, for all that is known."""
+    Image.open(gallery / "1.jpg").rotate(180).save(gallery / "other.jpg")
+    path, states = gallery / "0.jpg", [(gallery / name).read_bytes() for name in ("0.jpg", "other.jpg")]
+    for data in states:
+        path.write_bytes(data.ljust(max(map(len, states)), b"\0"))  # bytes after a JPEG's end are not read
+        os.utime(path, (1e9, 1e9))
+        if data is states[0]:
+            size = path.stat().st_size
+            time.sleep(pause)
+            index, _ = opened(gallery)
+    assert path.stat().st_size == size and not index.is_there("0.jpg") and index.is_there("1.jpg")
+    index, lines = opened(gallery)
+    assert "1 encoded, 0 removed, 6 kept" in lines[-1]
+    features = encoders.image_features([encoders.pixels(gallery / "other.jpg")])
+    assert {name for _, name in index.search(features, 2, duplicates=True)[0]} == {"0.jpg", "other.jpg"}
+
+
+def test_a_file_that_changed_just_before_it_was_read_is_compared_next_time():
+    """On a clock that ticks every two seconds, as FAT's, it can change once more without a new time."""
+    from retrieval.pictures import agree, settled
+
+    tick = 1_800_000_000 * 10**9
+    early, late = Stamp(9, 5, tick - 10**10), Stamp(9, 5, tick)
+    assert agree(settled(early, tick), early) and not agree(settled(late, tick + 10**9), late)
+    assert agree(settled(late, tick + 3 * 10**9), late) and not agree(early, late)
+
+
+@needs_faiss
+def test_what_has_gone_or_changed_since_the_index_was_made_is_not_shown(opened, encoders, gallery):
+    from retrieval.page import Page
+
+    shutil.copy(gallery / "2.jpg", gallery / "copy.jpg")
+    index, _ = opened(gallery)
+    features = encoders.text_features([QUERY])
+    best = [path for _, path in index.search(features, 6)[0] if "2" not in path]
+    (gallery / best[0]).unlink()
+    Image.open(gallery / best[2]).rotate(180).save(gallery / best[1])
+    (gallery / "2.jpg").unlink()
+    (hits,), lost = index.find(features, 4)
+    assert lost == 3 and [hit.path for hit in hits if hit.path != "copy.jpg"] == best[2:5]
+    assert [hit.copies for hit in hits] == [0] * 4  # of the two copies one is left
+    page = Page(encoders, index, 4, 9)
+    result, tiles, remark = page.search(QUERY, None)
+    assert result.names == [hit.path for hit in hits] and len(tiles) == 4
+    assert "3 pictures found can no longer be read" in remark
+    gallery.rename(gallery.parent / "unplugged")
+    result, tiles, remark = page.search(QUERY, None)
+    assert not tiles and not result.pictures and "none of the 7 pictures can be read now" in remark
+
+
+@needs_faiss
+def test_search_leaves_out_a_picture_that_goes_while_the_gallery_is_encoded(search, gallery, monkeypatch):
+    from retrieval.encoders import Encoders
+
+    encode = Encoders.text_features
+    monkeypatch.setattr(
+        Encoders, "text_features", lambda self, asked: ((gallery / "1.jpg").unlink(), encode(self, asked))[1]
+    )
+    status, out, err = search("--gallery", gallery, "--query", QUERY, "--json")
+    assert status == 0 and str(gallery / "1.jpg") not in answers(out)[0] and len(answers(out)[0]) == 5
+    assert "1 picture gone or changed since just now: left out" in err
+
+
+@needs_faiss
+def test_an_update_that_is_interrupted_forgets_nothing_of_a_gallery_that_moved(
+    opened, encoders, gallery, tmp_path, monkeypatch
+):
+    opened(gallery)
+    other = tmp_path / "other"
+    other.mkdir()
+    for number, path in enumerate(sorted(gallery.rglob("*.jpg"))):
+        (other / f"renamed{number}.jpg").write_bytes(path.read_bytes())
+    Image.open(other / "renamed0.jpg").rotate(180).save(other / "new.jpg")
+    shutil.rmtree(gallery)
+    other.rename(gallery)
+
+    def interrupted(self, pictures):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(type(encoders), "image_features", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            opened(gallery)
+    _, lines = opened(gallery)
+    assert "1 encoded" in lines[-1] and "6 kept" in lines[-1]
+
+
+@needs_faiss
+def test_a_file_that_may_not_be_looked_at_is_not_gone(opened, gallery, monkeypatch):
+    """A folder that may be listed and not entered: as root nothing is forbidden, so the system's answer is
+    put in its place."""
+    opened(gallery)
+    real = os.stat
+
+    def look(path, *words, **more):
+        if os.path.join("below", "") in os.fspath(path):
+            raise PermissionError(13, "Permission denied", path)
+        return real(path, *words, **more)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "stat", look)
+        index, lines = opened(gallery)
+        assert "below cannot be read (Permission denied): what is known of it stays" in lines[0]
+        assert "0 encoded, 0 removed, 6 kept" in lines[-1] and os.path.join("below", "5.jpg") in found_in(
+            index
+        )
+    assert "0 encoded, 0 removed, 6 kept" in opened(gallery)[1][-1]
+
+
+@needs_faiss
+def test_a_known_picture_that_cannot_be_read_for_a_moment_stays(opened, encoders, gallery, monkeypatch):
+    from retrieval import encoders as module
+    from retrieval import pictures
+
+    opened(gallery)
+    os.chmod(gallery / "0.jpg", 0)  # which moves the time of its change, and no other
+
+    def forbidden(path, *words, **more):
+        if str(path).endswith("0.jpg"):
+            raise PermissionError(13, "Permission denied", path)
+        return open(path, *words, **more)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pictures, "open", forbidden, raising=False)
+        patched.setattr(module, "open_image", forbidden)
+        index, lines = opened(gallery)
+        assert "0 encoded, 0 removed, 6 kept" in lines[-1] and "0.jpg" in found_in(index)
+    os.chmod(gallery / "0.jpg", 0o644)
+    assert "0 encoded, 0 removed, 6 kept" in opened(gallery)[1][-1]
+
+
+@needs_faiss
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("kind", KINDS)
+def test_whatever_happens_to_a_gallery_its_index_answers_as_a_new_one(
+    kind, seed, opened, encoders, gallery, tmp_path
+):
+    import random
+
+    draw = random.Random(seed)
+
+    def happens():
+        files = sorted(path for path in gallery.rglob("*.jpg"))
+        path, other = draw.choice(files), draw.choice(files)
+        fresh = gallery / f"{draw.randrange(10**6)}.jpg"
+        what = draw.randrange(6)
+        if what == 0 and len(files) > 3:
+            path.unlink()
+        elif what == 1:
+            shutil.copy(path, fresh)
+        elif what == 2:
+            path.rename(fresh)
+        elif what == 3:
+            os.utime(path)
+        elif what == 4:
+            shutil.copy2(path, other) if path != other else None
+        else:
+            Image.open(path).rotate(draw.choice([90, 180, 270]), expand=True).save(other)
+
+    features = encoders.text_features([QUERY, "a man"])
+    for turn in range(6):
+        for _ in range(draw.randrange(1, 4)):
+            happens()
+        index, _ = opened(gallery, "--index_type", kind, "--index", tmp_path / "kept")
+        new, _ = opened(gallery, "--index_type", kind, "--index", tmp_path / f"new{turn}")
+        (kept, gone), (fresh, _) = index.find(features, 99, True), new.find(features, 99, True)
+        assert gone == 0 and index.paths == new.paths and index.faiss.ntotal == new.faiss.ntotal
+        for a, b in zip(kept, fresh, strict=True):
+            assert [hit.path for hit in a] == [hit.path for hit in b]
+            assert np.allclose([hit.similarity for hit in a], [hit.similarity for hit in b], atol=1e-6)

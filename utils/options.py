@@ -181,6 +181,7 @@ OPTIONS = {
     ("--cmc", {"visualize": False}, bool, "CMC curve on the split, text to image and image to text"),
     ("--curves", {"visualize": []}, "RUN", "training curves of one or several runs", {"action": "store"}),
     ("--top_k", {"search": 10, "demo": 12}, count, "pictures shown for a sentence"),
+    ("--duplicates", {"search demo": False}, bool, "list all copies of a picture, not one and their number"),
     ("--save", {"search": None}, "FILE", "draw the result, e.g. result.png"),
     ("--json", {"search": False}, bool, "print JSON instead of tables"),
     ("--format", {"export": REQUIRED}, one_of(*FORMATS), "what is written"),
