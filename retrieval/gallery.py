@@ -425,8 +425,11 @@ class GalleryIndex:
         self.file, self.changed = vectors.name, False
 
     @classmethod
-    def load(cls, folder, gallery, fingerprint, width):
-        """The index kept in a folder, or an empty one. Refuses one of another model or gallery."""
+    def load(cls, folder, gallery, fingerprint, width, found=None):
+        """The index kept in a folder, or an empty one. Refuses one of another model or gallery.
+
+        found: {relative path: Stamp} of the gallery, by which one that was moved is told from another one.
+        """
         index, folder = cls(folder, gallery, fingerprint, width), Path(folder)
         if not (folder / TABLE).exists():
             return index
@@ -440,9 +443,14 @@ class GalleryIndex:
             )
         home, name = table["gallery"], Path(table["vectors"]).name
         if home != os.path.abspath(gallery):
-            if os.path.exists(home):  # a gallery that was moved is welcome
+            if not has_moved(table, gallery):
                 raise InputError(
                     f"the index in {folder} is of the pictures in {home}, not of {gallery}: {MEND}"
+                )
+            if found is not None and 2 * in_common(table, found) < len(table["pictures"]):
+                raise InputError(
+                    f"the index in {folder} is of the pictures in {home}, which are not there now, and most "
+                    f"of them are not in {gallery} either: {MEND}"
                 )
             index.changed = True  # where its gallery lies
         faiss = extra("faiss")
@@ -497,6 +505,22 @@ def read_table(folder):
     return table
 
 
+def has_moved(table, gallery):
+    """Whether the gallery of an index is no longer where it was: its pictures are not (what is left may be an
+    empty folder, where a disk was mounted), or that place is another name of `gallery`."""
+    home = table["gallery"]
+    with contextlib.suppress(OSError):
+        if os.path.samefile(home, gallery):
+            return True
+    return not any(os.path.lexists(os.path.join(home, path)) for path in table["paths"])
+
+
+def in_common(table, found):
+    """How many pictures of an index a gallery seems to hold, by name and size."""
+    known = Counter((os.path.basename(path), p.stamp.size) for path, p in table["pictures"].items())
+    return (known & Counter((os.path.basename(path), stamp.size) for path, stamp in found.items())).total()
+
+
 @contextlib.contextmanager
 def locked(folder, say):
     """Only one program at a time changes an index. A folder that cannot be written needs no lock."""
@@ -526,6 +550,38 @@ def default_folder(run_dir, gallery, split=None, annotations=None):
     return Path(run_dir) / "search" / f"{split or name}-{tag:08x}"
 
 
+def kept_folder(encoders, args, gallery, found, say):
+    """The folder of a gallery's index: --index, or the default one. An index of this run whose gallery was
+    moved comes along: it gets the new name."""
+    if args.index:
+        return Path(args.index)
+    folder = default_folder(args.run_dir, gallery, args.split, args.annotations)
+    if (folder / TABLE).exists():
+        return folder
+    for other in sorted(path.parent for path in folder.parent.glob(f"*/{TABLE}")):
+        with contextlib.suppress(InputError):
+            table = read_table(other)
+            number = len(table["paths"])
+            if (
+                table["fingerprint"] == encoders.fingerprint
+                and 2 * (same := in_common(table, found)) >= max(number, len(found), 1)
+                and has_moved(table, gallery)
+            ):
+                say(
+                    f"the index of {shown(table['gallery'])} is gone on with: {same} of its "
+                    f"{plural(number, 'picture')} lie in {shown(gallery)} now"
+                )
+                return renamed(other, folder, say)
+    return folder
+
+
+def renamed(old, folder, say):
+    """The folder of an index under its new name; or where it was, if it cannot be renamed."""
+    with locked(old, say), contextlib.suppress(OSError):
+        return old.rename(folder)
+    return old
+
+
 def open_gallery(encoders, args, say, progress=True):
     """The up-to-date index of the gallery that the options name. say: takes a line about what was done."""
     away = {}
@@ -545,11 +601,11 @@ def open_gallery(encoders, args, say, progress=True):
         if ignored := ignored_name(args):
             say(ignored)
         gallery, found = split_pictures(args)
-    folder = Path(args.index or default_folder(args.run_dir, gallery, args.split, args.annotations))
+    folder = kept_folder(encoders, args, gallery, found, say)
     unwritable = cannot_write(folder)  # known before an hour of encoding, not after it
     with locked(folder, say):
         known = (folder, gallery, encoders.fingerprint, encoders.width)
-        index = GalleryIndex(*known) if args.rebuild else GalleryIndex.load(*known)
+        index = GalleryIndex(*known) if args.rebuild else GalleryIndex.load(*known, None if away else found)
         if unwritable:
             if index.stale(found):
                 say(f"the index cannot be kept in {folder}: {unwritable} (see --index); it stays in memory")

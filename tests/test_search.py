@@ -793,6 +793,72 @@ def found_in(index):
 
 
 @needs_faiss
+def test_a_gallery_that_moved_takes_its_index_along(opened, gallery, tmp_path, monkeypatch):
+    from retrieval import pictures
+
+    monkeypatch.setattr(pictures, "COARSE", -(10**12))  # as if all files had been there for long
+    opened(gallery)
+    old = gallery.rename(tmp_path / "elsewhere")
+    index, lines = opened(old)
+    assert "0 encoded, 0 removed, 6 kept" in lines[-1] and f"6 of its 6 pictures lie in {old} now" in lines[0]
+    assert len(list((tmp_path / "run" / "search").iterdir())) == 1
+    # another gallery at the old place is another gallery, and the moved one keeps what it has
+    gallery.mkdir()
+    Image.open(old / "0.jpg").rotate(180).save(gallery / "0.jpg")
+    assert "1 encoded, 0 removed, 0 kept" in opened(gallery)[1][-1]
+    assert "0 encoded, 0 removed, 6 kept" in opened(old)[1][-1]
+    assert found_in(index) == {"0.jpg", "1.jpg", "2.jpg", "3.jpg", "4.jpg", os.path.join("below", "5.jpg")}
+
+
+@needs_faiss
+@pytest.mark.parametrize("place", ["run", "index"])
+def test_a_disk_that_is_mounted_elsewhere_is_recognised_though_its_old_place_is_still_there(
+    place, opened, gallery, tmp_path
+):
+    """Copied byte by byte, with other times, and its sub-folder renamed."""
+    words = ("--index", tmp_path / "index") if place == "index" else ()
+    opened(gallery, *words)
+    other = tmp_path / "media"
+    for path in gallery.rglob("*.jpg"):
+        (other / "under").mkdir(parents=True, exist_ok=True)
+        (other / ("under" if path.parent != gallery else ".") / path.name).write_bytes(path.read_bytes())
+        os.utime(other / ("under" if path.parent != gallery else ".") / path.name, (1, 1))
+        path.unlink()
+    index, lines = opened(other, *words)
+    assert "0 encoded, 0 removed, 5 kept, 1 known by content" in lines[-1]
+    assert os.path.join("under", "5.jpg") in found_in(index)
+    assert "0 encoded, 0 removed, 6 kept" in opened(other, *words)[1][-1]
+
+
+@needs_faiss
+def test_a_gallery_by_the_name_of_a_link_is_the_same_gallery(opened, gallery, tmp_path):
+    opened(gallery, "--index", tmp_path / "index")
+    opened(gallery)
+    (tmp_path / "link").symlink_to(gallery)
+    for words in ((), ("--index", tmp_path / "index")):
+        assert "0 encoded, 0 removed, 6 kept" in opened(tmp_path / "link", *words)[1][-1]
+        assert "0 encoded, 0 removed, 6 kept" in opened(gallery, *words)[1][-1]
+
+
+@needs_faiss
+def test_an_index_whose_disk_is_away_is_not_given_to_another_gallery(opened, gallery, tmp_path):
+    opened(gallery)
+    opened(gallery, "--index", tmp_path / "index")
+    other = tmp_path / "other"
+    other.mkdir()
+    for path in gallery.glob("*.jpg"):
+        Image.open(path).rotate(180).save(other / path.name)
+    away = gallery.rename(tmp_path / "unplugged")
+    _, lines = opened(other)
+    assert "5 encoded, 0 removed, 0 kept" in lines[-1]
+    with pytest.raises(InputError, match="which are not there now, and most of them are not in"):
+        opened(other, "--index", tmp_path / "index")
+    away.rename(gallery)
+    for words in ((), ("--index", tmp_path / "index")):
+        assert "0 encoded, 0 removed, 6 kept" in opened(gallery, *words)[1][-1]
+
+
+@needs_faiss
 def test_renamed_touched_and_copied_pictures_are_known_by_their_content(opened, gallery):
     opened(gallery)
     (gallery / "below").rename(gallery / "under")
