@@ -83,9 +83,9 @@ class Page:
         lost += len(answer) - len(tiles)
         remarks = [f"best of {whose}{plural(len(index), 'picture')}, with rank and similarity"]
         if not tiles:
-            remarks = [f"none of the {plural(len(index), 'picture')} can be read now"]
+            remarks = ["none of the pictures is there as it was when they were looked at"]
         elif lost:
-            remarks.append(f"{plural(lost, 'picture')} found can no longer be read")
+            remarks.append(f"{plural(lost, 'picture')} gone or changed since left out")
         remarks += filter(None, [cut_notice(self.encoders, sentence)])
         return Result(sentence, pictures, names), tiles, "; ".join(remarks)
 
