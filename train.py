@@ -114,7 +114,7 @@ def log_beginning(logger, args, settings, run):
 def build_training(args, device, run):
     from datasets import build_dataloader
     from model import build_model
-    from solver import build_lr_scheduler, build_optimizer
+    from solver import WeightAverage, build_lr_scheduler, build_optimizer
     from utils.run import leave_signals_to_parent
 
     *loaders, num_classes = build_dataloader(args)
@@ -124,6 +124,8 @@ def build_training(args, device, run):
     run.log.parent.info(f"Total params: {sum(p.numel() for p in model.parameters()) / 1e6:.0f}M")
     optimizer = build_optimizer(args, model)
     parts = {"model": model, "optimizer": optimizer, "scheduler": build_lr_scheduler(args, optimizer)}
+    if args.ema:
+        parts["ema"] = WeightAverage(model, args.ema)
     return Training(args, device, loaders, parts, run)
 
 
@@ -136,6 +138,9 @@ class Training:
         self.stop = None  # the StopSignals of the time in which it trains
         self.done = {"epoch": 0, "iteration": 0, "samples": 0, "to_evaluate": False, "meters": {}}
         self.done.update({"best_R1": -1.0, "best_epoch": 0, "seed": args.seed})
+        self.ema = parts.get("ema")
+        if self.ema:
+            self.done.update({"best_ema_R1": -1.0, "best_ema_epoch": 0})
 
     def fit(self):
         """The epochs that are not done yet: train, evaluate, keep the best and the last."""
@@ -179,10 +184,12 @@ class Training:
         return train_one_epoch(model, self.train_loader, self.parts["optimizer"], self.device, epoch, steps)
 
     def after_step(self, step, meters, watch):
-        """Save within the epoch, and leave, where that is due."""
+        """Average the weights; save within the epoch, and leave, where that is due."""
         from utils.dist import any_process, world_size
         from utils.run import Stopped
 
+        if self.ema:
+            self.ema.update(watch.left_out)
         if self.stop.again:  # a callback of Python's own, as those of a fork, swallowed the interrupt
             raise KeyboardInterrupt
         args, done = self.args, self.done
@@ -202,11 +209,17 @@ class Training:
         if not done["to_evaluate"]:
             return
         epoch = done["epoch"]
-        R1 = evaluate_epoch(self.parts["model"], self.img_loader, self.txt_loader, self.device, run, epoch)
+        model, loaders = self.parts["model"], (self.img_loader, self.txt_loader)
+        R1, ema_R1 = evaluate_epoch(model, self.ema, *loaders, self.device, run, epoch)
         if R1 > done["best_R1"]:
             done.update(best_R1=R1, best_epoch=epoch)
             run.log.info(f"Saving checkpoint to {run.folder / 'best.pth'}")
             run.save("best.pth", self.parts, iteration=0, epoch=epoch)
+        if self.ema and ema_R1 > done["best_ema_R1"]:
+            done.update(best_ema_R1=ema_R1, best_ema_epoch=epoch)
+            run.log.info(f"Saving checkpoint to {run.folder / 'best_ema.pth'}")
+            with self.ema.in_place():  # the weights alone: it is to be tested, not to be trained on
+                run.save("best_ema.pth", {"model": model}, iteration=0, epoch=epoch)
         done.update(to_evaluate=False)
         self.save()
         run.keep_numbered(epoch, self.args.keep)
@@ -218,6 +231,8 @@ class Training:
         """Go on from a checkpoint's state; False where nothing is left to do."""
         args, done, log = self.args, self.done, self.run.log
         done.update(restore(self.parts, state, checkpoint))
+        if self.ema and "ema" not in state:
+            log.info(f"{checkpoint} holds no averaged weights: the average begins with its weights")
         if done["epoch"] >= args.num_epoch and not done["to_evaluate"]:
             log.info(f"{checkpoint} has all {args.num_epoch} epochs: nothing is left to do ({self.best()})")
             return False
@@ -228,7 +243,11 @@ class Training:
         return True
 
     def best(self):
-        return f"best R1: {self.done['best_R1']} at epoch {self.done['best_epoch']}"
+        done = self.done
+        said = f"best R1: {done['best_R1']} at epoch {done['best_epoch']}"
+        if self.ema:
+            said += f"; averaged weights: {done['best_ema_R1']} at epoch {done['best_ema_epoch']}"
+        return said
 
     def close(self):
         self.run.close()
@@ -250,9 +269,10 @@ def check_rest_of_epoch(args, done):
     done["iteration"] = done["samples"] // args.batch_size
 
 
-def evaluate_epoch(model, img_loader, txt_loader, device, run, epoch):
-    """Table, TensorBoard's figures and its picture; returns text-to-image R1. A function of its own, so that
-    no feature stays on the device while the training goes on."""
+def evaluate_epoch(model, ema, img_loader, txt_loader, device, run, epoch):
+    """Table, TensorBoard's figures and its picture; returns text-to-image R1 of the weights and of their
+    average (None without). A function of its own, so that no feature stays on the device while the training
+    goes on."""
     from processor.evaluator import encode, evaluate, log_table
     from retrieval.contact_sheet import gallery_paths, retrieval_picture
     from utils.dist import from_all
@@ -260,12 +280,16 @@ def evaluate_epoch(model, img_loader, txt_loader, device, run, epoch):
     run.log.info(f"Validation Results - Epoch: {epoch}")
     features = encode(model, img_loader, txt_loader, device)
     rows, ranking = evaluate(features, i2t=True)
-    log_table({"t2i": rows["t2i"]})
+    if ema:
+        with ema.in_place():
+            averaged, _ = evaluate(encode(model, img_loader, txt_loader, device), i2t=True)
+        rows.update({f"{task}_ema": figures for task, figures in averaged.items()})
+    log_table({task: figures for task, figures in rows.items() if task.startswith("t2i")})
     for task, figures in rows.items():
         run.board(epoch, **{f"{task}/{name}": value for name, value in figures.items()})
     paths = gallery_paths(img_loader.dataset, from_all(img_loader.left_out))
     run.picture(epoch, retrieval_picture(features, ranking.indices, paths, txt_loader.dataset.captions))
-    return rows["t2i"]["R1"]
+    return rows["t2i"]["R1"], rows["t2i_ema"]["R1"] if ema else None
 
 
 def restore(parts, state, source):
@@ -277,8 +301,11 @@ def restore(parts, state, source):
     saved = fit_groups(optimizer, state.get("optimizer"), model, state["model"], source)
     load_weights(model, state["model"], source)
     load_optimizer(optimizer, saved, source)
+    if "ema" in parts:
+        restore_average(parts["ema"], state.get("ema"), source)
     kinds = {"epoch": int, "iteration": int, "samples": int, "to_evaluate": bool}
     kinds.update({"best_R1": float, "best_epoch": int, "meters": dict})
+    kinds.update({"best_ema_R1": float, "best_ema_epoch": int} if "ema" in parts else {})
     kept = {key: state[key] for key in kinds if key in state}
     try:
         parts["scheduler"].load_state_dict(state["scheduler"])
@@ -288,6 +315,17 @@ def restore(parts, state, source):
     if wrong or "epoch" not in kept:
         raise InputError(f"{source} cannot be resumed: its part {wrong or 'epoch'} is missing or damaged")
     return kept
+
+
+def restore_average(ema, saved, source):
+    """Put the average back, or begin it with the weights, which have been put back, where none was kept."""
+    from utils.checkpoint import load_weights
+
+    if saved is None:
+        return ema.begin()
+    if not isinstance(saved, dict):
+        raise InputError(f"{source} cannot be resumed: its ema part is damaged")
+    load_weights(ema, saved, f"{source}, its ema part,")
 
 
 if __name__ == "__main__":

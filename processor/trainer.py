@@ -223,6 +223,9 @@ class FiniteWatch:
         self.period = period if self.skips else 1
         self.first, self.names, self.losses = None, (), None  # the first bad step of this period, its losses
         self.ids = {}  # of each step since the last look
+        # 1 on the device where the step now taken changes nothing; None where the host looks before each;
+        # optimizer.found_inf does not say it afterwards: solver.skip takes it away before the step
+        self.left_out = None
 
     def before_step(self, step, loss, report, batch):
         gradients = [p.grad for p in self.parameters if p.grad is not None]
@@ -238,7 +241,7 @@ class FiniteWatch:
             # a fused optimiser counts the steps that it takes on the device; another one has to stand still
             # from the first bad step on, since its next would be corrected for a step too many
             bad = ~finite if self.fused else self.first.isfinite()
-            self.optimizer.found_inf = bad.float()
+            self.optimizer.found_inf = self.left_out = bad.float()
         self.ids[step] = Batch.of(batch).ids()
         if step % self.period == 0:
             self.look()

@@ -73,6 +73,28 @@ def copy_unless(flag, targets, sources):
         )
 
 
+def move_towards_unless(flag, targets, sources, share):
+    """target ← target + share · (source − target), all in fp32; nothing where flag (float, one element) is 1.
+    Without a flag the same to the bit.
+
+    It is a step of SGD: from the gradient −source + 1 · target, at the rate `share`.
+    """
+    for into, values in by_type(targets, sources):
+        torch._fused_sgd_(
+            into,
+            values,
+            [],
+            weight_decay=1.0,
+            momentum=0.0,
+            lr=share,
+            dampening=0.0,
+            nesterov=False,
+            maximize=True,
+            is_first_step=False,
+            found_inf=flag,
+        )
+
+
 def by_type(targets, sources):
     """The pairs as (targets, sources) of one type and device each: only then one kernel serves many."""
     lists = {}

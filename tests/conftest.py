@@ -36,6 +36,8 @@ SLOW = {  # what --fast leaves out, by what takes it long: a file, or file::begi
     ),
     "long trainings": (
         "test_trajectory.py",
+        "test_average.py::test_what_is_trained_does_not_depend_on_it",
+        "test_average.py::test_it_can_begin_and_end",
         "test_exactness.py::test_ten_steps",
         "test_fp16.py::test_120_steps",
         "test_fp16.py::test_with_a_fused_optimiser_they_do_not",

@@ -209,6 +209,24 @@ def test_a_run_of_two_processes_is_written_and_told_by_one(data, tmp_path):
     assert sorted(path.name for path in run.iterdir()) == sorted([*names, "results.json", "test_log.txt"])
 
 
+@pytest.mark.parametrize("more", [(), ("--micro_batch", "2")], ids=["whole", "in parts"])
+def test_two_processes_average_the_weights_of_one(more, data, tmp_path):
+    """--ema, by train.py: what the main process keeps is the average that one process keeps, but for
+    rounding."""
+    kept = []
+    for number in (1, 2):
+        logs = tmp_path / str(number)
+        argv = words(data, logs, "--ema", "0.8", *more, epochs=1)
+        group = Group(number, processes.main_of, "train", argv)
+        assert group.end() == [0] * number, group.said()
+        kept.append(torch.load(only_run(logs) / "last.pth", weights_only=True))
+        assert (only_run(logs) / "best_ema.pth").exists()
+    one, two = kept
+    for name, average in one["ema"].items():
+        assert (average - two["ema"][name]).abs().max() < 1e-6, name
+    assert max(off(two["ema"][name], weight) for name, weight in two["model"].items()) > 1e-4
+
+
 # ---- what happens to processes ----
 
 

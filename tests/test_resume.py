@@ -57,6 +57,9 @@ def curves(folder):
 def assert_same(broken, whole):
     assert differ(broken / "last.pth", whole / "last.pth") == []
     assert differ(broken / "best.pth", whole / "best.pth") == []
+    assert (broken / "best_ema.pth").exists() == (whole / "best_ema.pth").exists()
+    if (whole / "best_ema.pth").exists():
+        assert differ(broken / "best_ema.pth", whole / "best_ema.pth") == []
     assert progress_lines(broken) == progress_lines(whole)
     assert curves(broken) == curves(whole)
 
@@ -76,6 +79,7 @@ CASES = {  # options of both runs, where the signal comes, which one, options be
     "in a batch, SIGTERM while two processes load": (("--num_workers", "2"), IN_A_BATCH, signal.SIGTERM, ()),
     "between epochs while two processes load": (("--num_workers", "2"), BETWEEN_EPOCHS, signal.SIGTERM, ()),
     "other loading processes afterwards": ((), IN_A_BATCH, signal.SIGTERM, ("--num_workers", "1")),
+    "averaged weights": (("--ema", "0.9"), IN_A_BATCH, signal.SIGTERM, ()),
     "identity sampler": (("--sampler", "identity"), "Epoch[2] Iteration[2", signal.SIGTERM, ()),
 }
 

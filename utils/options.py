@@ -145,6 +145,7 @@ OPTIONS = {
     ("--weight_decay", {"train": 4e-5}, not_negative, "weight decay"),
     ("--weight_decay_bias", {"train": 0.0}, not_negative, "weight decay of biases"),
     ("--max_grad_norm", {"train": None}, positive, "scale larger gradients down to this norm"),
+    ("--ema", {"train": 0.0}, momentum, "decay of averaged weights beside the others; 0: none"),
     ("--alpha", {"train": 0.9}, momentum, "Adam's first beta"),
     ("--beta", {"train": 0.999}, momentum, "Adam's second beta")],
 "schedule": [
