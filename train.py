@@ -170,6 +170,11 @@ class Training:
 
         args, done = self.args, self.done
         self.train_loader.set_epoch(epoch, samples=done["samples"])
+        last, samples = done["iteration"] + len(self.train_loader), self.train_loader.samples_of_epoch()
+
+        def set_rate(step):
+            self.parts["scheduler"].within_epoch(self.samples_after(step - 1) / samples)
+
         watch = FiniteWatch(model, self.parts["optimizer"], epoch, look_period(self.device, args.log_period))
         steps = Steps(
             log_period=args.log_period,
@@ -179,9 +184,18 @@ class Training:
             start=done["iteration"],
             meters=Meters.from_state(done["meters"]),
             watch=watch,
+            before_step=set_rate,
             after_step=lambda step, meters: self.after_step(step, meters, watch),
         )
-        return train_one_epoch(model, self.train_loader, self.parts["optimizer"], self.device, epoch, steps)
+        averages = train_one_epoch(
+            model, self.train_loader, self.parts["optimizer"], self.device, epoch, steps
+        )
+        set_rate(last)  # to be shown, also where the run was stopped after this step, and none was taken here
+        return averages
+
+    def samples_after(self, step):
+        """Samples of the epoch that are done after this step, the earlier ones in batches of any size."""
+        return self.done["samples"] + (step - self.done["iteration"]) * self.args.batch_size
 
     def after_step(self, step, meters, watch):
         """Average the weights; save within the epoch, and leave, where that is due."""
@@ -198,8 +212,7 @@ class Training:
         stopped = asks and any_process(self.stop.asked, self.device)
         if stopped or (args.save_period and step % args.save_period == 0):
             watch.look()  # what a bad step was left out of is not saved as if it had been taken
-            samples = done["samples"] + (step - done["iteration"]) * args.batch_size
-            self.save(iteration=step, samples=samples, meters=meters.state_dict())
+            self.save(iteration=step, samples=self.samples_after(step), meters=meters.state_dict())
         if stopped:
             raise Stopped(f"stopped in epoch {done['epoch'] + 1} after iteration {step}")
 

@@ -55,6 +55,10 @@ class TrainLoader(DataLoader):
         """start: batches of the epoch that an interrupted run has had; or samples, if of another size."""
         self.batch_sampler.set_epoch(epoch, start, samples)
 
+    def samples_of_epoch(self):
+        """Of all processes, with those that an interrupted run has had."""
+        return len(self.batch_sampler.order.order())
+
 
 class ImageLoader(DataLoader):
     """(pids [B], normalised images [B, 3, H, W] on the device)."""

@@ -28,6 +28,7 @@ class Steps:
     start: int = 0  # the steps that an interrupted run has done
     meters: "Meters | None" = None  # their Meters
     watch: "FiniteWatch | None" = None  # of this epoch, for a caller whose after_step saves: it looks first
+    before_step: Callable | None = None  # called with the step's number, from 1
     after_step: Callable | None = None  # called with (step, meters); may raise to leave
 
 
@@ -49,6 +50,8 @@ def train_one_epoch(model, loader, optimizer, device, epoch, steps=None):
         samples = batch.samples
         if not samples:  # all its images were left out
             continue
+        if how.before_step:
+            how.before_step(step)
         optimizer.zero_grad(set_to_none=True)
         loss, report = backward(model, batch, device, how.micro_batch)
         watch.before_step(step, loss, report, batch)

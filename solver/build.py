@@ -88,7 +88,8 @@ def lr_at(
     target_lr=0,
     power=0.9,
 ):
-    """Rate of the epoch (the first is 0) for a group whose rate is base_lr; the published formulas.
+    """Rate of the epoch (the first is 0) for a group whose rate is base_lr; the published formulas. Within
+    an epoch, of a fraction: 1.5 is half-way through the second.
 
     `poly` is power^(1 − r), not (1 − r)^power, and `linear` ignores target_lr: both as published. target_lr
     is the same for every group, whatever its factor.
@@ -113,29 +114,45 @@ def lr_at(
 
 
 class EpochSchedule(LRScheduler):
-    """Sets each group's rate to lr_at(epoch, its own rate, **settings); stepped once an epoch."""
+    """Sets each group's rate to lr_at(epoch, its own rate, **settings); stepped once an epoch.
 
-    def __init__(self, optimizer, num_epoch, **settings):
-        self.num_epoch, self.settings = num_epoch, settings
+    per: "step" for a rate of each step's own, which `within_epoch` sets before it; it follows from where the
+    step is, so that nothing of it is kept in a checkpoint.
+    """
+
+    def __init__(self, optimizer, num_epoch, per="epoch", **settings):
+        self.num_epoch, self.per, self.settings = num_epoch, per, settings
         super().__init__(optimizer)
 
+    def within_epoch(self, done):
+        """With a rate per step, set that of the step before which this share of the epoch is done."""
+        if self.per == "step":
+            self._set(self.last_epoch + done)
+
+    def _set(self, epoch):
+        self._last_lr = self.rates(epoch)
+        for group, lr in zip(self.optimizer.param_groups, self._last_lr, strict=True):
+            group["lr"] = lr
+
+    def rates(self, epoch):
+        return [lr_at(epoch, lr, self.num_epoch, **self.settings) for lr in self.base_lrs]
+
     def get_lr(self):
-        return [lr_at(self.last_epoch, lr, self.num_epoch, **self.settings) for lr in self.base_lrs]
+        return self.rates(self.last_epoch)
 
     def state_dict(self):
         return {"last_epoch": self.last_epoch, "base_lrs": list(self.base_lrs)}
 
     def load_state_dict(self, state):
         self.last_epoch = state["last_epoch"]
-        for group, lr in zip(self.optimizer.param_groups, self.get_lr(), strict=True):
-            group["lr"] = lr
-        self._last_lr = self.get_lr()
+        self._set(self.last_epoch)
 
 
 def build_lr_scheduler(args, optimizer):
     return EpochSchedule(
         optimizer,
         args.num_epoch,
+        per=args.lr_per,
         lrscheduler=args.lrscheduler,
         warmup_epochs=args.warmup_epochs,
         warmup_factor=args.warmup_factor,

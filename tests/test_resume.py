@@ -70,6 +70,7 @@ IN_A_BATCH, AT_THE_LAST_BATCH, BETWEEN_EPOCHS = (
     "Results - Epoch: 2",
 )
 MASKED_WORDS = ("--loss_names", "sdm+mlm+id")
+RATE_PER_STEP = ("--lr_per", "step", "--warmup_epochs", "3", "--log_period", "1")
 CASES = {  # options of both runs, where the signal comes, which one, options beside --resume
     "in a batch": ((), IN_A_BATCH, signal.SIGTERM, ()),
     "in a batch, masked words": (MASKED_WORDS, IN_A_BATCH, signal.SIGINT, ()),
@@ -80,6 +81,8 @@ CASES = {  # options of both runs, where the signal comes, which one, options be
     "between epochs while two processes load": (("--num_workers", "2"), BETWEEN_EPOCHS, signal.SIGTERM, ()),
     "other loading processes afterwards": ((), IN_A_BATCH, signal.SIGTERM, ("--num_workers", "1")),
     "averaged weights": (("--ema", "0.9"), IN_A_BATCH, signal.SIGTERM, ()),
+    "a rate per step": (RATE_PER_STEP, IN_A_BATCH, signal.SIGTERM, ()),
+    "a rate per step, after the epoch's last batch": (RATE_PER_STEP, AT_THE_LAST_BATCH, signal.SIGTERM, ()),
     "identity sampler": (("--sampler", "identity"), "Epoch[2] Iteration[2", signal.SIGTERM, ()),
 }
 
@@ -312,6 +315,28 @@ def test_an_epoch_goes_on_with_the_samples_that_are_left_whatever_the_batch(size
     assert run(resume, tmp_path / "more") == 0
     left = 48 - last["samples"]
     assert (tmp_path / "more").read_text().count("Epoch[1] Iteration[") == -(-left // size)
+
+
+@pytest.mark.parametrize("size", [4, 8, 48])
+def test_a_rate_per_step_goes_on_where_it_was_whatever_the_batch(size, data, tmp_path):
+    """48 captions, 12 done or more in batches of 4: of each step the rate of the share that is done."""
+    argv = words(data, tmp_path, "--lr_per", "step", "--warmup_epochs", "2", "--save_period", "3", epochs=1)
+    argv[argv.index("--batch_size") + 1] = "4"
+    cue = ("Iteration[3/12]", signal.SIGTERM)
+    assert run([*argv, "--log_period", "1"], tmp_path / "output", cue) == STOPPED
+    folder = only_run(tmp_path)
+    done = load_checkpoint(folder / "last.pth")["samples"]
+    resume = ["--resume", "--output_dir", tmp_path, "--batch_size", size, "--log_period", 1]
+    assert run(resume, tmp_path / "more") == 0
+
+    def rates(samples):
+        return [pytest.approx(1e-3 * (0.1 + 0.9 * one / 48 / 2), rel=1e-2) for one in samples]
+
+    for output, samples in (("output", range(0, done, 4)), ("more", range(done, 48, size))):
+        said = re.findall(r"Base Lr: (\S+)", (tmp_path / output).read_text())
+        assert [float(rate) for rate in said] == rates(samples) and len(said) == len(samples) > 0
+    ((_, shown),) = curves(folder)["lr"]
+    assert [shown] == rates([range(done, 48, size)[-1]])
 
 
 # ---- two at once ----

@@ -134,6 +134,38 @@ def test_a_restored_schedule_goes_on_as_an_unbroken_one(case):
     assert optimizer.param_groups[0]["lr"] == pytest.approx(case["lr_at"][40], rel=1e-12, abs=0)
 
 
+def rates_within(args, shares):
+    """The groups' rates of two epochs at these shares of an epoch, and the scheduler."""
+    optimizer = build_optimizer(args, TwoGroups())
+    scheduler, found = build_lr_scheduler(args, optimizer), []
+    for _ in range(2):
+        for done in shares:
+            scheduler.within_epoch(done)
+            found.append([group["lr"] for group in optimizer.param_groups])
+            assert scheduler.get_last_lr() == found[-1]
+            optimizer.step()
+        scheduler.step()
+    return found, scheduler
+
+
+@pytest.mark.parametrize("mode", ["step", "exp", "poly", "cosine", "linear"])
+def test_a_rate_per_step_is_the_schedule_at_a_fraction_of_the_epoch(mode):
+    given = dict(lrscheduler=mode, num_epoch=2, warmup_epochs=1, milestones=[1], lr_factor=3, target_lr=1e-7)
+    found, scheduler = rates_within(options(lr_per="step", **given), [0, 0.25, 0.5, 0.75])
+    settings = {k: v for k, v in given.items() if k != "lr_factor"}
+    for (plain, cross), epoch in zip(found, [0, 0.25, 0.5, 0.75, 1, 1.25, 1.5, 1.75], strict=True):
+        assert plain == lr_at(epoch, 1e-5, **settings)
+        assert cross == lr_at(epoch, 1e-5 * 3, **settings)
+    assert [plain for plain, _ in found[:5]] == pytest.approx([1e-6, 3.25e-6, 5.5e-6, 7.75e-6, found[4][0]])
+    assert (len({plain for plain, _ in found[4:]}) == 1) == (mode == "step")
+    assert scheduler.state_dict().keys() == {"last_epoch", "base_lrs"}  # as before: either can go on
+
+
+def test_published_rates_do_not_change_within_an_epoch():
+    found, _ = rates_within(options(num_epoch=2, warmup_epochs=1), [0, 0.5, 0.75])
+    assert found[0] == found[1] == found[2] != found[3] == found[4] == found[5]
+
+
 # ---- the groups ----
 
 

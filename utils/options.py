@@ -150,6 +150,7 @@ OPTIONS = {
     ("--beta", {"train": 0.999}, momentum, "Adam's second beta")],
 "schedule": [
     ("--num_epoch", {"train": 60}, count, "epochs"),
+    ("--lr_per", {"train": "epoch"}, one_of("epoch", "step"), "how often LR changes; published: epoch"),
     ("--lrscheduler", {"train": "cosine"}, one_of(*SCHEDULES), "after the warm-up"),
     ("--warmup_epochs", {"train": 5}, count_or_0, "epochs of warm-up"),
     ("--warmup_factor", {"train": 0.1}, not_negative, "the warm-up starts at LR times this"),
