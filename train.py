@@ -169,6 +169,7 @@ class Training:
         from processor.trainer import FiniteWatch, Meters, Steps, look_period, train_one_epoch
 
         args, done = self.args, self.done
+        self.divide(model, epoch)
         self.train_loader.set_epoch(epoch, samples=done["samples"])
         last, samples = done["iteration"] + len(self.train_loader), self.train_loader.samples_of_epoch()
 
@@ -192,6 +193,37 @@ class Training:
         )
         set_rate(last)  # to be shown, also where the run was stopped after this step, and none was taken here
         return averages
+
+    def divide(self, model, epoch):
+        """Weigh the samples for this epoch; one that was interrupted goes on with the weights it had."""
+        from processor.division import divide
+        from utils.dist import unwrapped
+
+        args, done = self.args, self.done
+        if not args.division:
+            return
+        if not done["samples"]:
+            careful = args.dataset_name == "RSTPReid" or args.noisy_rate > 0.4
+            self.train_loader.set_epoch(epoch)
+            seed = args.seed * 1_000_003 + epoch
+            weights, counts = divide(
+                unwrapped(model), self.train_loader, self.device, seed, careful, self.leave_if_asked
+            )
+            done["label_hat"] = weights.byte()
+            both, one, none = counts
+            self.run.log.info(
+                f"Epoch[{epoch}] clean pairs: {both}, doubtful: {one}, left out: {none}; "
+                f"{int(weights.sum())} of {len(weights)} count"
+            )
+        self.train_loader.weights = done["label_hat"].float()
+
+    def leave_if_asked(self):
+        """Within what nothing is kept of."""
+        from utils.dist import any_process
+        from utils.run import Stopped
+
+        if any_process(self.stop.asked, self.device):
+            raise Stopped(f"stopped after epoch {self.done['epoch']}")
 
     def samples_after(self, step):
         """Samples of the epoch that are done after this step, the earlier ones in batches of any size."""
@@ -308,6 +340,8 @@ def evaluate_epoch(model, ema, img_loader, txt_loader, device, run, epoch):
 def restore(parts, state, source):
     """Put a checkpoint's parts back; returns what it says of the progress. Of a published one the weights
     fit, but not the optimiser."""
+    import torch
+
     from utils.checkpoint import fit_groups, load_optimizer, load_weights
 
     model, optimizer = parts["model"], parts["optimizer"]
@@ -318,6 +352,7 @@ def restore(parts, state, source):
         restore_average(parts["ema"], state.get("ema"), source)
     kinds = {"epoch": int, "iteration": int, "samples": int, "to_evaluate": bool}
     kinds.update({"best_R1": float, "best_epoch": int, "meters": dict})
+    kinds.update({"label_hat": torch.Tensor})
     kinds.update({"best_ema_R1": float, "best_ema_epoch": int} if "ema" in parts else {})
     kept = {key: state[key] for key in kinds if key in state}
     try:

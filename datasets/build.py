@@ -3,13 +3,14 @@
 import logging
 from multiprocessing import get_all_start_methods
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
 from datasets.annotations import log_statistics, read_splits, source_of
 from datasets.image_cache import open_images
 from datasets.image_text import CaptionDataset, ImageDataset, PairDataset, finish
-from datasets.sampler import BatchShares, IdentityOrder, RandomOrder, Share
+from datasets.sampler import BatchShares, IdentityOrder, RandomOrder, Share, mixed
 from utils.batch import Batch
 from utils.data_sets import ignored_name
 from utils.dist import total, world_size
@@ -25,9 +26,11 @@ class TrainLoader(DataLoader):
     """Gives utils.batch.Batch, its images on the device, its ids on the host. Under torchrun each is this
     process's share, and its batch_size says how many samples all have together."""
 
-    def __init__(self, *args, device, **kwargs):
+    def __init__(self, *args, device, divided=False, **kwargs):
+        """divided: batches say which samples they hold, for processor.division."""
         super().__init__(*args, **kwargs)
-        self._device, self.left_out = device, {}
+        self._device, self.left_out, self._divided = device, {}, divided
+        self.weights = None  # [N] of the training samples, for the losses
 
     def __iter__(self):
         for size, batch in zip(self.batch_sampler.sizes(), super().__iter__(), strict=True):
@@ -40,6 +43,10 @@ class TrainLoader(DataLoader):
                 if self.dataset.skip_bad:  # any of them may have left some out
                     size = int(total(torch.tensor(len(batch["pids"]), device=self._device)))
                 batch["batch_size"] = size
+            if self.weights is not None:
+                batch["label_hat"] = self.weights[batch["indices"]]
+            if not self._divided:
+                del batch["indices"]
             images = finish(batch.pop("images"), self._device, boxes)
             yield Batch(images=images, **batch)
             del images  # not kept here while the next batch is made
@@ -128,9 +135,10 @@ def train_loader(args, splits, device, images):
         raise InputError(
             f"--batch_size {args.batch_size} is larger than the training set ({len(splits.train)} captions)"
         )
+    samples = exchanged(splits.train, args.noisy_rate, args.noisy_file, args.seed)
     masking = (args.masked_token_rate, args.masked_token_unchanged_rate) if args.MLM else None
     dataset = PairDataset(
-        splits.train,
+        samples,
         args.img_size,
         args.text_length,
         args.seed,
@@ -139,6 +147,7 @@ def train_loader(args, splits, device, images):
         args.clean_captions,
         images,
         skip_bad=args.on_bad_image == "skip",
+        text_aug=args.text_aug,
     )
     logger.info(f"using {args.sampler} sampler")
     if masking:
@@ -160,9 +169,41 @@ def train_loader(args, splits, device, images):
         batch_sampler=BatchShares(sampler, args.batch_size),
         collate_fn=as_it_is,
         device=device,
+        divided=args.division,
         persistent_workers=args.num_workers > 0,  # the epoch comes with each key: workers need not start anew
         **workers(args, device),
     )
+
+
+def exchanged(samples, rate, file, seed):
+    """The training samples with captions of others, for tables of noise: a drawn share of them permuted, or
+    sample i with the caption of sample file[i], as the published files have it."""
+    N = len(samples)
+    places = read_places(file, N) if file else np.arange(N)
+    if rate and not file:
+        rng = np.random.RandomState(mixed(seed, 3) % 2**32)
+        chosen = rng.permutation(N)[: round(rate * N)]
+        places[np.sort(chosen)] = chosen
+    moved = int((places != np.arange(N)).sum())
+    if moved:
+        logger.info(f"{moved} of {N} training captions are another sample's")
+    return [one._replace(caption=samples[place].caption) for one, place in zip(samples, places, strict=True)]
+
+
+def read_places(file, N):
+    """Of an .npy file: [N] whole numbers below N."""
+    try:
+        places = np.load(file, allow_pickle=False)
+    except OSError as error:
+        raise InputError(f"--noisy_file {file} cannot be read: {error.strerror or error}") from None
+    except (ValueError, EOFError):
+        raise InputError(f"--noisy_file {file} is not an .npy file of whole numbers") from None
+    fits = isinstance(places, np.ndarray) and places.shape == (N,) and places.dtype.kind in "iu"
+    if not fits or places.min() < 0 or places.max() >= N:
+        raise InputError(
+            f"--noisy_file {file} must hold {N} whole numbers from 0 to {N - 1}, one a training caption"
+        )
+    return places
 
 
 def as_it_is(batch):

@@ -1,13 +1,14 @@
 """Samples and batches. A training sample's randomness is a function of (seed, epoch, sample)."""
 
 import math
+import random
 
 import torch
 from torch.utils.data import Dataset, get_worker_info
 
 from datasets.image_cache import DecodedImages
 from datasets.sampler import mixed
-from datasets.tokenizer import mask_tokens, tokenize_all
+from datasets.tokenizer import augment_tokens, mask_tokens, tokenize_all
 from datasets.transforms import draw_augmentation, erase, normalise, place
 from utils.dist import to_device
 from utils.errors import InputError
@@ -19,6 +20,7 @@ class PairDataset(Dataset):
     samples: list of annotations.TrainSample. masking: (mask_rate, unchanged_rate), or None for no masked ids.
     clean_captions: keep caption_ids unmasked; else they are the masked ids, as published.
     images: where pixels come from, if not from decoding the file: see datasets.image_cache.
+    text_aug: augment captions by tokenizer.augment_tokens.
     skip_bad: leave out a sample whose image cannot be read, and name it in `left_out`, instead of an error.
     """
 
@@ -33,8 +35,9 @@ class PairDataset(Dataset):
         clean_captions=False,
         images=None,
         skip_bad=False,
+        text_aug=False,
     ):
-        self.skip_bad = skip_bad
+        self.skip_bad, self.text_aug = skip_bad, text_aug
         self.samples, self.img_size, self.seed, self.img_aug = samples, tuple(img_size), seed, img_aug
         self.masking, self.clean_captions = masking, clean_captions
         self.images = DecodedImages(img_size) if images is None else images
@@ -52,7 +55,8 @@ class PairDataset(Dataset):
         keys = [key for key, path in zip(keys, paths, strict=True) if path in found]
         samples = [self.samples[index] for _, index in keys]
         images = empty_images(len(keys), self.img_size)
-        boxes, noise = [], torch.empty(len(keys), 2, self.caption_ids.shape[1])
+        caption_ids = self.caption_ids[[index for _, index in keys]]
+        boxes, noise = [], torch.empty(len(keys), 2, caption_ids.shape[1])
         for row, ((epoch, index), sample) in enumerate(zip(keys, samples, strict=True)):
             # image and mask draw from two streams: --img_aug does not change the masks
             generator.manual_seed(mixed(self.seed, epoch, index, 0))
@@ -63,11 +67,15 @@ class PairDataset(Dataset):
             if self.masking:
                 generator.manual_seed(mixed(self.seed, epoch, index, 1))
                 noise[row].uniform_(generator=generator)
+            if self.text_aug:
+                rng = random.Random(mixed(self.seed, epoch, index, 2))
+                caption_ids[row] = augment_tokens(caption_ids[row], rng)
         batch = {
             "pids": torch.tensor([sample.pid for sample in samples], dtype=torch.long),
             "image_ids": torch.tensor([sample.image_id for sample in samples], dtype=torch.long),
             "images": images,
-            "caption_ids": self.caption_ids[[index for _, index in keys]],
+            "caption_ids": caption_ids,
+            "indices": torch.tensor([index for _, index in keys], dtype=torch.long),
             "boxes": torch.tensor(boxes, dtype=torch.long).reshape(-1, 4),
             "left_out": left_out,
         }

@@ -128,6 +128,19 @@ def tokenize_all(captions, text_length=77):
     return torch.stack([known[caption] for caption in captions])
 
 
+def augment_tokens(ids, rng):
+    """RDE's augmentation of a caption (arXiv 2308.09911): of its words 12 % become MASK, 4 % another one, and
+    4 % go. ids: [L]. rng: random.Random; a number for each word in order, and a choice for each new one."""
+    kept = []
+    for token in ids.tolist():
+        if 0 < token < MASK and (drawn := rng.random()) < 0.2:
+            if drawn / 0.2 >= 0.8:
+                continue
+            token = MASK if drawn / 0.2 < 0.6 else rng.choice(range(1, MASK))
+        kept.append(token)
+    return torch.tensor(kept + [0] * (len(ids) - len(kept)))
+
+
 def mask_tokens(ids, noise, mask_rate=0.8, unchanged_rate=0.1):
     """BERT's masking as the published code does it, for a batch of captions at once.
 

@@ -158,8 +158,8 @@ class IRRA(nn.Module):
         with self.autocast(batch.caption_ids.device):
             image, image_tokens, *image_row = self.image_side(batch.images, all_tokens, self.selects)
             shared = words and batch.same_caption
-            # padding takes part in the mlm head, in efa, and in what the selected tokens are normalised by
-            whole = shared or self.uses_tokens or self.selects
+            # padding takes part in the mlm head, in efa, and where a batch normalises its selected tokens
+            whole = shared or self.uses_tokens or (self.selects and self.texual_emb_layer.norm == "train")
             ids = batch.caption_ids if whole else batch.caption_ids[:, : batch.text_length]
             text, text_tokens, *text_row = self.text_side(ids, self.selects)
             found = {"image_features": image, "text_features": text}
@@ -256,6 +256,22 @@ class IRRA(nn.Module):
                 report["txt_acc"] = accuracy(given["text_logits"], given["pids"])
             report[f"{name}_loss"] = self.weighted(name, objectives.compute(name, given))
         return report
+
+    def losses_of_samples(self, batch):
+        """((B,) indices, (kinds, B) losses): what each sample loses in the losses of two features, in the
+        global features and, with token selection, in the second embedding. batch: planned."""
+        found, _ = self.features(batch)
+        sizes = share_sizes(len(batch.pids), batch.pids.device)
+        given = {name: gather(values, sizes) for name, values in found.items()}
+        given.update(self.constants, pids=gather(batch.pids, sizes), logit_scale=self.logit_scale)
+        sides = [(given["image_features"], given["text_features"])]
+        sides += [(given["image_selected"], given["text_selected"])] if self.selects else []
+        names = [name for name in self.loss_names if LOSSES[name].each]
+        losses = []
+        for image, text in sides:
+            given.update(image_features=image, text_features=text)
+            losses.append(sum(objectives.compute(name, given, kind="each") for name in names))
+        return gather(batch.indices, sizes), torch.stack(losses)
 
     def sum_of_pairs(self, given, image_features, text_features):
         """What the losses of two features alone give for these features."""

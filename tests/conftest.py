@@ -20,6 +20,8 @@ ROOT = Path(__file__).parent.parent
 SLOW = {  # what --fast leaves out, by what takes it long: a file, or file::beginning of a test's name
     "several processes": (
         "test_distributed.py",
+        "test_methods.py::test_two_processes",
+        "test_noise.py::test_processes_divide",
         "test_micro_batch.py::test_a_training_in_parts_by_five_processes",
         "test_options.py::test_of_many_processes",
         "test_extending.py::test_a_new_loss_is_the_same_in_two_processes",
@@ -30,12 +32,14 @@ SLOW = {  # what --fast leaves out, by what takes it long: a file, or file::begi
         "test_kills.py",
         "test_resume.py",
         "test_finite.py::test_the_last_checkpoint_stays_good_and_goes_on",
+        "test_noise.py::test_a_run_that_divides",
         "test_files.py::test_a_training_without_room",
         "test_files.py::test_a_full_disk",
         "test_files.py::test_a_resumed_run",
     ),
     "long trainings": (
         "test_trajectory.py",
+        "test_methods.py::test_twenty_steps",
         "test_average.py::test_what_is_trained_does_not_depend_on_it",
         "test_average.py::test_it_can_begin_and_end",
         "test_exactness.py::test_ten_steps",

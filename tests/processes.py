@@ -15,6 +15,7 @@ import torch.distributed as dist
 import train
 from datasets import build_dataloader
 from model import build_model, objectives
+from processor.division import divide
 from processor.evaluator import encode, evaluate
 from processor.trainer import Steps, train_one_epoch
 from solver import build_lr_scheduler, build_optimizer
@@ -254,3 +255,13 @@ def workers_of(process):
         if ranks:
             found[int(ranks[0])] = int(pid)
     return [found[rank] for rank in sorted(found)]
+
+
+def divided(argv):
+    """processor.division's weights and counts before the first epoch."""
+    args = get_args(argv)
+    with process_group(CPU):
+        torch.manual_seed(args.seed)
+        loader, *_, num_classes = build_dataloader(args)
+        loader.set_epoch(1)
+        return divide(build_model(args, num_classes), loader, CPU, 5, False)

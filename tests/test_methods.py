@@ -185,7 +185,7 @@ def layer_of(kind, norm):
         "text": ("texual_emb_layer.", SelectedWords, TSE["text"]["L"]),
         "image": ("visul_emb_layer.", SelectedPatches, TSE["image"]["N"]),
     }[kind]
-    layer, ids = cls(512, TSE["ratio"], norm), RDE["tse_ids"]
+    layer, ids = cls(512, ratio=TSE["ratio"], norm=norm), RDE["tse_ids"]
     state = {}
     for name, value in layer.state_dict().items():
         shape = tuple(value.shape)

@@ -4,7 +4,10 @@ import importlib
 
 from utils.errors import InputError
 
-PACKAGES = {"faiss": "faiss-cpu"}  # where the package's name is not the module's
+PACKAGES = {
+    "faiss": "faiss-cpu",
+    "sklearn.mixture": "scikit-learn",
+}  # where the package's name is not the module's
 
 
 def extra(module, requirements="requirements-search.txt"):

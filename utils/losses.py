@@ -12,17 +12,18 @@ class Loss(NamedTuple):
     weight: str | None = None  # the option that multiplies it
     options: tuple = ()  # those whose values it asks for by name
     switch: str | None = None  # the option that brings it, instead of --loss_names
+    each: bool = False  # there is each_<name>, the loss of each sample, and it heeds the samples' weights
     tokens: bool = False  # it looks at image tokens, which a ResNet does not give
 
 
 LOSSES = {  # in the order of log lines and plots
-    "sdm": Loss(),
-    "itc": Loss(),
+    "sdm": Loss(each=True),
+    "itc": Loss(each=True),
     "cmpm": Loss(),
     "id": Loss(of="logits", weight="id_loss_weight"),
     "mlm": Loss(of="words", weight="mlm_loss_weight", tokens=True),
-    "tal": Loss(options=("tau", "margin")),
-    "trl": Loss(options=("tau", "margin")),
+    "tal": Loss(options=("tau", "margin"), each=True),
+    "trl": Loss(options=("tau", "margin"), each=True),
     "asdm": Loss(),
     "efa": Loss(of="tokens", tokens=True),
     "tse": Loss(of="selected", switch="token_selection", tokens=True),

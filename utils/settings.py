@@ -57,6 +57,12 @@ def check(args, precision=None, processes=1, resnet=None, context_length=None):
             f"--token_selection gives a second embedding to a loss of features, and --loss_names "
             f"{args.loss_names} has none: add one of {', '.join(compared)}"
         )
+    heeding = [name for name, row in LOSSES.items() if row.each]
+    if args.division and not {*losses} & {*heeding}:
+        raise InputError(
+            f"--division weighs samples, and --loss_names {args.loss_names} has no loss that heeds that: add "
+            f"one of {', '.join(heeding)}"
+        )
     if args.token_selection and args.tse_norm == "train" and args.micro_batch and args.training:
         raise InputError(
             "--micro_batch is not exact with --tse_norm train, which normalises over the samples at hand: "

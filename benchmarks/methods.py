@@ -1,0 +1,67 @@
+"""What RDE's second embedding costs: a training step against IRRA's sdm+id, and encoding for evaluation.
+
+python -m benchmarks.methods                                      CPU
+python -m benchmarks.methods --device cuda --batch_size 64        on a GPU
+
+A step is forward, backward and the optimiser's, of full-size models from random weights.
+"""
+
+import argparse
+
+import torch
+
+from benchmarks.harness import interleaved, record
+from benchmarks.step import PERSONS, TINY, OurStep, batch_of
+from model import build_model
+from solver import build_optimizer
+from utils.dist import pick_device, to_device
+from utils.options import get_args
+
+ARMS = {  # what is typed; the first is the baseline
+    "sdm+id": "--loss_names sdm+id",
+    "tal and selected tokens": "--loss_names tal --token_selection",
+}
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--precision", default="fp32")
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--tiny", action="store_true", help="a tiny model: whether the benchmark runs at all")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    device = pick_device(args.device)
+    tiny = ["--clip_architecture", *TINY] if args.tiny else []
+    steps, encodings = {}, {}
+    for name, typed in ARMS.items():
+        words = ["--pretrain_choice", "random", *tiny, "--device", args.device, "--precision", args.precision]
+        chosen = get_args([*words, *typed.split()])
+        torch.manual_seed(0)
+        model = build_model(chosen, PERSONS)
+        batch = batch_of(args.batch_size, chosen.img_size)
+        steps[name] = OurStep(model.train(), build_optimizer(chosen, model), batch, device)
+        encodings[name] = encoding_of(model, batch, device)
+    what = f"batch {args.batch_size}, {args.precision}{', tiny model' if args.tiny else ''}"
+    for kind, arms in (("training step", steps), ("encoding pictures and captions", encodings)):
+        measured = interleaved(arms, args.repeats, 1, device)
+        for seconds, clock in zip(measured, ("time", "CPU time"), strict=True):
+            record(f"{kind}, {what}, {clock}", seconds, "s", baseline="sdm+id", device=device)
+
+
+def encoding_of(model, batch, device):
+    images, ids = (to_device(batch[name], device) for name in ("images", "caption_ids"))
+
+    def encode():
+        model.eval()
+        with torch.no_grad():
+            model.encode_image(images)
+            model.encode_text(ids)
+
+    return encode
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""Which training pairs are taken for wrong: consensus division, CCD of RDE (arXiv 2308.09911).
+
+Before each epoch the loss of every sample is computed; a mixture of two Gaussians calls those near its lower
+mean clean. Global features and selected tokens vote; where they disagree a coin decides.
+"""
+
+import numpy as np
+import torch
+
+from datasets.sampler import mixed
+from utils.errors import InputError
+from utils.extras import extra
+
+FEWEST = 4  # samples that two Gaussians can be told of
+CAREFUL = {"max_iter": 100, "tol": 1e-4, "reg_covar": 1e-6}
+USUAL = {"max_iter": 10, "tol": 1e-2, "reg_covar": 5e-4}
+
+
+def divide(model, loader, device, seed, careful, after_batch=None):
+    """(weights [N] of the training samples, 0 or 1; how many both, one and none of the votes call clean).
+
+    The same in every process, and a function of the weights, the loader's epoch and the seed. careful: the
+    published settings for RSTPReid and for much noise. after_batch: called after each batch; may raise.
+    """
+    kinds = sample_losses(model, loader, device, after_batch)
+    votes = [clean(losses, mixed(seed, n) % 2**32, careful) for n, losses in enumerate(kinds)]
+    agreed = torch.from_numpy(sum(vote.astype(np.int64) for vote in votes))
+    coin = torch.randint(0, 2, agreed.shape, generator=torch.Generator().manual_seed(mixed(seed, 2)))
+    weights = torch.where(agreed == len(votes), 1, torch.where(agreed == 0, 0, coin))
+    counts = [int((agreed == n).sum()) for n in range(len(votes) + 1)]
+    return weights, (counts[-1], sum(counts[1:-1]), counts[0])
+
+
+@torch.no_grad()
+def sample_losses(model, loader, device, after_batch=None):
+    """[N] losses of the training samples in batches as in training, of the global features and, with token
+    selection, of the second embedding. A sample whose image was left out has the mean of the others."""
+    was_training = model.training
+    model.eval()
+    found = torch.full((1 + model.selects, len(loader.dataset)), torch.nan, device=device)
+    for batch in loader:
+        indices, losses = model.losses_of_samples(batch.planned().to(device))
+        found[:, indices] = losses
+        if after_batch:
+            after_batch()
+    model.train(was_training)
+    return [np.nan_to_num(row, nan=np.nanmean(row)) for row in found.double().cpu().numpy()]
+
+
+def clean(losses, seed, careful):
+    """[N] truth values: whether a sample is taken for right. seed: of the mixture's start, below 2^32."""
+    if len(losses) < FEWEST:
+        raise InputError(f"--division needs at least {FEWEST} training samples, and there are {len(losses)}")
+    mixture = extra("sklearn.mixture", "requirements-methods.txt").GaussianMixture
+    low, high = losses.min(), losses.max()
+    scaled = ((losses - low) / (high - low if high > low else 1))[:, None]
+    if high == low:
+        return np.ones(len(losses), bool)
+    fitted = mixture(2, random_state=seed, **(CAREFUL if careful else USUAL)).fit(scaled)
+    return split(fitted.predict_proba(scaled)[:, fitted.means_.argmin()])
+
+
+def split(probability):
+    """Which are clean by their probability [N] of being so. Where all are, one in a hundred is not."""
+    threshold = 0.5
+    if probability.min() > threshold:
+        threshold = np.sort(probability)[len(probability) // 100]
+    return probability > threshold

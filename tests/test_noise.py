@@ -1,0 +1,178 @@
+"""RDE's answer to wrong pairs (arXiv 2308.09911): their division, captions augmented or exchanged."""
+
+import random
+import signal
+
+import numpy as np
+import pytest
+import torch
+
+from datasets import build_dataloader
+from datasets.tokenizer import EOT, MASK, SOT, augment_tokens
+from processor.division import clean, split
+from tests import processes
+from tests.children import differ, draw, only_run, run, words
+from tests.processes import together
+from tests.recipe import arrays, figures, pixels
+from tests.tiny_run import missing
+from utils.errors import InputError
+from utils.options import get_args
+
+CCD = figures("methods/rde_ccd")
+RDE = arrays("methods/rde")
+needs_sklearn = missing("sklearn", "scikit-learn", "requirements-methods.txt")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return draw(tmp_path_factory.mktemp("drawn"))
+
+
+# ---- division ----
+
+
+def losses_of(which):
+    """Every fifth sample is noisy."""
+    recipe = CCD[which]
+    drawn = pixels(recipe["seed"], (CCD["n"],)).numpy()
+    noisy = np.arange(CCD["n"]) % 5 == 4
+    usual = np.float32(recipe["lo"]) + np.float32(recipe["spread"]) * drawn
+    return np.where(noisy, np.float32(recipe["blo"]) + np.float32(recipe["bspread"]) * drawn, usual)
+
+
+@needs_sklearn
+@pytest.mark.parametrize("which", ["A", "B"])
+@pytest.mark.parametrize("published", CCD["runs"], ids=lambda run: run["dataset_name"])
+def test_samples_that_the_published_division_is_sure_of_are_divided_so(published, which):
+    careful = published["dataset_name"] == "RSTPReid"
+    steady = RDE[f"ccd_{published['dataset_name']}_{which}_steady"].numpy()
+    (mixture,) = [row for row in published["gmm"] if row["name"] == which]
+    for seed in range(8):
+        found = clean(losses_of(which).astype(np.float64), seed, careful)
+        assert found[steady == 1].all() and not found[steady == 0].any()
+        low, high = mixture["clean_range"]
+        assert low <= found.sum() <= high
+
+
+@pytest.mark.parametrize("case", CCD["split_prob"], ids=["some", "all above a half"])
+def test_the_threshold_is_a_half_or_leaves_one_in_a_hundred(case):
+    probability = (pixels(143, (203,)).double().numpy() + 2) / 4
+    if "0.6" in case["prob"]:
+        probability = 0.6 + 0.4 * probability
+    found = split(probability)
+    assert found.sum() == case["ones"]
+    if "zeros_at" in case:
+        assert np.flatnonzero(~found).tolist() == case["zeros_at"]
+
+
+@needs_sklearn
+def test_too_few_samples_are_a_sentence_and_equal_ones_are_clean():
+    with pytest.raises(InputError, match="--division needs at least 4 training samples, and there are 3"):
+        clean(np.array([1.0, 2.0, 3.0]), 0, False)
+    assert clean(np.ones(9), 0, False).all()
+
+
+NOISY = ("--division", "--token_selection", "--noisy_rate", "0.3")
+
+
+@needs_sklearn
+def test_a_run_that_divides_goes_on_within_an_epoch_as_if_it_had_not_been_stopped(data, tmp_path):
+    argv = [*words(data, tmp_path / "a", *NOISY, loss_names="tal", epochs=2), "--log_period", "1"]
+    assert run(argv, tmp_path / "output") == 0
+    said = (tmp_path / "output").read_text()
+    assert said.count("clean pairs: ") == 2 and "of 48 training captions are another sample's" in said
+    whole = only_run(tmp_path / "a")
+    argv[argv.index(str(tmp_path / "a"))] = str(tmp_path / "b")
+    assert run(argv, tmp_path / "output", ("Epoch[2] Iteration[2/6]", signal.SIGTERM)) == 3
+    stopped = only_run(tmp_path / "b")
+    state = torch.load(stopped / "last.pth", weights_only=True)
+    assert state["iteration"] == 2 and set(state["label_hat"].tolist()) <= {0, 1}
+    assert run(["--resume", "--resume_ckpt_file", stopped], tmp_path / "more") == 0
+    assert "clean pairs" not in (tmp_path / "more").read_text()
+    assert differ(stopped / "last.pth", whole / "last.pth") == []
+
+
+@needs_sklearn
+def test_processes_divide_as_one_does(data):
+    argv = words(data, data, *NOISY, "--batch_size", "10", loss_names="tal")  # 10, …, 8
+    ((weights, counts),), two = (together(n, processes.divided, argv) for n in (1, 2))
+    assert sum(counts) == len(weights) == 48
+    for others, other_counts in two:
+        assert other_counts == counts and torch.equal(others, weights)
+
+
+# ---- captions ----
+
+
+def test_words_are_masked_exchanged_and_dropped_as_published():
+    for seed, expected in zip(RDE["aug_seeds"].tolist(), RDE["aug_out"], strict=True):
+        rng = random.Random(seed)
+        found = torch.stack([augment_tokens(ids, rng) for ids in RDE["aug_ids"]])
+        assert torch.equal(found, expected)
+
+
+def test_augmented_captions_are_a_function_of_seed_epoch_and_sample(data):
+    def epoch_of(number, *more):
+        typed = words(data, data, *more, "--division", loss_names="tal")
+        loader, *_ = build_dataloader(get_args(typed))
+        loader.set_epoch(number)
+        batches = list(loader)
+        ids, at = (torch.cat([batch[key] for batch in batches]) for key in ("caption_ids", "indices"))
+        return ids[at.argsort()]
+
+    options = ("--text_aug", "--MLM", "--clean_captions")
+    first = epoch_of(1, *options)
+    assert torch.equal(first, epoch_of(1, *options, "--batch_size", "5"))
+    assert not torch.equal(first, epoch_of(2, *options))
+    plain = epoch_of(1, "--clean_captions")
+    assert (first != plain).any() and (first == MASK).any() and not (plain == MASK).any()
+    assert (first[:, 0] == SOT).all() and ((first == EOT).sum(1) == 1).all()
+
+
+def captions(data, *more):
+    loader, *_ = build_dataloader(get_args(words(data, data, *map(str, more), loss_names="tal")))
+    return [sample.caption for sample in loader.dataset.samples], loader.dataset.samples
+
+
+def test_a_drawn_share_of_captions_is_permuted_and_everything_else_stays(data):
+    plain, before = captions(data)
+    noisy, after = captions(data, "--noisy_rate", "0.5")
+    moved = [n for n, (a, b) in enumerate(zip(plain, noisy, strict=True)) if a != b]
+    assert 12 <= len(moved) <= 24 and sorted(plain) == sorted(noisy)
+    assert [one._replace(caption="") for one in before] == [one._replace(caption="") for one in after]
+    assert noisy == captions(data, "--noisy_rate", "0.5")[0]
+
+
+def test_sample_i_has_the_caption_of_sample_file_i(data, tmp_path):
+    plain, _ = captions(data)
+    places = np.random.RandomState(0).permutation(len(plain))
+    np.save(tmp_path / "noise.npy", places)
+    noisy, _ = captions(data, "--noisy_file", tmp_path / "noise.npy")
+    assert noisy == [plain[place] for place in places]
+
+
+WRONG = {
+    "of another length": (lambda path: np.save(path, np.arange(7)), "must hold 48 whole numbers"),
+    "of places that are not there": (lambda path: np.save(path, np.arange(48) + 1), "from 0 to 47"),
+    "of fractions": (lambda path: np.save(path, np.zeros(48)), "must hold 48 whole numbers"),
+    "of objects": (lambda path: np.save(path, np.array([{}] * 48), allow_pickle=True), "is not an .npy file"),
+    "of text": (lambda path: path.write_text("0 1 2"), "is not an .npy file"),
+    "that is not there": (lambda path: None, "No such file"),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_a_noise_file_is_one_sentence(kind, data, tmp_path):
+    make, said = WRONG[kind]
+    make(path := tmp_path / "noise.npy")
+    with pytest.raises(InputError, match=said) as error:
+        captions(data, "--noisy_file", path)
+    assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("typed", ["--division --loss_names cmpm+id", "--noisy_rate 1.5", "--noisy_rate -1"])
+def test_what_cannot_be_divided_is_one_sentence(typed, capsys):
+    with pytest.raises(SystemExit):
+        get_args(typed.split())
+    err = capsys.readouterr().err
+    assert typed.split()[0] in err and err.count("\n") == 1
