@@ -36,11 +36,13 @@ def test(args, device):
         picture_format(args.picture)  # before the evaluation: that may take long
     if rank() == 0:
         keep_log(logger, Path(args.output or run) / "test_log.txt")
-    logger.info(str(dict(sorted(vars(args).items()))))
+    logger.info(str({key: value for key, value in sorted(vars(args).items()) if key != "passed_over"}))
+    for sentence in args.passed_over:
+        logger.info(sentence)
     checkpoint = Path(args.checkpoint or run / "best.pth")
     img_loader, txt_loader, _ = build_dataloader(args)
     state = load_checkpoint(checkpoint)
-    model = build_trained_model(args, state["model"], checkpoint)
+    model = build_trained_model(args, state["model"], checkpoint, state.get("clip"))
     logger.getChild("test").info("Enter inferencing")
     features = encode(model, img_loader, txt_loader, device, progress=True)
     rows, ranking = evaluate(features, args.i2t)
@@ -88,7 +90,7 @@ def results_name(args, run, checkpoint):
     """results.json is of the run's best.pth on its own data set; another one has a file of its own."""
     from utils.run import results_of
 
-    trained = read_run_options(run / "configs.yaml")
+    trained = read_run_options(run / "configs.yaml", given=("dataset_name",))
     own = args.annotations == trained.annotations and name_of(args) == name_of(trained)
     what = "" if own and args.split == "test" else f"_{name_of(args)}_{args.split}"
     return f"{results_of(run, checkpoint)}{what}.json"

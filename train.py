@@ -49,6 +49,8 @@ def options_to_resume(args, checkpoint, argv):
     saved = vars(read_run_options(configs))
     if not args.config_file:
         args = get_args(["--config_file", str(configs), *argv])
+    if args.activation == "auto":  # it was found when the run began
+        args.activation = saved["activation"]
     changed = [
         f"{key} was {value} before and is {vars(args)[key]} from here on"
         for key, value in saved.items()
@@ -113,7 +115,7 @@ def log_beginning(logger, args, settings, run):
 
 def build_training(args, device, run):
     from datasets import build_dataloader
-    from model import build_model
+    from model.build import build_model, facts_to_keep
     from solver import WeightAverage, build_lr_scheduler, build_optimizer
     from utils.run import leave_signals_to_parent
 
@@ -121,6 +123,8 @@ def build_training(args, device, run):
     for loader in loaders:
         loader.worker_init_fn = leave_signals_to_parent
     model = build_model(args, num_classes)
+    run.found = {"activation": model.base_model.facts["activation"]}  # of `auto`
+    run.kept = facts_to_keep(model)
     run.log.parent.info(f"Total params: {sum(p.numel() for p in model.parameters()) / 1e6:.0f}M")
     optimizer = build_optimizer(args, model)
     parts = {"model": model, "optimizer": optimizer, "scheduler": build_lr_scheduler(args, optimizer)}
@@ -342,11 +346,17 @@ def restore(parts, state, source):
     fit, but not the optimiser."""
     import torch
 
+    from model.build import facts_to_keep
     from utils.checkpoint import fit_groups, load_optimizer, load_weights
 
     model, optimizer = parts["model"], parts["optimizer"]
     saved = fit_groups(optimizer, state.get("optimizer"), model, state["model"], source)
     load_weights(model, state["model"], source)
+    if state.get("clip") != facts_to_keep(model).get("clip"):
+        raise InputError(
+            f"{source} cannot be resumed: its weights were trained with {state.get('clip')}, the run now has "
+            f"{facts_to_keep(model).get('clip')} (see --activation; None: as OpenAI's)"
+        )
     load_optimizer(optimizer, saved, source)
     if "ema" in parts:
         restore_average(parts["ema"], state.get("ema"), source)

@@ -9,7 +9,8 @@ from model import objectives
 from model.clip_model import CLIP, Transformer
 from model.clip_resnet import ModifiedResNet
 from model.irra import GIVEN, IRRA, PARTS
-from model.pretrained import architecture, image_grid, load_clip, new_clip
+from model.pretrained import OPENAIS, architecture, image_grid, load_start, new_clip
+from model.weights import read_facts
 from utils.checkpoint import load_weights
 from utils.errors import InputError
 from utils.losses import LOSSES, names_of
@@ -40,9 +41,18 @@ def check_compiler(device):
 
 def new_model(args, num_classes):
     """build_model's IRRA, in fp32 and not on its device yet."""
-    clip = load_clip(args.pretrain_choice, args.img_size, args.stride_size, args.clip_architecture)
+    clip, heads = load_start(
+        args.pretrain_choice,
+        args.img_size,
+        args.stride_size,
+        args.clip_architecture,
+        args.activation,
+        args.position_grid,
+    )
     check(args, **facts_of(clip))
     model = _with_heads(args, clip, names_of(args), num_classes, args.cmt_depth)
+    if args.keep_heads:
+        keep_heads(model, heads, args.pretrain_choice)
     if args.grad_checkpointing:
         for module in model.modules():
             if isinstance(module, Transformer):
@@ -50,15 +60,35 @@ def new_model(args, num_classes):
     return model
 
 
-def build_trained_model(args, weights, source):
+def keep_heads(model, heads, source):
+    """Take the heads of a file over; a classifier never, whose rows are other persons."""
+    own = model.state_dict()
+    wanted = {name for name, row in PARTS.items() if row.loss and name != "classifier"}
+    wanted = {key for key in own if key.split(".")[0] in wanted}
+    missing = sorted(wanted - heads.keys())
+    if not wanted or missing:
+        what = f"{source} lacks {', '.join(missing[:3])}" if wanted else "no loss of this run has one to keep"
+        raise InputError(f"--keep_heads: {what}; leave it out, and heads start anew")
+    load_weights(model, {**own, **{key: heads[key] for key in wanted}}, source)
+
+
+def facts_to_keep(model):
+    """{"clip": what shapes do not tell of its encoders}, for a checkpoint; nothing where that is as in
+    OpenAI's, so that it has the published parts."""
+    return {} if model.base_model.facts == OPENAIS else {"clip": model.base_model.facts}
+
+
+def build_trained_model(args, weights, source, facts=None):
     """The IRRA of a checkpoint's "model" part. Sizes are read off the weights: no pretrained file is needed.
 
-    Raises InputError where the image size of the options is not that of the weights.
+    facts: the checkpoint's "clip" part. Raises InputError where the image size of the options is not that of
+    the weights.
     """
     encoders = {
         key[len("base_model.") :]: value for key, value in weights.items() if key.startswith("base_model.")
     }
-    sizes = architecture(encoders, source)
+    activation = {} if args.activation == "auto" else {"activation": args.activation}  # of configs.yaml
+    sizes = architecture(encoders, source, {**OPENAIS, **activation, **read_facts(facts, source)})
     rows, columns = image_grid(sizes, args.img_size, args.stride_size)
     if 1 + rows * columns != sizes["vision_positions"]:
         raise InputError(
@@ -66,6 +96,8 @@ def build_trained_model(args, weights, source):
             f"(img_size {args.img_size[0]} {args.img_size[1]}, stride_size {args.stride_size})"
         )
     begun = {key.split(".")[0] for key in weights}  # a head of which a key is missing is still one
+    if foreign := sorted(begun - IRRA.parts.keys()):
+        raise InputError(f"{source} needs layers that this code lacks: {', '.join(foreign[:5])}")
     heads = [
         name for name in LOSSES if any(part in begun and row.loss == name for part, row in PARTS.items())
     ]

@@ -51,6 +51,9 @@ class _QuickGELU(torch.autograd.Function):
         return torch.ops.aten.silu_backward(gradient, 1.702 * x)
 
 
+ACTIVATIONS = {"quick_gelu": QuickGELU, "gelu": nn.GELU}  # OpenAI's; that of most others
+
+
 def attend(attn, query, key, value, causal=False):
     """What `attn` (an nn.MultiheadAttention, which holds the weights) computes, by the fused kernel.
 
@@ -90,13 +93,15 @@ def attention_row(attn, x, at, causal=False):
 
 
 class ResidualAttentionBlock(nn.Module):
-    def __init__(self, width, heads, causal=False):
+    def __init__(self, width, heads, causal=False, activation="quick_gelu"):
         super().__init__()
         self.attn = nn.MultiheadAttention(width, heads)
         self.ln_1 = LayerNorm(width)
         self.mlp = nn.Sequential(
             OrderedDict(
-                c_fc=nn.Linear(width, 4 * width), gelu=QuickGELU(), c_proj=nn.Linear(4 * width, width)
+                c_fc=nn.Linear(width, 4 * width),
+                gelu=ACTIVATIONS[activation](),
+                c_proj=nn.Linear(4 * width, width),
             )
         )
         self.ln_2 = LayerNorm(width)
@@ -119,9 +124,11 @@ class ResidualAttentionBlock(nn.Module):
 
 
 class Transformer(nn.Module):
-    def __init__(self, width, layers, heads, causal=False):
+    def __init__(self, width, layers, heads, causal=False, activation="quick_gelu"):
         super().__init__()
-        self.resblocks = nn.Sequential(*(ResidualAttentionBlock(width, heads, causal) for _ in range(layers)))
+        self.resblocks = nn.Sequential(
+            *(ResidualAttentionBlock(width, heads, causal, activation) for _ in range(layers))
+        )
         self.checkpointing = False  # --grad_checkpointing: keep a block's input only, compute the rest again
 
     def forward(self, x, pick=None, at=None):
@@ -140,8 +147,10 @@ def class_token(x):
 
 
 class VisionTransformer(nn.Module):
-    def __init__(self, grid, patch_size, stride_size, width, layers, heads, output_dim):
-        """grid: (rows, columns) of patches."""
+    def __init__(
+        self, grid, patch_size, stride_size, width, layers, heads, output_dim, activation="quick_gelu"
+    ):
+        """grid: (rows, columns) of patches. activation: of ACTIVATIONS."""
         super().__init__()
         scale = width**-0.5
         self.class_embedding = nn.Parameter(scale * torch.randn(width))
@@ -149,7 +158,7 @@ class VisionTransformer(nn.Module):
         self.proj = nn.Parameter(scale * torch.randn(width, output_dim))
         self.conv1 = nn.Conv2d(3, width, patch_size, stride_size, bias=False)
         self.ln_pre = LayerNorm(width)
-        self.transformer = Transformer(width, layers, heads)
+        self.transformer = Transformer(width, layers, heads, activation=activation)
         self.ln_post = LayerNorm(width)
 
     def forward(self, images, class_only=False, attention=False):
@@ -172,12 +181,14 @@ class VisionTransformer(nn.Module):
 class CLIP(nn.Module):
     """Image and text encoder. `visual` is a VisionTransformer or a ModifiedResNet."""
 
-    def __init__(self, visual, embed_dim, context_length, vocab_size, width, layers, heads):
+    def __init__(
+        self, visual, embed_dim, context_length, vocab_size, width, layers, heads, activation="quick_gelu"
+    ):
         super().__init__()
         self.positional_embedding = nn.Parameter(0.01 * torch.randn(context_length, width))
         self.text_projection = nn.Parameter(width**-0.5 * torch.randn(width, embed_dim))
         self.visual = visual
-        self.transformer = Transformer(width, layers, heads, causal=True)
+        self.transformer = Transformer(width, layers, heads, causal=True, activation=activation)
         self.token_embedding = nn.Embedding(vocab_size, width)
         self.ln_final = LayerNorm(width)
         self._initialise(width, layers)

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-from model.pretrained import CHECKPOINTS
+from model.fetch import openai_name
 from utils.data_sets import name_of
 from utils.run import results_of
 
@@ -190,7 +190,7 @@ def model_card(args, facts, kind, difference):
         use=use.text.format(**values),
         example=EXAMPLE.format(imports=use.imports, body=use.body.format(**values)),
         start=args.pretrain_choice
-        if args.pretrain_choice in (*CHECKPOINTS, "random")
+        if openai_name(args.pretrain_choice) or args.pretrain_choice == "random"
         else "weights of a file",
         figures=figures_of(args),
         difference=difference,

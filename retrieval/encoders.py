@@ -15,7 +15,7 @@ from PIL import UnidentifiedImageError
 from datasets.image_text import finish
 from datasets.tokenizer import EOT, SimpleTokenizer, tokenize
 from datasets.transforms import as_rgb, open_image, resize
-from model.build import build_trained_model
+from model.build import build_trained_model, facts_to_keep
 from model.irra import PARTS
 from utils.checkpoint import load_checkpoint
 from utils.errors import InputError, printable
@@ -95,17 +95,20 @@ def tokenizer():
 def open_run(args):
     """Encoders of the run that a tool's options name (utils.options.tool_args)."""
     checkpoint = Path(args.checkpoint or Path(args.run_dir) / "best.pth")
-    weights = load_checkpoint(checkpoint)["model"]
-    model = build_trained_model(args, weights, checkpoint)
-    selection = (args.select_ratio, args.text_length) if model.selects else ()
-    fingerprint = fingerprint_of(weights, args.img_size, args.stride_size, *selection)
+    state = load_checkpoint(checkpoint)
+    weights = state["model"]
+    model = build_trained_model(args, weights, checkpoint, state.get("clip"))
+    applied = [args.select_ratio, args.text_length] if model.selects else []
+    applied += [sorted(facts.items()) for facts in facts_to_keep(model).values()]
+    fingerprint = fingerprint_of(weights, args.img_size, args.stride_size, *applied)
     return Encoders(model, args.img_size, args.text_length, resolve(args).device, fingerprint)
 
 
 def fingerprint_of(weights, img_size, stride_size, *more):
     """Changes with the encoders' weights and with how they are applied, and with nothing else.
 
-    weights: a checkpoint's, so that it is the same on every device and in every precision.
+    weights: a checkpoint's, so that it is the same on every device and in every precision. more: what else
+    they are applied with, where it is not as published.
     """
     applied = " ".join(map(str, (list(img_size), stride_size, *more)))
     digest = hashlib.blake2b(applied.encode(), digest_size=16)

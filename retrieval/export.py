@@ -17,7 +17,8 @@ from torch import nn
 from datasets.tokenizer import EOT, MASK, SOT, VOCABULARY, tokenize_all, vocabulary_file
 from datasets.transforms import MEAN, STD
 from model.irra import at_eot
-from model.pretrained import POSITIONS_GRID, architecture, image_grid, new_clip
+from model.pretrained import architecture, image_grid, new_clip
+from model.weights_file import POSITIONS_GRID
 from retrieval.cards import model_card
 from retrieval.transformers_clip import fast_tokenizer, their_settings, their_weights
 from utils.errors import InputError
@@ -96,9 +97,10 @@ def export(encoders, args, kind, folder):
 
 def described(encoders, args):
     """What a program needs beside the weights: how pixels and words become numbers."""
-    sizes = architecture(encoders.model.base_model.state_dict())
+    clip = encoders.model.base_model
+    sizes = architecture(clip.state_dict(), facts=clip.facts)
     return {
-        "architecture": {**sizes, "stride_size": args.stride_size, "activation": "QuickGELU"},
+        "architecture": {**sizes, "stride_size": args.stride_size},
         "image": {
             "size": list(encoders.img_size),
             "resize": "bilinear, antialiased (Pillow), to exactly this height and width",
@@ -173,7 +175,8 @@ def write_safetensors(encoders, facts, folder):
     write_weights(path, clip_weights(encoders.model), header_of(facts))
     again = load_file(path)
     stride = facts["architecture"]["stride_size"]
-    clip = new_clip(architecture(again), encoders.img_size, stride).eval()
+    sizes = architecture(again, facts=encoders.model.base_model.facts)
+    clip = new_clip(sizes, encoders.img_size, stride).eval()
     clip.load_state_dict(again)
     return largest_difference(
         encoders,
@@ -259,19 +262,19 @@ def write_open_clip(encoders, facts, folder):
     config = {
         "model_cfg": {
             "embed_dim": sizes["embed_dim"],
-            "quick_gelu": sizes["activation"] == "QuickGELU",
+            "quick_gelu": sizes["activation"] == "quick_gelu",
             "vision_cfg": {
                 "image_size": image["size"],
                 "layers": sizes["vision_layers"],
                 "width": sizes["vision_width"],
-                "head_width": 64,
+                "head_width": sizes["vision_head_width"],
                 "patch_size": sizes["vision_patch_size"],
             },
             "text_cfg": {
                 "context_length": sizes["context_length"],
                 "vocab_size": sizes["vocab_size"],
                 "width": sizes["transformer_width"],
-                "heads": sizes["transformer_width"] // 64,
+                "heads": sizes["transformer_width"] // sizes["transformer_head_width"],
                 "layers": sizes["transformer_layers"],
             },
         },

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 
 from datasets.tokenizer import EOT, MASK, SOT
 
-HIDDEN_ACT = {"QuickGELU": "quick_gelu", "GELU": "gelu"}
 NAMES = {  # how a weight's name begins, in OpenAI's files and in theirs
     "visual.transformer.resblocks.": "vision_model.encoder.layers.",
     "visual.class_embedding": "vision_model.embeddings.class_embedding",
@@ -104,14 +103,15 @@ def their_settings(facts, logit_scale):
 def model_config(facts, logit_scale):
     sizes = facts["architecture"]
 
-    def tower(width, layers):
+    def tower(part, layers):
+        width = sizes[f"{part}_width"]
         return {
             "hidden_size": width,
             "intermediate_size": 4 * width,
             "num_hidden_layers": layers,
-            "num_attention_heads": width // 64,
+            "num_attention_heads": width // sizes[f"{part}_head_width"],
             "projection_dim": sizes["embed_dim"],
-            "hidden_act": HIDDEN_ACT[sizes["activation"]],
+            "hidden_act": sizes["activation"],
         }
 
     return {
@@ -120,7 +120,7 @@ def model_config(facts, logit_scale):
         "projection_dim": sizes["embed_dim"],
         "logit_scale_init_value": math.log(logit_scale),
         "text_config": {
-            **tower(sizes["transformer_width"], sizes["transformer_layers"]),
+            **tower("transformer", sizes["transformer_layers"]),
             "max_position_embeddings": sizes["context_length"],
             "vocab_size": sizes["vocab_size"],
             "bos_token_id": SOT,
@@ -128,7 +128,7 @@ def model_config(facts, logit_scale):
             "pad_token_id": 0,
         },
         "vision_config": {
-            **tower(sizes["vision_width"], sizes["vision_layers"]),
+            **tower("vision", sizes["vision_layers"]),
             "image_size": max(facts["image"]["size"]),  # a square image needs no interpolation
             "patch_size": sizes["vision_patch_size"],
         },

@@ -36,6 +36,7 @@ SLOW = {  # what --fast leaves out, by what takes it long: a file, or file::begi
         "test_files.py::test_a_training_without_room",
         "test_files.py::test_a_full_disk",
         "test_files.py::test_a_resumed_run",
+        "test_starts.py::test_a_run_goes_on",
     ),
     "long trainings": (
         "test_trajectory.py",
@@ -52,6 +53,7 @@ SLOW = {  # what --fast leaves out, by what takes it long: a file, or file::begi
         "test_pretended.py::test_every_combination_of_losses",
         "test_pretended.py::test_every_way_to_train",
     ),
+    "downloads that are tried again": ("test_hub.py::test_a_download_that_breaks_off",),
     "compilers": (
         "test_exactness.py::test_compiled_encoders",
         "test_surroundings.py::test_a_machine_without_a_compiler",

@@ -122,7 +122,8 @@ def test_safetensors_hold_the_runs_weights_by_openais_names(encoders, exported):
 
 @pytest.mark.parametrize("kind, name", [("safetensors", "model"), ("open_clip", "open_clip_model")])
 def test_the_next_training_starts_from_exactly_these_positions(encoders, exported, kind, name):
-    from model.pretrained import image_grid, load_clip, stored_grid
+    from model.pretrained import image_grid, load_clip
+    from model.weights_file import stored_grid
 
     path = exported(kind) / f"{name}.safetensors"
     sizes = {"vision_patch_size": 16}

@@ -92,5 +92,5 @@ def test_precision_is_decided_in_one_place():
         for node in nodes(path, ast.Attribute)
         if node.attr in ("half", "float16", "bfloat16")
     }
-    # model/pretrained.py names the types that stand in files, not one to compute in
-    assert halving <= {"model/build.py", "model/pretrained.py"}
+    # model/weights_file.py names the types that stand in files, not one to compute in
+    assert halving <= {"model/build.py", "model/weights_file.py"}

@@ -354,6 +354,17 @@ def test_a_pair_without_its_checkpoint_says_what_lies_there(published, evaluate,
     assert "best.pth" in said and "bets.pth" in said
 
 
+@pytest.mark.parametrize(
+    "begins, what",
+    [(b"version https://git-lfs.github.com/spec/v1", "Git LFS pointer"), (b"<html>", "web page")],
+)
+def test_a_checkpoint_that_is_another_file_is_called_by_its_name(begins, what, published, evaluate, capsys):
+    (published / "best.pth").unlink()
+    (published / "best.pth").write_bytes(begins)
+    assert evaluate(published) == 2
+    assert what in capsys.readouterr().err
+
+
 # ---- files that carry code ----
 
 
@@ -520,3 +531,78 @@ def test_a_checkpoint_published_from_several_gpus_is_one(tmp_path):
     assert found.keys() == weights.keys() and all(torch.equal(found[key], weights[key]) for key in weights)
     torch.save({"model": {"module.a": torch.ones(1), "b": torch.ones(1)}}, tmp_path / "mixed.pth")
     assert set(load_checkpoint(tmp_path / "mixed.pth")["model"]) == {"module.a", "b"}
+
+
+# ---- what programs made of the published one leave ----
+
+RDE = "noise_rate: 0.0\nnoisy_file: null\nkind: once\n"
+FOREIGN = {  # what their configs.yaml say otherwise
+    "RDE's": (dict(loss_names="TAL+sr0.3_tau0.015_margin0.1_n0.0"), RDE),
+    "FMFA's": (dict(loss_names="asdm+id+mlm+efa"), "minmax_loss_weight: 1.0\n"),
+    "NAM's": (dict(loss_names="sdm", sampler="triplet"), "pretrain_path: null\nnam: {ratio: [0.15]}\n"),
+    "GA-DMS's": (dict(optimizer="Adam", lrscheduler="onecycle"), "mask_ratio: 0.3\nlocal_rank: 0\n"),
+}
+
+
+@pytest.mark.parametrize("whose", FOREIGN)
+def test_configs_of_other_programs_are_tested_and_what_they_say_besides_is_noted(
+    whose, published, evaluate, data, model
+):
+    values, more = FOREIGN[whose]
+    configs = (published / "configs.yaml").read_text().replace("local_rank: 0\n", "")
+    for key, value in values.items():
+        configs = re.sub(rf"^{key}: .*$", f"{key}: {value}", configs, flags=re.MULTILINE)
+    (published / "configs.yaml").write_text(configs + more)
+    assert evaluate(published) == 0
+    check(results(published / "results.json", "t2i"), evaluated_apart(model, data, "CUHK-PEDES", "test"))
+    log = (published / "test_log.txt").read_text()
+    (noted,) = [line for line in log.splitlines() if "passed over, since testing does not need it" in line]
+    for key in [line.split(":")[0] for line in more.splitlines() if "local_rank" not in line]:
+        assert f"{key}: " in noted
+
+
+def test_an_option_that_testing_needs_is_still_checked(published, evaluate, capsys):
+    configs = (published / "configs.yaml").read_text()
+    (published / "configs.yaml").write_text(configs.replace("text_length: 77", "text_length: long"))
+    assert evaluate(published) == 2
+    assert "configs.yaml: text_length" in capsys.readouterr().err
+
+
+def test_train_py_still_refuses_an_option_that_does_not_exist(published, train_script, capsys):
+    configs = (published / "configs.yaml").read_text()
+    (published / "configs.yaml").write_text(configs + "batchsize: 3\n")
+    with pytest.raises(SystemExit):
+        train_script.main(["--config_file", str(published / "configs.yaml")])
+    assert "batchsize; did you mean batch_size?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "files, tested", [(("best0",), "best0"), (("best0", "best1"), "best0"), (("best1",), "best1")]
+)
+def test_a_folder_of_numbered_bests_gives_the_one_for_the_data_set(files, tested, published, evaluate):
+    """best0.pth is the best on CUHK-PEDES, best1.pth on ICFG-PEDES, best2.pth on RSTPReid."""
+    state = torch.load(published / "best.pth", weights_only=True)
+    weights = {f"module.{key}": value for key, value in state["model"].items()}
+    (published / "best.pth").unlink()
+    for name in files:
+        torch.save({"model": weights, "epoch": int(name[-1])}, published / f"{name}.pth")
+    assert evaluate(published) == 0
+    stored = json.loads((published / f"results_{tested}.json").read_text())
+    assert stored["epoch"] == int(tested[-1]) and stored["checkpoint"].endswith(f"{tested}.pth")
+
+
+def test_layers_that_this_code_lacks_are_named(published, evaluate, capsys):
+    layers = {"simclr_mlp.0.weight": torch.zeros(2, 2), "pooler.linear.bias": torch.zeros(2)}
+    changed(published, lambda weights: weights.update(layers))
+    assert evaluate(published) == 2
+    said = capsys.readouterr().err
+    assert "layers that this code lacks: pooler, simclr_mlp" in said
+
+
+def test_a_data_set_without_a_row_here_can_be_replaced(published, evaluate, data, capsys):
+    configs = (published / "configs.yaml").read_text()
+    (published / "configs.yaml").write_text(configs.replace('"CUHK-PEDES"', "UFine6926"))
+    assert evaluate(published) == 2
+    assert "dataset_name" in capsys.readouterr().err
+    assert evaluate(published, "--dataset_name", "CUHK-PEDES") == 0
+    assert (published / "results_CUHK-PEDES_test.json").exists()

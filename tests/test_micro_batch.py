@@ -89,9 +89,14 @@ def test_a_part_without_a_masked_word_counts_as_it_does_in_the_batch(data, batch
     assert_same(in_parts(model, batch, 4), whole(model, batch))
 
 
+@pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
 @pytest.mark.parametrize("loss_names", ["sdm+itc+cmpm+id+mlm", "itc"])
-def test_activations_computed_twice_give_the_same_losses_and_gradients(loss_names, data, batch_of):
-    plain, frugal = new_model(data, loss_names), new_model(data, loss_names, "--grad_checkpointing")
+def test_activations_computed_twice_give_the_same_losses_and_gradients(
+    loss_names, activation, data, batch_of
+):
+    options = ("--activation", activation)
+    plain = new_model(data, loss_names, *options)
+    frugal = new_model(data, loss_names, *options, "--grad_checkpointing")
     batch = batch_of()
     assert_same(whole(frugal, batch), whole(plain, batch))
     assert_same(in_parts(frugal, batch, 4), whole(plain, batch))

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from datasets import annotations
-from model import objectives, pretrained
+from model import clip_model, fetch, objectives, pretrained
 from solver import build as solver
 from utils import options
 from utils.errors import InputError
@@ -520,7 +520,8 @@ def test_a_wrong_command_line_ends_with_one_line_without_loading_torch(tmp_path,
 def test_option_names_are_those_of_the_tables_that_use_them():
     assert {*options.DATASETS} == {*annotations.SOURCES}
     assert {*options.OPTIMIZERS} == {*solver.OPTIMIZERS}
-    assert {*options.CLIP_MODELS} == {*pretrained.CHECKPOINTS}
+    assert {*options.ACTIVATIONS} == {"auto", *clip_model.ACTIVATIONS}
+    assert {*options.CLIP_MODELS} == {*fetch.CHECKPOINTS}
     assert {*LOSSES} == {name[8:] for name in dir(objectives) if name.startswith("compute_")}
     assert {*options.ARCHITECTURE} - {"image_resolution"} == {*pretrained.VIT_B_16}
 

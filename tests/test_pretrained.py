@@ -16,7 +16,9 @@ import torch
 from torch import nn
 
 from model import build_model, pretrained
-from model.pretrained import CHECKPOINTS, download, load_clip, read_weights, resize_positions
+from model.fetch import CHECKPOINTS, download
+from model.pretrained import load_clip, resize_positions
+from model.weights_file import read_weights
 from tests.recipe import POCKET, clip_weights, tiny_args
 from utils.errors import InputError
 from utils.options import CLIP_MODELS

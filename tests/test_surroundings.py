@@ -13,7 +13,7 @@ import threading
 
 import pytest
 
-from model.pretrained import download
+from model.fetch import download
 from tests.children import ROOT, draw, words
 from utils.errors import InputError, reports_errors
 from utils.files import SOCKET, room_for_sockets

@@ -4,6 +4,7 @@ import _codecs
 import pickle
 import re
 import warnings
+from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,20 @@ import torch
 from utils.errors import InputError
 from utils.files import uninterrupted, whole_file
 
+OTHER_FILES = (  # how a file begins that holds no weights, and what it is
+    (
+        b"version https://git-lfs",
+        "a Git LFS pointer to the weights, not the weights: `git lfs pull` gets them",
+    ),
+    (b"<", "a web page saved under this name, not weights: download the file itself"),
+    (b"\x89HDF", "TensorFlow's file (HDF5): take the one of PyTorch or safetensors"),
+    (b"GGUF", "llama.cpp's file (GGUF): take the one of PyTorch or safetensors"),
+    (b"\x1f\x8b", "packed by gzip: unpack it first"),
+    (b"7z\xbc\xaf", "packed by 7-Zip: unpack it first"),
+    (b"Rar!", "packed by RAR: unpack it first"),
+    (b"\x93NUMPY", "one array of NumPy, not a model's weights"),
+)
+PLAIN = [(OrderedDict, "easydict.EasyDict")]  # options that a run leaves beside its weights: read as a dict
 HOW = ("fused", "foreach", "capturable", "differentiable")  # PyTorch's words for ways to compute one step
 
 
@@ -44,6 +59,8 @@ def load_checkpoint(path):
     path = Path(path)
     try:
         state = load_plain(path)
+    except InputError:
+        raise
     except FileNotFoundError:
         raise InputError(f"no checkpoint at {path}{_neighbours(path)}") from None
     except pickle.UnpicklingError as error:
@@ -62,14 +79,19 @@ def load_checkpoint(path):
 # ---- reading without running ----
 
 
-def load_plain(path):
+def load_plain(path, mapped=False):
     """What torch.save has written, on the CPU: tensors, plain objects, NumPy's numbers (as Python's) and
     arrays of numbers (as lists). Raises pickle.UnpicklingError with a reason of ours where there is more, or
-    something else: PyTorch's own words advise to run the file's code, which no program here does."""
+    something else: PyTorch's own words advise to run the file's code, which no program here does.
+
+    mapped: tensors stay in the file, mapped into memory, until they are copied. Raises InputError where the
+    file is of another kind.
+    """
+    refuse_other_files(path)
     try:
-        with torch.serialization.safe_globals(NUMPY), warnings.catch_warnings():
+        with torch.serialization.safe_globals([*NUMPY, *PLAIN]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of pickle protocols: they are read, or refused below
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL (\S+)", str(error))
         more = f" ({named[1][:80]})" if named else ""
@@ -117,6 +139,15 @@ NUMPY = [  # in place of NumPy's own functions, which would also read objects; b
     *((_number, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
     *((_Array, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
 ]
+
+
+def refuse_other_files(path):
+    """InputError that says what a file is, where its first bytes are of something else than weights."""
+    with open(path, "rb") as file:
+        begin = file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()
+    for start, what in OTHER_FILES:
+        if begin.startswith(start):
+            raise InputError(f"{path} is {what}")
 
 
 def _first(error):

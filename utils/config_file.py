@@ -85,18 +85,24 @@ def _neighbours(path):
     return f" (that folder holds {', '.join(names[:5])})" if names else ""
 
 
-def read_options(path, parser):
-    """The options of a config file as the command line would give them; an error names key and file."""
+def read_options(path, parser, forgive=None):
+    """The options of a config file as the command line would give them; an error names key and file.
+
+    forgive: asked with the key and value of what would be an error; if it says yes, they are passed over.
+    """
     actions, options = parser.options(), {}
     for key, value in read_yaml(path).items():
         if key in DERIVED:
             continue
         if key not in actions:
+            if forgive and forgive(key, value):
+                continue
             raise InputError(f"{path}: unknown option {key}{nearest(key, actions)}")
         try:
             options[key] = _check_value(actions[key], value)
         except ArgumentTypeError as error:
-            raise InputError(f"{path}: {key}: {error}") from None
+            if not (forgive and forgive(key, value)):
+                raise InputError(f"{path}: {key}: {error}") from None
     return options
 
 

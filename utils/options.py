@@ -20,6 +20,7 @@ from utils.settings import RESNETS, check
 DATASETS = tuple(DATA_SETS)
 OPTIMIZERS = ("Adam", "SGD", "AdamW")
 SCHEDULES = ("step", "exp", "poly", "cosine", "linear")
+ACTIVATIONS = ("auto", "quick_gelu", "gelu")
 PRECISIONS = ("fp16", "bf16", "fp32")
 INDEX_TYPES = ("flat", "ivf", "hnsw")
 FORMATS = ("safetensors", "onnx", "open_clip", "transformers")
@@ -132,7 +133,12 @@ OPTIONS = {
     ("--masked_token_rate", {"train": 0.8}, share, "share of chosen tokens that become <|mask|>"),
     ("--masked_token_unchanged_rate", {"train": 0.1}, share, "share of chosen tokens left as they are")],
 "model": [
-    ("--pretrain_choice", {"train": "ViT-B/16"}, "CLIP", "name of OpenAI's CLIP, a file, or random"),
+    ("--pretrain_choice", {"train": "ViT-B/16"}, "CLIP",
+        "OpenAI's name, a path, hf-hub:ORG/NAME or random"),
+    ("--activation", {"train": "auto"}, one_of(*ACTIVATIONS), "auto: as its files say"),
+    ("--position_grid", {"train": None}, count,
+        "rows, columns of the file's image positions", {"nargs": 2}),
+    ("--keep_heads", {"train": False}, bool, "the file's heads too, but no classifier"),
     ("--clip_architecture", {"train": None}, clip_size,
         "sizes of random weights that differ from ViT-B/16's", {"nargs": "+"}),
     ("--temperature", {"train": 0.02}, positive, "of sdm and itc: the logit scale is 1/TEMPERATURE"),
@@ -333,6 +339,8 @@ def reconcile(args):
         raise InputError(
             "--clip_architecture describes random weights: it goes with --pretrain_choice random"
         )
+    if args.pretrain_choice == "random" and (args.keep_heads or args.position_grid):
+        raise InputError("--keep_heads and --position_grid are about a file's weights, not random ones")
     if args.vocab_size != 49408:
         raise InputError(
             f"--vocab_size {args.vocab_size}: the tokeniser has 49408 entries and no other size exists"
@@ -347,8 +355,8 @@ def get_test_args(argv=None):
 def tool_args(parser, argv=None):
     """The options of a tool over those of the run that it names: a Namespace, with `run_dir` added.
 
-    run_dir is the folder of the configs.yaml. Without --config_file, where a tool allows that, it is None and
-    the tool's options are all.
+    run_dir is the folder of the configs.yaml; passed_over holds sentences about what it says that no option
+    is. Without --config_file, where a tool allows that, run_dir is None and the tool's options are all.
     """
     given = parser.parse_args(argv)
     if given.config_file is None:
@@ -357,21 +365,60 @@ def tool_args(parser, argv=None):
     config_file = Path(given.config_file)
     if config_file.is_dir():
         config_file = config_file / "configs.yaml"
-    args = read_run_options(config_file)
+    passed_over = []
+    args = read_run_options(config_file, vars(given), passed_over)
     vars(args).update(options_over(vars(args), vars(given)), training=False, run_dir=str(config_file.parent))
+    args.passed_over = passed_over
     check_data_options(args)
+    if not args.checkpoint and (numbered := numbered_best(args)):
+        args.checkpoint = str(numbered)
     return args
 
 
-def read_run_options(config_file):
-    """The options that a run's configs.yaml holds, ours or a published one, the others at their default."""
-    parser = parser_of("train")
-    options = read_options(config_file, parser)
-    if "loss_names" not in options or "dataset_name" not in options:
+def numbered_best(args):
+    """Of a run that has no best.pth but the best for each data set (best0.pth to best2.pth, as programs of
+    this family leave them), the one for the data set asked for, or the only one; else None."""
+    run = Path(args.run_dir)
+    if (run / "best.pth").exists():
+        return None
+    named = not args.annotations and args.dataset_name in DATASETS
+    own = DATASETS.index(args.dataset_name) if named else None
+    there = sorted(run.glob("best[0-9].pth"))
+    return next((path for path in there if path.name == f"best{own}.pth" or len(there) == 1), None)
+
+
+AT_TEST = (  # options of train.py alone that testing depends on
+    "img_size stride_size text_length vocab_size temperature cmt_depth activation pretrain_choice "
+    "select_ratio tse_norm"
+).split()
+
+
+def read_run_options(config_file, given=(), passed_over=None):
+    """The options that a run's configs.yaml holds, ours or a published one, the others at their default.
+
+    given: names of those that others replace. passed_over: a list that gets a sentence about what a program
+    of this family has besides: an option, or a word for its training.
+    """
+    parser, foreign = parser_of("train"), {}
+    of_tools = {action.dest for action in parser_of("test").options().values()}
+
+    def forgive(key, value):
+        foreign[key] = value
+        return key not in parser.options() or key in given or key not in (*AT_TEST, *of_tools)
+
+    options = read_options(config_file, parser, forgive)
+    if "loss_names" in foreign:
+        options["loss_names"] = "sdm"  # which loss it was, nothing here depends on
+    if "dataset_name" in foreign:
+        options["dataset_name"] = str(foreign["dataset_name"])
+    if not {"loss_names", "dataset_name"} <= options.keys():
         raise InputError(
             f"{config_file} is not the configs.yaml of a run: it names no loss_names and dataset_name"
         )
     args = parser.parse_args([])
     vars(args).update(options)
     reconcile(args)
+    shown = ", ".join(f"{key}: {value}" for key, value in foreign.items() if key not in given)
+    if shown and passed_over is not None:
+        passed_over.append(f"{config_file}: passed over, since testing does not need it: {shown}")
     return args

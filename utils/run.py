@@ -30,7 +30,8 @@ class RunFiles:
         self.folder = Path(resumed) if resumed else from_main(new_run_folder(args))
         self.writes, self.events = rank() == 0, None
         self.num_epoch = args.num_epoch
-        self._lock = None
+        # of the weights: what configs.yaml says for `auto`, and what each checkpoint says besides
+        self._lock, self.found, self.kept = None, {}, {}
         if resumed and self.writes:
             self._take()
 
@@ -98,7 +99,7 @@ class RunFiles:
     def save(self, name, parts, **values):
         """Write a checkpoint, whole or not at all; see utils.checkpoint."""
         if self.writes:
-            save_checkpoint(self.folder / name, parts, num_epoch=self.num_epoch, **values)
+            save_checkpoint(self.folder / name, parts, num_epoch=self.num_epoch, **self.kept, **values)
             self.events.flush()
             if name == "last.pth":
                 remember("run", str(self.folder.absolute()))  # should torchrun have to start it anew
@@ -115,7 +116,8 @@ class RunFiles:
         import yaml
 
         options = {key: value for key, value in self.options(args).items() if key not in NOT_SAVED}
-        options.update(resume=False, resume_ckpt_file="")  # the file can be a new run's --config_file
+        # the file can be a new run's --config_file
+        options.update(self.found, resume=False, resume_ckpt_file="")
         write_whole(self.folder / "configs.yaml", yaml.safe_dump(options))
 
     def keep_numbered(self, epoch, keep):

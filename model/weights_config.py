@@ -1,0 +1,203 @@
+"""What lies beside a file of weights and says how they compute: shapes tell neither activation nor heads."""
+
+import json
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+from model.clip_model import ACTIVATIONS
+from utils.config_file import read_yaml
+from utils.errors import InputError
+
+CLIP_MEAN = 0.48145466  # of the red pixels that OpenAI's models were trained with
+
+
+class Config(NamedTuple):
+    """What a config says. facts: activation, vision_head_width, transformer_head_width, those it knows of.
+    sizes: by which to see whether the weights are its own (names of model.pretrained.architecture)."""
+
+    facts: dict
+    sizes: dict
+    image: tuple | None = None  # ((height, width), stride) that its image positions are for
+    foreign: str | None = None  # why CLIP's arithmetic does not hold for it
+    note: str | None = None
+
+
+def read_config(path):
+    """The Config of a file by one of the names in CONFIGS."""
+    path = Path(path)
+    try:
+        if path.suffix == ".yaml":
+            said = read_yaml(path)
+        else:
+            said = json.loads(path.read_text(encoding="utf-8"))
+        config = CONFIGS[path.name](said)
+    except InputError:
+        raise
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError) as error:
+        raise InputError(
+            f"{path} is not a config of CLIP weights ({type(error).__name__}: {error})"
+        ) from None
+    numbers = [value for name, value in config.facts.items() if name != "activation"]
+    if config.image:
+        (rows, columns), stride = config.image
+        numbers += [rows, columns, stride]
+    if not all(isinstance(number, int) and number > 0 for number in numbers):
+        raise InputError(f"{path} is not a config of CLIP weights (its sizes: {numbers})")
+    return config
+
+
+def check_config(path, source):
+    """Refuse a model that is not CLIP's before its weights are fetched."""
+    if foreign := read_config(path).foreign:
+        raise InputError(f"{source} is refused: {foreign}")
+
+
+# ---- open_clip ----
+
+PLAIN = {  # of an encoder like OpenAI's; None and false are plain everywhere
+    "pool_type": ("tok", "argmax"),
+    "block_type": ("default",),
+    "proj_type": ("linear",),
+}
+SIZES = (  # of any value: shapes tell the same, or nothing depends on it
+    "layers width heads head_width mlp_ratio patch_size image_size context_length vocab_size patch_dropout "
+    "pos_embed_type output_tokens hf_tokenizer_name tokenizer_kwargs tokenizer_mode pad_id eos_id "
+    "attn_pooler_queries attn_pooler_heads hf_model_pretrained hf_proj_type hf_pooler_type "
+    "timm_model_pretrained timm_pool timm_proj timm_proj_bias timm_drop timm_drop_path"
+).split()
+TIMM = (("siglip", "SigLIP"), ("eva", "EVA-CLIP"), ("mci", "MobileCLIP"), ("pe_core", "Perception Encoder"))
+SAYS = {  # what an open_clip config calls it, and what that is
+    "pool_type=avg": "its image feature is an average over the patches (as CLIPA's), not the class token",
+    "no_causal_mask": "its text encoder has no causal mask (as SigLIP's and CLIPA's)",
+    "attentional_pool": "its image feature comes of attentional pooling (as CoCa's)",
+    "embed_cls": "its text feature is a class token's (as CoCa's)",
+    "hf_model_name": "its text encoder is one of transformers, not CLIP's, with another vocabulary",
+    "ls_init_value": "its blocks have LayerScale (as open_clip's ViT-*-alt)",
+    "no_ln_pre": "it has no norm before the blocks (as CLIPA's)",
+    "proj_bias": "its text projection has a bias (as SigLIP's)",
+}
+
+
+def of_open_clip(said):
+    """open_clip_config.json; its field's meaning and defaults: open_clip/model.py."""
+    model = said["model_cfg"]
+    vision, text = model["vision_cfg"], model["text_cfg"]
+    width, words = vision.get("width", 768), text.get("width", 512)
+    head = vision.get("head_width", 64)
+    patch, side = vision.get("patch_size", 16), vision.get("image_size", 224)
+    resnet = isinstance(vision.get("layers"), list)
+    facts = {
+        "activation": "quick_gelu" if model.get("quick_gelu") else "gelu",
+        "vision_head_width": head,
+        "transformer_head_width": _width_of(words, text.get("heads", 8)),
+    }
+    sizes = {"embed_dim": model["embed_dim"], "vision_width": width, "transformer_width": words}
+    mean = (said.get("preprocess_cfg") or {}).get("mean")
+    note = None
+    if mean and not math.isclose(mean[0], CLIP_MEAN, abs_tol=1e-3):
+        note = (
+            f"it saw pixels normalised by a mean of {mean}, here they have CLIP's: training has to adapt it"
+        )
+    image = ((side, side) if isinstance(side, int) else tuple(side), 32 if resnet else patch)
+    return Config(facts, sizes, image, _foreign(model, vision, text), note)
+
+
+def _foreign(model, vision, text):
+    if name := vision.get("timm_model_name"):
+        family = next((family for part, family in TIMM if part in name), "open_clip's with a tower of timm")
+        return f"it is {family}, whose image encoder is timm's {name}, not CLIP's"
+    if "multimodal_cfg" in model:
+        return "it is CoCa, not CLIP: it pools by attention, and its text encoder goes on in a decoder"
+    for part in (vision, text):
+        for key, value in part.items():
+            if key in SIZES or value in (None, False) or value in PLAIN.get(key, ()):
+                continue
+            said = SAYS.get(f"{key}={value}") or SAYS.get(key)
+            return said or f"its config says {key}: {value}, another arithmetic than CLIP's"
+    if text.get("vocab_size", 49408) != 49408:
+        return f"it has another vocabulary ({text['vocab_size']} words), and the tokeniser has CLIP's 49408"
+    return None
+
+
+def _width_of(width, heads):
+    if width % heads:
+        raise ValueError(f"{heads} heads do not divide a width of {width}")
+    return width // heads
+
+
+# ---- transformers ----
+
+
+def of_transformers(said):
+    """config.json of a CLIPModel; what it leaves out is as transformers' CLIPConfig has it."""
+    kind = said.get("model_type")
+    if kind != "clip":
+        what = {"siglip": "SigLIP", "siglip2": "SigLIP", "clip_vision_model": "an image encoder alone"}
+        what |= {"clip_text_model": "a text encoder alone", "chinese_clip": "Chinese-CLIP", "blip": "BLIP"}
+        return Config({}, {}, foreign=f"it is {what.get(kind, kind)}, not a whole CLIP (model_type: {kind})")
+    # of old files: where *_config_dict is there, it holds, whatever *_config says, as in transformers
+    text, vision = (
+        said.get(f"{part}_config_dict") or said.get(f"{part}_config") or {} for part in ("text", "vision")
+    )
+    acts = {part.get("hidden_act", "quick_gelu") for part in (text, vision)}
+    foreign = None
+    if len(acts) > 1 or not acts <= set(ACTIVATIONS):
+        foreign = f"its activation is {' and '.join(sorted(acts))}, and IRRA's are {' or '.join(ACTIVATIONS)}"
+    epsilons = {part.get("layer_norm_eps", 1e-5) for part in (text, vision)} - {1e-5}
+    if epsilons:
+        foreign = f"its norms have an eps of {epsilons.pop()}, not CLIP's 1e-05"
+    if text.get("vocab_size", 49408) != 49408:
+        foreign = (
+            f"it has another vocabulary ({text['vocab_size']} words), and the tokeniser has CLIP's 49408"
+        )
+    width, words = vision.get("hidden_size", 768), text.get("hidden_size", 512)
+    facts = {
+        "activation": acts.pop(),
+        "vision_head_width": _width_of(width, vision.get("num_attention_heads", 12)),
+        "transformer_head_width": _width_of(words, text.get("num_attention_heads", 8)),
+    }
+    sizes = {
+        "embed_dim": said.get("projection_dim", 512),
+        "vision_width": width,
+        "transformer_width": words,
+    }
+    side = vision.get("image_size", 224)
+    image = ((side, side) if isinstance(side, int) else tuple(side), vision.get("patch_size", 32))
+    return Config(facts, sizes, image, foreign)
+
+
+# ---- this project and its family ----
+
+
+def of_export(said):
+    """irra.json beside an export."""
+    own = said["architecture"]
+    word = {"QuickGELU": "quick_gelu"}.get(
+        own["activation"], own["activation"]
+    )  # as the first exports say it
+    if word not in ACTIVATIONS:
+        raise ValueError(f"activation {word}")
+    facts = {"activation": word}
+    facts |= {name: own.get(name, 64) for name in ("vision_head_width", "transformer_head_width")}
+    sizes = {name: own[name] for name in ("embed_dim", "vision_width", "transformer_width")}
+    return Config(facts, sizes, (tuple(said["image"]["size"]), own["stride_size"]))
+
+
+def of_run(said):
+    """configs.yaml beside a run's checkpoint, ours or of a program made of the published one."""
+    image = None
+    if isinstance(said.get("img_size"), list) and isinstance(said.get("stride_size"), int):
+        image = tuple(said["img_size"]), said["stride_size"]
+    word = said.get("activation")
+    return Config({"activation": word} if word in ACTIVATIONS else {}, {}, image)
+
+
+CONFIGS = {
+    "open_clip_config.json": of_open_clip,
+    "config.json": of_transformers,
+    "irra.json": of_export,
+    "configs.yaml": of_run,
+}

@@ -1,0 +1,241 @@
+"""A file of weights of any kind to named tensors.
+
+No code of a file runs: state dicts load with weights_only, of a TorchScript archive only the tensors are
+read. Files are mapped into memory, not copied: what is there twice for a moment is the disk's cache.
+"""
+
+import json
+import mmap
+import pickle
+import re
+import struct
+import zipfile
+import zlib
+from pathlib import Path
+
+import torch
+
+from utils.checkpoint import load_plain, refuse_other_files
+from utils.errors import InputError
+
+POSITIONS_GRID = "image_positions"  # in the header of an exported safetensors file: "24x8", rows x columns
+
+
+def read_weights(path):
+    """{name: tensor} as a file of any kind has them: safetensors, a state dict, what holds one, an archive
+    of TorchScript such as OpenAI's, or the index of a model in several files. Raises InputError."""
+    return named_tensors(read_file(path), path)
+
+
+def read_file(path):
+    """What lies in a file, as torch.load gives it."""
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"no file of weights at {path}")
+    if not _is_safetensors(path):
+        refuse_other_files(path)
+    if shard := re.search(r"-(\d{5})-of-(\d{5})\.", path.name):
+        raise InputError(
+            f"{path} is one of {int(shard[2])} files of a model: give the folder, or the index.json in it"
+        )
+    try:
+        if path.suffix == ".json":
+            return {key: value for shard in shards(path) for key, value in _read(path.parent / shard).items()}
+        return _read(path)
+    except InputError:
+        raise
+    except pickle.UnpicklingError as error:
+        raise InputError(f"{path} is refused: {_first(error)}") from None
+    except Exception as error:  # whatever a parser trips over, the file is not CLIP weights
+        raise InputError(f"{path} cannot be read as CLIP weights ({_first(error)})") from None
+
+
+def _read(path):
+    if path.suffix == ".safetensors" or _is_safetensors(path):
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    if not zipfile.is_zipfile(path):
+        return load_plain(path)
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+        root = next((name.rsplit("/", 1)[0] for name in names if name.endswith("/constants.pkl")), None)
+        stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())
+        if root:
+            return _read_torchscript(path, archive, root)
+        if not any(name.endswith("data.pkl") for name in names):
+            arrays = any(name.endswith(".npy") for name in names)
+            what = "arrays of NumPy, as SigLIP's of big_vision (JAX)" if arrays else ", ".join(names[:3])
+            raise InputError(
+                f"{path} is a zip of other files ({what or 'none'}), not PyTorch's file of weights"
+            )
+    return load_plain(path, mapped=stored)
+
+
+def _is_safetensors(path):
+    with open(path, "rb") as file:
+        begin = file.read(9)
+    return len(begin) == 9 and begin[8:] == b"{" and struct.unpack("<Q", begin[:8])[0] < path.stat().st_size
+
+
+def shards(index):
+    """Names of the files that an index.json lists, all of which lie beside it."""
+    try:
+        names = set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values())
+        files = sorted(names)
+        plain = files and all(Path(name).name == name for name in files)
+    except (ValueError, TypeError, KeyError, AttributeError):
+        plain = False
+    if not plain:
+        raise InputError(
+            f"{index} is not the index of a model in several files: it has no weight_map of names"
+        )
+    return files
+
+
+def check_shards(index):
+    missing = [name for name in shards(index) if not (Path(index).parent / name).is_file()]
+    if missing:
+        raise InputError(
+            f"{index} lists files that are not beside it ({', '.join(missing[:3])}"
+            f"{', …' if len(missing) > 3 else ''}): an index alone holds no weights"
+        )
+
+
+def _first(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+WRAPPERS = ("state_dict", "model", "model_state_dict", "module")  # a training's file holds its weights there
+PREFIXES = (
+    "module.",
+    "_orig_mod.",
+    "model.",
+    "clip.",
+    "clip_model.",
+)  # of DataParallel, torch.compile, others
+
+
+def named_tensors(tree, path):
+    """The state dict in what a file holds, its names without what a training put before them all."""
+    while isinstance(tree, dict):
+        inner = next((tree[name] for name in WRAPPERS if isinstance(tree.get(name), dict)), None)
+        if inner is None:
+            break
+        tree = inner
+    if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
+        raise InputError(f"{path} is not a state dict of CLIP: it holds no named tensors")
+    tensors = {key: value for key, value in tree.items() if isinstance(value, torch.Tensor)}
+    while tensors:
+        prefix = next((p for p in PREFIXES if all(key.startswith(p) for key in tensors)), None)
+        if prefix is None:
+            break
+        tensors = {key[len(prefix) :]: value for key, value in tensors.items()}
+    return tensors
+
+
+# ---- TorchScript archives ----
+
+
+class _Inert:
+    """Stands in for every class and function that a pickle names; holds what it is given, does nothing."""
+
+    def __init__(self, *args):
+        self.args = args
+
+    def __setstate__(self, state):
+        self.state = state
+
+
+class _Storage:
+    """A storage type that a pickle names, as its dtype."""
+
+    TYPES = {
+        "FloatStorage": torch.float32,
+        "HalfStorage": torch.float16,
+        "BFloat16Storage": torch.bfloat16,
+        "DoubleStorage": torch.float64,
+        "LongStorage": torch.int64,
+        "IntStorage": torch.int32,
+        "ShortStorage": torch.int16,
+        "CharStorage": torch.int8,
+        "ByteStorage": torch.uint8,
+        "BoolStorage": torch.bool,
+    }
+
+
+class _ArchiveUnpickler(pickle.Unpickler):
+    """Reads the attributes of a TorchScript module; only the names of tensors and storages mean anything."""
+
+    def __init__(self, path, archive, root):
+        super().__init__(archive.open(f"{root}/data.pkl"))
+        self.archive, self.root, self.storages = archive, root, {}
+        with open(path, "rb") as file:
+            self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+
+    def find_class(self, module, name):
+        if module == "torch" and name in _Storage.TYPES:
+            return _Storage.TYPES[name]
+        if module == "torch._utils" and name == "_rebuild_tensor_v2":
+            return _rebuild_tensor
+        if module == "collections" and name == "OrderedDict":
+            return dict
+        return type(name, (_Inert,), {})
+
+    def persistent_load(self, saved):
+        _, dtype, key, _, numel = saved
+        if key not in self.storages:
+            self.storages[key] = (
+                torch.frombuffer(self._bytes(key), dtype=dtype, count=numel)
+                if numel
+                else torch.empty(0, dtype=dtype)
+            )
+        return self.storages[key]
+
+    def _bytes(self, key):
+        """A storage's bytes where they lie in the mapped file; its check sum is compared, as zipfile does."""
+        entry = self.archive.getinfo(f"{self.root}/data/{key}")
+        if entry.compress_type != zipfile.ZIP_STORED:
+            return bytearray(self.archive.read(entry))
+        # the local header, which ends with a name and an extra field of the lengths that it says
+        lengths = struct.unpack_from("<HH", self.map, entry.header_offset + 26)
+        start = entry.header_offset + 30 + sum(lengths)
+        data = memoryview(self.map)[start : start + entry.file_size]
+        if len(data) != entry.file_size or zlib.crc32(data) != entry.CRC:
+            raise zipfile.BadZipFile(f"Bad CRC-32 for file {entry.filename!r}")
+        return data
+
+
+def _rebuild_tensor(storage, offset, size, stride, *_):
+    return storage.as_strided(size, stride, offset)  # raises where it would reach outside the storage
+
+
+def _read_torchscript(path, archive, root):
+    tree = _ArchiveUnpickler(path, archive, root).load()
+    weights, stack, seen = {}, [("", tree)], set()
+    while stack:
+        prefix, node = stack.pop()
+        if id(node) in seen:  # a module within itself, which no archive of OpenAI's has
+            continue
+        seen.add(id(node))
+        for name, value in getattr(node, "state", {}).items():
+            if isinstance(value, torch.Tensor):
+                weights[prefix + name] = value
+            elif isinstance(value, _Inert):
+                stack.append((f"{prefix}{name}.", value))
+    return weights
+
+
+# ---- what a file says of itself ----
+
+
+def stored_grid(path):
+    """(rows, columns) of the image positions where a safetensors file's header says so, as exports do."""
+    if Path(path).suffix != ".safetensors":
+        return None
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        text = (file.metadata() or {}).get(POSITIONS_GRID, "")
+    found = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", text)
+    return tuple(map(int, found.groups())) if found else None
