@@ -12,6 +12,7 @@ from model.build import build_trained_model, facts_to_keep, in_precision, new_mo
 from tests.conftest import load_script
 from tests.recipe import arguments, fill, head_shapes, off, pixels, tiny_args
 from tests.test_weights import IDS, put, reference, trained, weights_of, with_config
+from tests.tiny_run import missing
 from utils.checkpoint import load_checkpoint
 from utils.errors import InputError
 
@@ -85,6 +86,18 @@ def test_search_and_exports_compute_as_the_run_did(run):
         assert settings["architecture"].items() >= GELU.items()
         again = load_clip(str(run / "export" / kind), TALL, 16)
         assert again.facts == GELU and off(again.encode_image(pixels(3, (2, 3, *TALL)))[:, 0], images) < 1e-5
+
+
+@missing("tokenizers", "tokenizers")
+@missing("transformers", "transformers")
+@torch.no_grad()
+def test_the_form_for_transformers_computes_as_the_run_did_and_can_be_a_start_again(run):
+    from model.pretrained import load_clip
+
+    assert load_script("export").main([str(run), "--format", "transformers"]) == 0
+    images, _ = theirs(load_checkpoint(run / "best.pth")["model"])
+    again = load_clip(str(run / "export" / "transformers"), TALL, 16)
+    assert again.facts == GELU and off(again.encode_image(pixels(3, (2, 3, *TALL)))[:, 0], images) < 1e-5
 
 
 def test_test_py_finds_what_training_found(run):
