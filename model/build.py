@@ -98,6 +98,13 @@ def build_trained_model(args, weights, source, facts=None):
     begun = {key.split(".")[0] for key in weights}  # a head of which a key is missing is still one
     if foreign := sorted(begun - IRRA.parts.keys()):
         raise InputError(f"{source} needs layers that this code lacks: {', '.join(foreign[:5])}")
+    lacking = {part: row for part, row in PARTS.items() if row.encodes and row.loss in names_of(args)}
+    if lacking := {part: row for part, row in lacking.items() if part not in begun}:
+        switch = LOSSES[next(iter(lacking.values())).loss].switch
+        raise InputError(
+            f"{source} holds no {', '.join(lacking)}, which the options ask for (--{switch}): it is of another "
+            "run"
+        )
     heads = [
         name for name in LOSSES if any(part in begun and row.loss == name for part, row in PARTS.items())
     ]

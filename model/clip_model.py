@@ -4,6 +4,7 @@ Parameter names and shapes are OpenAI's (https://github.com/openai/CLIP), so tha
 checkpoints load. Tensors are batch-first. Legend: B batch, N image tokens, L text length, D joint width.
 """
 
+import functools
 from collections import OrderedDict
 
 import torch
@@ -107,14 +108,19 @@ class ResidualAttentionBlock(nn.Module):
         self.ln_2 = LayerNorm(width)
         self.causal = causal
 
-    def forward(self, x, pick=None, at=None):
+    def forward(self, x, pick=None, at=None, most=None):
         """x: (B, N, W). pick: takes (B, N, W) to the (B, M, W) whose outputs are wanted.
 
         Exact: a token's output needs the other tokens only as keys and values. Not with a causal mask.
-        at: (B,), of which the attention_row is returned too.
+        at: (B,), of which the attention_row is returned too. With `most` only the outputs of the first token
+        and of the `most` others that count most for it are computed; the row then is of those.
         """
         normed = self.ln_1(x)
         row = None if at is None else attention_row(self.attn, normed, at, self.causal)
+        if most is not None:
+            among = 1 + row[:, 1:].topk(most, dim=1).indices
+            among = torch.cat([torch.zeros_like(among[:, :1]), among], dim=1)  # (B, 1 + most)
+            row, pick = row.gather(1, among), functools.partial(take, among)
         if pick is None:
             x = x + attend(self.attn, normed, normed, normed, self.causal)
         else:
@@ -131,19 +137,24 @@ class Transformer(nn.Module):
         )
         self.checkpointing = False  # --grad_checkpointing: keep a block's input only, compute the rest again
 
-    def forward(self, x, pick=None, at=None):
-        """pick, at: see ResidualAttentionBlock; they act in the last block."""
+    def forward(self, x, pick=None, at=None, most=None):
+        """pick, at, most: see ResidualAttentionBlock; they act in the last block."""
         for block in self.resblocks[:-1]:
             x = (
                 checkpoint(block, x, use_reentrant=False, preserve_rng_state=False)  # nothing is drawn in it
                 if self.checkpointing and self.training
                 else block(x)
             )
-        return self.resblocks[-1](x, pick, at)
+        return self.resblocks[-1](x, pick, at, most)
 
 
 def class_token(x):
     return x[:, :1]
+
+
+def take(among, x):
+    """(B, N, W) to the (B, M, W) at these places, (B, M)."""
+    return x.gather(1, among[:, :, None].expand(-1, -1, x.shape[2]))
 
 
 class VisionTransformer(nn.Module):
@@ -161,9 +172,10 @@ class VisionTransformer(nn.Module):
         self.transformer = Transformer(width, layers, heads, activation=activation)
         self.ln_post = LayerNorm(width)
 
-    def forward(self, images, class_only=False, attention=False):
+    def forward(self, images, class_only=False, attention=False, most=None):
         """images: (B, 3, H, W), normalised. Returns every token (B, N, D), or (B, 1, D) with class_only; with
-        attention also the class token's attention_row in the last block."""
+        attention also the class token's attention_row in the last block, with `most` of those that count
+        most for it alone."""
         x = self.conv1(images.to(self.conv1.weight.dtype))  # (B, width, rows, columns)
         x = x.flatten(2).transpose(1, 2)  # (B, N - 1, width)
         class_embedding = self.class_embedding.to(x.dtype).expand(
@@ -172,7 +184,7 @@ class VisionTransformer(nn.Module):
         x = torch.cat([class_embedding, x], dim=1) + self.positional_embedding.to(x.dtype)
         x = self.ln_pre(x)
         at = torch.zeros(x.shape[0], dtype=torch.long, device=x.device) if attention else None
-        x = self.transformer(x, class_token if class_only else None, at)
+        x = self.transformer(x, class_token if class_only else None, at, most)
         x, row = x if attention else (x, None)
         x = self.ln_post(x) @ self.proj
         return (x, row) if attention else x
@@ -206,10 +218,10 @@ class CLIP(nn.Module):
     def dtype(self):
         return self.visual.conv1.weight.dtype
 
-    def encode_image(self, images, class_only=False, attention=False):
+    def encode_image(self, images, class_only=False, **attention):
         """(B, 3, H, W) to every token (B, N, D), or its first (B, 1, D); a ResNet gives one pooled (B, D).
-        attention: see VisionTransformer."""
-        return self.visual(images, class_only, attention) if attention else self.visual(images, class_only)
+        attention: VisionTransformer's `attention` and `most`."""
+        return self.visual(images, class_only, **attention)
 
     def encode_text(self, ids, at=None):
         """(B, L) to every position (B, L, D); L may be shorter than the positions there are. With at (B,)

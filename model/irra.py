@@ -105,8 +105,8 @@ class IRRA(nn.Module):
         if not self.selects:
             return self.image_side(images)[0]
         with self.autocast(images.device):
-            feature, *selected = self.image_side(images, all_tokens=True, attention=True)
-            return side_by_side(feature, self.visul_emb_layer(*selected))
+            feature, *selected = self.image_side(images, attention=True)
+            return side_by_side(feature, self.visul_emb_layer(*selected, self.selected_patches()))
 
     def encode_text(self, ids):
         """(B, L) token ids to (B, width) fp32, the feature at EOT; see encode_image."""
@@ -129,14 +129,19 @@ class IRRA(nn.Module):
 
     def image_side(self, images, all_tokens=False, attention=False):
         """(B, D) features, and the tokens they are read from: (B, N, D), or the class token's (B, 1, D). With
-        attention also how much each counts for that, (B, N)."""
+        attention also how much each counts for that, (B, N), and without all_tokens the selected ones only
+        beside the class token."""
         encode_image, _ = self.encoders()
         with self.autocast(images.device):
             if not attention:
                 tokens = encode_image(images, class_only=not all_tokens)
                 return pooled(tokens), tokens
-            tokens, row = encode_image(images, class_only=not all_tokens, attention=True)
+            most = None if all_tokens else self.selected_patches()
+            tokens, row = encode_image(images, class_only=False, attention=True, most=most)
             return pooled(tokens), tokens, row
+
+    def selected_patches(self):
+        return self.visul_emb_layer.number_of(self.base_model.visual)
 
     def text_side(self, ids, attention=False):
         """(B, D) features, and the tokens (B, L, D) that they are read from. With attention also how much
@@ -154,7 +159,7 @@ class IRRA(nn.Module):
 
         words: also the (n, V) scores and (n,) labels of its masked words; else None.
         """
-        all_tokens = words or self.selects or self.uses_tokens
+        all_tokens = words or self.uses_tokens
         with self.autocast(batch.caption_ids.device):
             image, image_tokens, *image_row = self.image_side(batch.images, all_tokens, self.selects)
             shared = words and batch.same_caption
@@ -164,7 +169,9 @@ class IRRA(nn.Module):
             text, text_tokens, *text_row = self.text_side(ids, self.selects)
             found = {"image_features": image, "text_features": text}
             if self.selects:
-                found["image_selected"] = self.visul_emb_layer(image_tokens, *image_row)
+                found["image_selected"] = self.visul_emb_layer(
+                    image_tokens, *image_row, self.selected_patches()
+                )
                 found["text_selected"] = self.texual_emb_layer(text_tokens, *text_row, ids)
             if self.uses_tokens:
                 found["image_patches"] = at_least_fp32(image_tokens[:, 1:])
@@ -184,9 +191,9 @@ class IRRA(nn.Module):
         encode_image = torch.compile(self.base_model.encode_image, **options)
         encode_words = torch.compile(self.base_model.encode_words, **options)
 
-        def image(images, class_only, attention=False):
+        def image(images, class_only, **attention):
             torch._dynamo.maybe_mark_dynamic(images, 0)  # the last batch of an epoch is smaller
-            return encode_image(images, class_only, attention)
+            return encode_image(images, class_only, **attention)
 
         def text(ids, at=None):
             # PyTorch 2.6 compiles the look-up into wrong gradients (on a CPU; later versions do not)

@@ -78,9 +78,13 @@ class SelectedPatches(TokenSelection):
     def residual(self, x):
         return self.fc(x)
 
-    def forward(self, tokens, attention):
-        """tokens: (B, 1 + N, D). attention: (B, 1 + N), of the class token."""
-        k = max(int((tokens.shape[1] - 1) * self.ratio), 1)
+    def number_of(self, visual):
+        """How many of its patches are selected. visual: a VisionTransformer."""
+        return max(int((visual.positional_embedding.shape[0] - 1) * self.ratio), 1)
+
+    def forward(self, tokens, attention, k=None):
+        """tokens: (B, 1 + N, D), the class token first. attention: (B, 1 + N), of that. k: of the N."""
+        k = max(int((tokens.shape[1] - 1) * self.ratio), 1) if k is None else k
         weights = attention.index_fill(1, torch.zeros(1, dtype=torch.long, device=attention.device), -1)
         return self.embed(tokens, weights, torch.full((len(tokens),), k, device=tokens.device), k)
 

@@ -6,6 +6,7 @@ at d0a3403. Weights and images follow from names and seeds, as in tests/recipe.p
 
 import functools
 import json
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -472,6 +473,33 @@ def test_a_run_with_two_embeddings_is_tested_by_their_mean_and_by_each(run, test
     assert rows >= {"t2i", "i2t", "t2i, global", "t2i, selected", "i2t, global", "i2t, selected"}
     stored = yaml.safe_load((run / "configs.yaml").read_text())
     assert stored["token_selection"] is True and stored["loss_names"] == "tal+id+mlm"
+
+
+def test_a_published_pair_of_rde_is_tested(run, test_script, tmp_path):
+    """Its configs.yaml has words of its own, and its weights say that there is a second embedding."""
+    options = yaml.safe_load((run / "configs.yaml").read_text())
+    ours = {*"tau margin select_ratio token_selection tse_norm division text_aug noisy_file".split()}
+    options = {name: value for name, value in options.items() if name not in ours}
+    options.update(loss_names="TAL+sr0.3_tau0.015_margin0.1_n0.0", txt_aug=True, noisy_rate=0.0)
+    options.update(select_ratio=0.3, tau=0.015, margin=0.1, noisy_file="./noiseindex/CUHK-PEDES_0.0.npy")
+    (tmp_path / "configs.yaml").write_text(yaml.safe_dump(options))
+    shutil.copy(run / "best.pth", tmp_path)
+    for folder in (run, tmp_path):
+        assert test_script.main(["--config_file", str(folder), "--device", "cpu"]) == 0
+    found, expected = (json.loads((f / "results.json").read_text())["t2i"] for f in (tmp_path, run))
+    assert found == expected
+
+
+def test_a_checkpoint_without_the_embedding_that_the_options_name_is_refused(
+    run, test_script, tmp_path, capsys
+):
+    state = torch.load(run / "best.pth", weights_only=True)
+    state["model"] = {name: value for name, value in state["model"].items() if "emb_layer" not in name}
+    torch.save(state, tmp_path / "global.pth")
+    words = ["--config_file", str(run), "--device", "cpu", "--checkpoint", str(tmp_path / "global.pth")]
+    assert test_script.main(words) == 2
+    err = capsys.readouterr().err
+    assert "holds no visul_emb_layer, texual_emb_layer" in err and err.count("\n") == 1
 
 
 @missing("faiss", "faiss-cpu")
