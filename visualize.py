@@ -88,7 +88,8 @@ def split_pictures(args, folder):
         ((sentence, found),) = query_rows(features, ranking.indices, paths, captions, [query])
         pid = int(text_pids[query])
         right = [paths[row] for row in (image_pids == pid).nonzero()[:, 0].tolist()]
-        note = f"the first right one at rank {int(outcome.first_rank[query])}, query {query}, person {pid}"
+        person = img_loader.person(pid)
+        note = f"the first right one at rank {int(outcome.first_rank[query])}, query {query}, person {person}"
         path = folder / f"query_{args.split}_{query:05d}.png"
         save_picture(draw_query(sentence, right, found, note), path)
         written.append(path)

@@ -155,7 +155,7 @@ def read_splits(source, root_dir=None, images_must_exist=True):
     if source.row:
         check_training_ids(source, train_pids)
     if images_must_exist:
-        check_images(source, (path for split in eval_splits.values() for path in split.image_paths))
+        check_images(source, {path for split in eval_splits.values() for path in split.image_paths})
     logger.info(f"=> {source.name} Images and Captions are loaded")
     persons = {(trains, pid): person for (trains, person), pid in pids.items() if person != pid}
     return Splits(
@@ -188,9 +188,10 @@ def numbered(records, source):
         said.append(f"{len(others)} persons of the other splits keep their ids")
         others = {person: person for person in others}
     logger.info(f"{source.path}: {', '.join(said)}")
-    words = sorted({record.split for record in records} - {"train", "test", "val"})
+    words = Counter(record.split for record in records if record.split not in ("train", "test", "val"))
     if words:
-        logger.info(f"{source.path}: {', '.join(words[:10])} count as val")
+        shown = ", ".join(f'"{word}" ({images} images)' for word, images in words.most_common(10))
+        logger.warning(f"{source.path}: the split {shown} counts as val")
     pids = {(True, person): pid for pid, person in enumerate(training)}
     return pids | {(False, person): others[person] for person in others}
 
@@ -255,14 +256,14 @@ def check_images(source, image_paths):
     """Every image must be there: all missing ones are counted, the first is named."""
     missing = missing_images(image_paths)
     if missing:
-        below = sorted({os.path.relpath(os.path.dirname(path), source.images) for path in missing})
+        below = sorted({os.path.relpath(os.path.dirname(path), source.images) for path in missing} - {"."})
         mend = f"unpack into {source.images}"
         if source.row is None:
             mend = f"is --images {source.images} where the paths in {source.path} start?"
         raise InputError(
             f"{source.name}: {number_missing(missing)}, the first is {min(missing)[:300]}"
-            f"{why_missing(min(missing))}; {mend} "
-            f"(below: {', '.join(below[:7])[:300]}{', …' if len(below) > 7 else ''})"
+            f"{why_missing(min(missing))}; {mend}"
+            + (f" (below: {', '.join(below[:7])[:300]}{', …' if len(below) > 7 else ''})" if below else "")
         )
 
 

@@ -1,5 +1,6 @@
 """From options to loaders."""
 
+import functools
 import logging
 from multiprocessing import get_all_start_methods
 
@@ -68,11 +69,11 @@ class TrainLoader(DataLoader):
 
 
 class ImageLoader(DataLoader):
-    """(pids [B], normalised images [B, 3, H, W] on the device)."""
+    """(pids [B], normalised images [B, 3, H, W] on the device). person: a pid's name in the file."""
 
-    def __init__(self, *args, device, **kwargs):
+    def __init__(self, *args, device, person=None, **kwargs):
         super().__init__(*args, **kwargs)
-        self._device, self.left_out = device, {}
+        self._device, self.left_out, self.person = device, {}, person
 
     def __iter__(self):
         for pids, images, left_out in super().__iter__():
@@ -225,6 +226,7 @@ def eval_loaders(args, splits, name, device, images):
         sampler=Share(len(split.image_pids)),
         collate_fn=as_it_is,
         device=device,
+        person=functools.partial(splits.person, name),
         **workers(args, device),
     )
     captions = DataLoader(

@@ -22,6 +22,9 @@ from datasets.annotations import (
 )
 from utils.data_sets import DATA_SETS, DEFAULT, ignored_name
 from utils.errors import InputError, printable, reports_errors
+from utils.option_types import nearest
+
+VALIDATION = ("validation", "valid", "dev")  # other words for val
 
 
 class Finding(NamedTuple):
@@ -96,8 +99,28 @@ def check_split_words(splits):
         if meant in ("train", "test"):
             what = f'{images} images have the split "{word}", which counts as val: {meant} is meant'
             findings.append(Finding(what, True))
-        else:
+        elif splits.source.row:
             what = f'{images} images have the split "{word}", which counts as val, as in the published code'
+            findings.append(Finding(what, False))
+        else:  # a file of one's own, where nobody else's word is to be followed
+            hint = nearest(word, ("train", "test", "val")) or ": write val if it is"
+            what = f'{images} images have the split "{word}", which counts as val{hint}'
+            findings.append(Finding(what, meant not in VALIDATION))
+    return findings
+
+
+def check_persons_once(splits):
+    """Persons that are trained on and tested: only where a file of one's own names them."""
+    if splits.source.row:
+        return []
+    people = {
+        name: {splits.person(name, pid) for pid in split.image_pids} for name, split in splits.by_name.items()
+    }
+    findings = []
+    for name in ("val", "test"):
+        both = sorted(people["train"] & people[name], key=str)
+        if both:
+            what = f"{len(both)} persons of train stand in {name} too, which flatters its figures: {both[0]}"
             findings.append(Finding(what, False))
     return findings
 
@@ -143,6 +166,14 @@ def check_captions(splits, text_length=77):
     return findings
 
 
+ODD = {  # pictures that other programs show differently
+    "turned": "are turned by an EXIF tag: training and test.py read them as they lie, as the published code "
+    "does, search.py and demo.py upright",
+    "deep": "are grey with more than eight bits: here they are brought to eight, the published code cuts "
+    "them at 255, which leaves white",
+}
+
+
 def check_pictures(splits, progress=True):
     """Decode every image; find unreadable ones, the same picture under two names in different splits, and
     those that other programs show differently."""
@@ -186,14 +217,8 @@ def check_pictures(splits, progress=True):
                 True,
             )
         )
-    says = {
-        "turned": "are turned by an EXIF tag: training and test.py read them as they lie, as the published "
-        "code does, search.py and demo.py upright",
-        "deep": "are grey with more than eight bits: here they are brought to eight, the published code cuts "
-        "them at 255, which leaves white",
-    }
     findings += [
-        Finding(f"{len(paths)} pictures {says[kind]}; the first is {min(paths)}", False)
+        Finding(f"{len(paths)} pictures {ODD[kind]}; the first is {min(paths)}", False)
         for kind, paths in odd.items()
         if paths
     ]
@@ -205,7 +230,7 @@ def check_dataset(source, decode=False, text_length=77):
     be read at all."""
     splits = read_splits(source, images_must_exist=False)
     findings = []
-    absent = missing_images([path for split in splits.by_name.values() for path in split.image_paths])
+    absent = missing_images({path for split in splits.by_name.values() for path in split.image_paths})
     if absent:
         folders = Counter(str(Path(path).parent) for path in absent)
         most, number = folders.most_common(1)[0]
@@ -219,6 +244,7 @@ def check_dataset(source, decode=False, text_length=77):
             )
         )
     findings += check_split_words(splits) + check_counts(splits) + check_images_once(splits)
+    findings += check_persons_once(splits)
     findings += check_captions(splits, text_length)
     if decode and not absent:
         findings += check_pictures(splits)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from utils.errors import InputError
+from utils.option_types import nearest
 
 DELIMITERS = {".csv": (",", "commas"), ".tsv": ("\t", "tabs")}
 LINES = (".jsonl", ".ndjson")
@@ -216,9 +217,11 @@ def check_header(row, where, delimiters):
         if header.count(name) > 1:
             raise InputError(f'{where} names the column "{name}" twice')
         if name not in header and name != "split":
+            close = nearest(name, [other for other in header if other not in COLUMNS])
+            meant = close.replace("did you mean", "is that") or f", with {delimiters} between them"
             raise InputError(
                 f'{where} has no column "{name}" (it has {_names(header)}): the first line names the columns '
-                f"{', '.join(COLUMNS)}, with {delimiters} between them"
+                f"{', '.join(COLUMNS)}{meant}"
             )
     return header
 

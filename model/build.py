@@ -102,8 +102,7 @@ def build_trained_model(args, weights, source, facts=None):
     if lacking := {part: row for part, row in lacking.items() if part not in begun}:
         switch = LOSSES[next(iter(lacking.values())).loss].switch
         raise InputError(
-            f"{source} holds no {', '.join(lacking)}, which the options ask for (--{switch}): it is of another "
-            "run"
+            f"{source} holds no {', '.join(lacking)}, which the options ask for (--{switch}): another run's?"
         )
     heads = [
         name for name in LOSSES if any(part in begun and row.loss == name for part, row in PARTS.items())

@@ -509,6 +509,8 @@ def has_moved(table, gallery):
     """Whether the gallery of an index is no longer where it was: its pictures are not (what is left may be an
     empty folder, where a disk was mounted), or that place is another name of `gallery`."""
     home = table["gallery"]
+    if os.path.abspath(home) == os.path.abspath(gallery):
+        return False  # another choice of its pictures has an index of its own
     with contextlib.suppress(OSError):
         if os.path.samefile(home, gallery):
             return True

@@ -340,3 +340,38 @@ def test_a_tiff_that_pillow_turns_itself_is_not_counted(drawn, capsys):
     assert read_image(drawn.image(0)).size == open_picture(drawn.image(0)).size == picture.size
     status, faults, notes, _ = drawn.check(capsys, "--decode")
     assert status == 0 and not any("turned" in note or "bits" in note for note in notes)
+
+
+# ---- a file of one's own ----
+
+
+def own_file(tmp_path, *rows):
+    """The arguments for a CSV file with these (person, split)."""
+    make_dataset(tmp_path, "CUHK-PEDES", 3, 2, 6, 2)
+    images = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*.jpg"))
+    lines = ["image,caption,person,split"]
+    for image, (person, split) in zip(images[: len(rows)], rows, strict=True):
+        lines.append(f"{image},a man called {person},{person},{split}")
+    (tmp_path / "own.csv").write_text("\n".join(lines) + "\n")
+    return ["--annotations", str(tmp_path / "own.csv"), "--images", str(tmp_path)]
+
+
+def test_a_mistyped_split_of_ones_own_file_is_a_fault_and_another_word_for_val_is_not(tmp_path, capsys):
+    argv = own_file(tmp_path, ("anna", "train"), ("ben", "trian"), ("cleo", "test"), ("dora", "dev"))
+    assert main(argv) == 1
+    out = capsys.readouterr().out
+    assert 'FAULT 1 images have the split "trian", which counts as val; did you mean train?' in out
+    assert 'note  1 images have the split "dev", which counts as val' in out
+
+
+def test_a_person_of_train_that_is_tested_too_is_noted(tmp_path, capsys):
+    assert main(own_file(tmp_path, ("anna", "train"), ("ben", "train"), ("anna", "test"))) == 0
+    assert "1 persons of train stand in test too, which flatters its figures: anna" in capsys.readouterr().out
+
+
+def test_a_mistyped_column_is_recognised(tmp_path, capsys):
+    argv = own_file(tmp_path, ("anna", "train"))
+    path = tmp_path / "own.csv"
+    path.write_text(path.read_text().replace("caption,", "captoin,"))
+    assert main(argv) == 2
+    assert 'has no column "caption"' in (said := capsys.readouterr().err) and "is that captoin?" in said

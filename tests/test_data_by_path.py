@@ -211,7 +211,7 @@ def test_the_log_says_how_many_persons_and_which_splits_count_as_val(tmp_path, c
     assert (
         "1 training persons are numbered 0..0, 2 persons of the other splits are numbered 0..1" in caplog.text
     )
-    assert "query count as val" in caplog.text
+    assert 'the split "query" (1 images) counts as val' in caplog.text
 
 
 @pytest.mark.parametrize("split", ["train", "test", "val"])
