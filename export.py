@@ -13,7 +13,8 @@ def main(argv=None):
     from retrieval.encoders import open_run
     from retrieval.export import export
 
-    folder = Path(args.output or Path(args.run_dir) / "export" / args.format)
+    what = args.format if args.checkpoint is None else f"{args.format}_{Path(args.checkpoint).stem}"
+    folder = Path(args.output or Path(args.run_dir) / "export" / what)
     difference = export(open_run(args), args, args.format, folder)
     print(f"{printable(str(folder))} is done; its features differ from the run's by {difference:.1e} at most")
 

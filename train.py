@@ -137,11 +137,15 @@ class Training:
     """A run on its way: what is trained, `done`, how far it is, and the run's folder."""
 
     def __init__(self, args, device, loaders, parts, run):
+        import torch
+
         self.args, self.device, self.parts, self.run = args, device, parts, run
         self.train_loader, self.img_loader, self.txt_loader = loaders
         self.stop = None  # the StopSignals of the time in which it trains
         self.done = {"epoch": 0, "iteration": 0, "samples": 0, "to_evaluate": False, "meters": {}}
         self.done.update({"best_R1": -1.0, "best_epoch": 0, "seed": args.seed})
+        if args.division:
+            self.done["label_hat"] = torch.empty(0, dtype=torch.uint8)  # the weights of this epoch's samples
         self.ema = parts.get("ema")
         if self.ema:
             self.done.update({"best_ema_R1": -1.0, "best_ema_epoch": 0})
@@ -279,7 +283,7 @@ class Training:
     def resume(self, state, checkpoint):
         """Go on from a checkpoint's state; False where nothing is left to do."""
         args, done, log = self.args, self.done, self.run.log
-        done.update(restore(self.parts, state, checkpoint))
+        done.update(restore(self.parts, done, state, checkpoint))
         if self.ema and "ema" not in state:
             log.info(f"{checkpoint} holds no averaged weights: the average begins with its weights")
         if done["epoch"] >= args.num_epoch and not done["to_evaluate"]:
@@ -341,11 +345,9 @@ def evaluate_epoch(model, ema, img_loader, txt_loader, device, run, epoch):
     return rows["t2i"]["R1"], rows["t2i_ema"]["R1"] if ema else None
 
 
-def restore(parts, state, source):
-    """Put a checkpoint's parts back; returns what it says of the progress. Of a published one the weights
-    fit, but not the optimiser."""
-    import torch
-
+def restore(parts, done, state, source):
+    """Put a checkpoint's parts back; returns what it says of what `done` holds. Of a published one the
+    weights fit, but not the optimiser."""
     from model.build import facts_to_keep
     from utils.checkpoint import fit_groups, load_optimizer, load_weights
 
@@ -360,14 +362,10 @@ def restore(parts, state, source):
     load_optimizer(optimizer, saved, source)
     if "ema" in parts:
         restore_average(parts["ema"], state.get("ema"), source)
-    kinds = {"epoch": int, "iteration": int, "samples": int, "to_evaluate": bool}
-    kinds.update({"best_R1": float, "best_epoch": int, "meters": dict})
-    kinds.update({"label_hat": torch.Tensor})
-    kinds.update({"best_ema_R1": float, "best_ema_epoch": int} if "ema" in parts else {})
-    kept = {key: state[key] for key in kinds if key in state}
+    kept = {key: state[key] for key in done if key in state and key != "seed"}
     try:
         parts["scheduler"].load_state_dict(state["scheduler"])
-        wrong = next((key for key, value in kept.items() if not isinstance(value, kinds[key])), None)
+        wrong = next((key for key, value in kept.items() if not isinstance(value, type(done[key]))), None)
     except (KeyError, TypeError) as error:
         wrong = f"scheduler ({error!r})"
     if wrong or "epoch" not in kept:

@@ -144,7 +144,7 @@ def progress_lines(folder):
     text = re.sub(r"Saving checkpoint to .*/", "Saving to ", (folder / "train_log.txt").read_text())
     text = re.sub(r" Time per batch: .*", "", text)
     said = [re.sub(r"^\S+ \S+ IRRA\S* \w+: ", "", line) for line in text.splitlines()]
-    return [line for line in said if line.startswith(("Epoch", "Validation", "Saving", "best R1", "| t2i"))]
+    return [line for line in said if re.match(r"Epoch|Validation|Saving|best R1|\| *t2i", line)]
 
 
 def wait_for(condition, process, seconds=60):

@@ -167,6 +167,10 @@ def fit_groups(optimizer, saved, model, weights, source):
     weights: the checkpoint's, whose types tell in which precision it was saved.
     """
     own = [len(group["params"]) for group in optimizer.param_groups]
+    if saved is None:
+        raise InputError(
+            f"{source} cannot be resumed: it holds weights and no optimizer part, as last.pth does"
+        )
     try:
         sizes = [len(group["params"]) for group in saved["param_groups"]]
         if sizes == own:
