@@ -14,11 +14,9 @@ def main(argv=None):
     stop_like_an_interrupt()  # an index keeps what has been encoded
     sentences = args.query + read_sentences(args.query_file)
 
-    import numpy as np
-
     from retrieval.contact_sheet import Found, draw_contact_sheet, picture_format
     from retrieval.encoders import checked_sentence, cut_notice, open_picture, open_run, shown
-    from retrieval.gallery import open_gallery, plural
+    from retrieval.gallery import open_gallery
     from utils.extras import extra
 
     extra("faiss")
@@ -38,16 +36,7 @@ def main(argv=None):
     queries = [("query", sentence) for sentence in sentences] + [("image", path) for path in args.image]
     if not queries:
         say("no --query, --query_file or --image was given: the index is ready for one")
-    answers = []
-    if queries:
-        features = [encoders.text_features(sentences)] if sentences else []
-        if args.image:
-            features.append(encoders.image_features([encoders.pixels(path) for path in args.image]))
-        answers, lost = index.find(np.concatenate(features), args.top_k, args.duplicates)
-        if lost:
-            say(f"{plural(lost, 'picture')} gone or changed since just now: left out")
-    answers = [[hit._replace(path=str(Path(index.gallery) / hit.path)) for hit in hits] for hits in answers]
-
+    answers = answers_of(index, encoders, sentences, args) if queries else []
     if args.json:
         print(json.dumps([as_record(*query, answer) for query, answer in zip(queries, answers, strict=True)]))
     else:
@@ -63,6 +52,21 @@ def main(argv=None):
         ]
         draw_contact_sheet(rows, args.save)
         say(f"the result is drawn in {args.save}")
+
+
+def answers_of(index, encoders, sentences, args):
+    """[hits, best first] of each sentence, then of each --image; paths are whole."""
+    import numpy as np
+
+    from retrieval.gallery import plural
+
+    features = [encoders.text_features(sentences)] if sentences else []
+    if args.image:
+        features.append(encoders.image_features([encoders.pixels(path) for path in args.image]))
+    answers, lost = index.find(np.concatenate(features), args.top_k, args.duplicates)
+    if lost:
+        say(f"{plural(lost, 'picture')} gone or changed since just now: left out")
+    return [[hit._replace(path=str(Path(index.gallery) / hit.path)) for hit in hits] for hits in answers]
 
 
 def say(line):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from utils.data_sets import name_of
 from utils.errors import InputError, reports_errors
-from utils.options import get_test_args, read_run_options
+from utils.options import get_test_args, passed_over, read_run_options
 
 
 @reports_errors
@@ -21,7 +21,7 @@ def main(argv=None):
 def test(args, device):
     from datasets import build_dataloader
     from model.build import build_trained_model
-    from processor.evaluator import chance, encode, evaluate, log_table
+    from processor.evaluator import encode, evaluate, log_table
     from retrieval.contact_sheet import draw_contact_sheet, gallery_paths, picture_format, query_rows, spread
     from utils.checkpoint import load_checkpoint
     from utils.dist import from_all, rank
@@ -36,8 +36,8 @@ def test(args, device):
         picture_format(args.picture)  # before the evaluation: that may take long
     if rank() == 0:
         keep_log(logger, Path(args.output or run) / "test_log.txt")
-    logger.info(str({key: value for key, value in sorted(vars(args).items()) if key != "passed_over"}))
-    for sentence in args.passed_over:
+    logger.info(str(dict(sorted(vars(args).items()))))
+    if sentence := passed_over(run / "configs.yaml", vars(args)):
         logger.info(sentence)
     checkpoint = Path(args.checkpoint or run / "best.pth")
     img_loader, txt_loader, _ = build_dataloader(args)
@@ -46,12 +46,7 @@ def test(args, device):
     logger.getChild("test").info("Enter inferencing")
     features = encode(model, img_loader, txt_loader, device, progress=True)
     rows, ranking = evaluate(features, args.i2t)
-    if args.chance:
-        rows["chance"] = chance(features)
-    if args.all_embeddings:
-        for name, columns in model.embeddings().items():
-            of_one, _ = evaluate(features.of(columns), args.i2t)
-            rows.update({f"{task}, {name}": row for task, row in of_one.items()})
+    rows.update(more_rows(args, model, features))
     log_table(rows)
     left_out = from_all(img_loader.left_out)
     if rank():  # several processes share the work; one writes
@@ -72,6 +67,17 @@ def test(args, device):
         queries = spread(len(captions), 6)
         draw_contact_sheet(query_rows(features, ranking.indices, paths, captions, queries), args.picture)
         logger.getChild("test").info(f"queries and their ten best images are drawn in {args.picture}")
+
+
+def more_rows(args, model, features):
+    """Of the table: a random order, and each of several embeddings by itself."""
+    from processor.evaluator import chance, evaluate
+
+    rows = {"chance": chance(features)} if args.chance else {}
+    for name, columns in model.embeddings().items() if args.all_embeddings else ():
+        of_one, _ = evaluate(features.of(columns), args.i2t)
+        rows.update({f"{task}, {name}": row for task, row in of_one.items()})
+    return rows
 
 
 def keep_results(results, target, logger):

@@ -355,8 +355,8 @@ def get_test_args(argv=None):
 def tool_args(parser, argv=None):
     """The options of a tool over those of the run that it names: a Namespace, with `run_dir` added.
 
-    run_dir is the folder of the configs.yaml; passed_over holds sentences about what it says that no option
-    is. Without --config_file, where a tool allows that, run_dir is None and the tool's options are all.
+    run_dir is the folder of the configs.yaml. Without --config_file, where a tool allows that, it is None and
+    the tool's options are all.
     """
     given = parser.parse_args(argv)
     if given.config_file is None:
@@ -365,10 +365,8 @@ def tool_args(parser, argv=None):
     config_file = Path(given.config_file)
     if config_file.is_dir():
         config_file = config_file / "configs.yaml"
-    passed_over = []
-    args = read_run_options(config_file, vars(given), passed_over)
+    args = read_run_options(config_file, vars(given))
     vars(args).update(options_over(vars(args), vars(given)), training=False, run_dir=str(config_file.parent))
-    args.passed_over = passed_over
     check_data_options(args)
     if not args.checkpoint and (numbered := numbered_best(args)):
         args.checkpoint = str(numbered)
@@ -393,12 +391,9 @@ AT_TEST = (  # options of train.py alone that testing depends on
 ).split()
 
 
-def read_run_options(config_file, given=(), passed_over=None):
-    """The options that a run's configs.yaml holds, ours or a published one, the others at their default.
-
-    given: names of those that others replace. passed_over: a list that gets a sentence about what a program
-    of this family has besides: an option, or a word for its training.
-    """
+def read_run_file(config_file, given=()):
+    """({option: value}, {name: value} of what no option is, or a word for another program's training) of a
+    run's configs.yaml, ours or a published one. given: names of options that others replace."""
     parser, foreign = parser_of("train"), {}
     of_tools = {action.dest for action in parser_of("test").options().values()}
 
@@ -406,7 +401,12 @@ def read_run_options(config_file, given=(), passed_over=None):
         foreign[key] = value
         return key not in parser.options() or key in given or key not in (*AT_TEST, *of_tools)
 
-    options = read_options(config_file, parser, forgive)
+    return read_options(config_file, parser, forgive), foreign
+
+
+def read_run_options(config_file, given=()):
+    """The options that a run's configs.yaml holds, the others at their default. given: see read_run_file."""
+    options, foreign = read_run_file(config_file, given)
     if "loss_names" in foreign:
         options["loss_names"] = "sdm"  # which loss it was, nothing here depends on
     if "dataset_name" in foreign:
@@ -415,10 +415,14 @@ def read_run_options(config_file, given=(), passed_over=None):
         raise InputError(
             f"{config_file} is not the configs.yaml of a run: it names no loss_names and dataset_name"
         )
-    args = parser.parse_args([])
+    args = parser_of("train").parse_args([])
     vars(args).update(options)
     reconcile(args)
-    shown = ", ".join(f"{key}: {value}" for key, value in foreign.items() if key not in given)
-    if shown and passed_over is not None:
-        passed_over.append(f"{config_file}: passed over, since testing does not need it: {shown}")
     return args
+
+
+def passed_over(config_file, given):
+    """A sentence about what a run's configs.yaml says that testing does not need, or None."""
+    _, foreign = read_run_file(config_file, given)
+    shown = ", ".join(f"{key}: {value}" for key, value in foreign.items())
+    return f"{config_file}: passed over, since testing does not need it: {shown}" if shown else None
