@@ -204,26 +204,28 @@ class Training:
 
     def divide(self, model, epoch):
         """Weigh the samples for this epoch; one that was interrupted goes on with the weights it had."""
-        from processor.division import divide
+        from datasets.sampler import mixed
+        from processor.division import careful, divide
         from utils.dist import unwrapped
+        from utils.losses import LOSSES, names_of
 
         args, done = self.args, self.done
         if not args.division:
             return
-        if not done["samples"]:
-            careful = args.dataset_name == "RSTPReid" or args.noisy_rate > 0.4
-            self.train_loader.set_epoch(epoch)
-            seed = args.seed * 1_000_003 + epoch
-            weights, counts = divide(
-                unwrapped(model), self.train_loader, self.device, seed, careful, self.leave_if_asked
-            )
+        loader = self.train_loader
+        if not done["samples"] or len(done["label_hat"]) != len(loader.dataset):
+            loader.set_epoch(epoch)
+            seed, strict = mixed(args.seed, epoch, 4), careful(args, loader.moved)
+            weights, counts = divide(unwrapped(model), loader, self.device, seed, strict, self.leave_if_asked)
             done["label_hat"] = weights.byte()
             both, one, none = counts
+            unheeding = [name for name in names_of(args) if not LOSSES[name].each and name != "tse"]
             self.run.log.info(
                 f"Epoch[{epoch}] clean pairs: {both}, doubtful: {one}, left out: {none}; "
                 f"{int(weights.sum())} of {len(weights)} count"
+                + (f"; in {', '.join(unheeding)} all of them" if unheeding else "")
             )
-        self.train_loader.weights = done["label_hat"].float()
+        loader.weights = done["label_hat"].float()
 
     def leave_if_asked(self):
         """Within what nothing is kept of."""

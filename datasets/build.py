@@ -27,10 +27,12 @@ class TrainLoader(DataLoader):
     """Gives utils.batch.Batch, its images on the device, its ids on the host. Under torchrun each is this
     process's share, and its batch_size says how many samples all have together."""
 
-    def __init__(self, *args, device, divided=False, **kwargs):
-        """divided: batches say which samples they hold, for processor.division."""
+    def __init__(self, *args, device, divided=False, moved=0.0, **kwargs):
+        """divided: batches say which samples they hold, for processor.division. moved: the share of captions
+        that are another sample's on purpose."""
         super().__init__(*args, **kwargs)
         self._device, self.left_out, self._divided = device, {}, divided
+        self.moved = moved
         self.weights = None  # [N] of the training samples, for the losses
 
     def __iter__(self):
@@ -136,7 +138,7 @@ def train_loader(args, splits, device, images):
         raise InputError(
             f"--batch_size {args.batch_size} is larger than the training set ({len(splits.train)} captions)"
         )
-    samples = exchanged(splits.train, args.noisy_rate, args.noisy_file, args.seed)
+    samples, moved = exchanged(splits.train, args.noisy_rate, args.noisy_file, args.seed)
     masking = (args.masked_token_rate, args.masked_token_unchanged_rate) if args.MLM else None
     dataset = PairDataset(
         samples,
@@ -171,14 +173,15 @@ def train_loader(args, splits, device, images):
         collate_fn=as_it_is,
         device=device,
         divided=args.division,
+        moved=moved,
         persistent_workers=args.num_workers > 0,  # the epoch comes with each key: workers need not start anew
         **workers(args, device),
     )
 
 
 def exchanged(samples, rate, file, seed):
-    """The training samples with captions of others, for tables of noise: a drawn share of them permuted, or
-    sample i with the caption of sample file[i], as the published files have it."""
+    """(The training samples with captions of others, for tables of noise: a drawn share of them permuted, or
+    sample i with the caption of sample file[i], as the published files have it; the share that has moved)."""
     N = len(samples)
     places = read_places(file, N) if file else np.arange(N)
     if rate and not file:
@@ -188,7 +191,8 @@ def exchanged(samples, rate, file, seed):
     moved = int((places != np.arange(N)).sum())
     if moved:
         logger.info(f"{moved} of {N} training captions are another sample's")
-    return [one._replace(caption=samples[place].caption) for one, place in zip(samples, places, strict=True)]
+    captions = [samples[place].caption for place in places]
+    return [one._replace(caption=c) for one, c in zip(samples, captions, strict=True)], moved / N
 
 
 def read_places(file, N):

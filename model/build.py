@@ -87,8 +87,7 @@ def build_trained_model(args, weights, source, facts=None):
     encoders = {
         key[len("base_model.") :]: value for key, value in weights.items() if key.startswith("base_model.")
     }
-    activation = {} if args.activation == "auto" else {"activation": args.activation}  # of configs.yaml
-    sizes = architecture(encoders, source, {**OPENAIS, **activation, **read_facts(facts, source)})
+    sizes = architecture(encoders, source, {**OPENAIS, **read_facts(facts, source)})
     rows, columns = image_grid(sizes, args.img_size, args.stride_size)
     if 1 + rows * columns != sizes["vision_positions"]:
         raise InputError(

@@ -64,7 +64,7 @@ class TokenSelection(nn.Module):
         x = x.to(self.linear.weight.dtype)
         x = at_least_fp32(self.residual(x) + self.mlp(x))  # (B, k, E)
         counts = torch.arange(k, device=x.device) < number[:, None]
-        return x.masked_fill(~counts[:, :, None], -torch.inf).amax(dim=1)
+        return x.masked_fill(~counts[:, :, None], -torch.inf).max(dim=1).values
 
 
 class SelectedPatches(TokenSelection):

@@ -32,6 +32,10 @@ def read_config(path):
         else:
             said = json.loads(path.read_text(encoding="utf-8"))
         config = CONFIGS[path.name](said)
+        numbers = [value for name, value in config.facts.items() if name != "activation"]
+        if config.image:
+            (rows, columns), stride = config.image
+            numbers += [rows, columns, stride]
     except InputError:
         raise
     except OSError as error:
@@ -40,10 +44,6 @@ def read_config(path):
         raise InputError(
             f"{path} is not a config of CLIP weights ({type(error).__name__}: {error})"
         ) from None
-    numbers = [value for name, value in config.facts.items() if name != "activation"]
-    if config.image:
-        (rows, columns), stride = config.image
-        numbers += [rows, columns, stride]
     if not all(isinstance(number, int) and number > 0 for number in numbers):
         raise InputError(f"{path} is not a config of CLIP weights (its sizes: {numbers})")
     return config

@@ -4,10 +4,14 @@ Before each epoch the loss of every sample is computed; a mixture of two Gaussia
 mean clean. Global features and selected tokens vote; where they disagree a coin decides.
 """
 
+import warnings
+
 import numpy as np
 import torch
 
 from datasets.sampler import mixed
+from utils.data_sets import name_of
+from utils.dist import from_main
 from utils.errors import InputError
 from utils.extras import extra
 
@@ -16,48 +20,60 @@ CAREFUL = {"max_iter": 100, "tol": 1e-4, "reg_covar": 1e-6}
 USUAL = {"max_iter": 10, "tol": 1e-2, "reg_covar": 5e-4}
 
 
+def careful(args, moved):
+    """Whether the mixture goes by the published settings for RSTPReid and for much noise. moved: the share of
+    captions that are another sample's on purpose."""
+    return name_of(args) == "RSTPReid" or moved > 0.4
+
+
 def divide(model, loader, device, seed, careful, after_batch=None):
     """(weights [N] of the training samples, 0 or 1; how many both, one and none of the votes call clean).
 
-    The same in every process, and a function of the weights, the loader's epoch and the seed. careful: the
-    published settings for RSTPReid and for much noise. after_batch: called after each batch; may raise.
+    The main process's, in every process; a function of the weights, the loader's epoch and the seed. A sample
+    that is not seen, as the identity sampler leaves some out, counts as clean. after_batch: called after each
+    batch; may raise.
     """
+    mixture = extra("sklearn.mixture", "requirements-methods.txt").GaussianMixture  # before a pass over all
     kinds = sample_losses(model, loader, device, after_batch)
-    votes = [clean(losses, mixed(seed, n) % 2**32, careful) for n, losses in enumerate(kinds)]
+    votes = [clean(losses, mixed(seed, n) % 2**32, careful, mixture) for n, losses in enumerate(kinds)]
     agreed = torch.from_numpy(sum(vote.astype(np.int64) for vote in votes))
     coin = torch.randint(0, 2, agreed.shape, generator=torch.Generator().manual_seed(mixed(seed, 2)))
     weights = torch.where(agreed == len(votes), 1, torch.where(agreed == 0, 0, coin))
     counts = [int((agreed == n).sum()) for n in range(len(votes) + 1)]
-    return weights, (counts[-1], sum(counts[1:-1]), counts[0])
+    return from_main((weights, (counts[-1], sum(counts[1:-1]), counts[0])))
 
 
 @torch.no_grad()
 def sample_losses(model, loader, device, after_batch=None):
     """[N] losses of the training samples in batches as in training, of the global features and, with token
-    selection, of the second embedding. A sample whose image was left out has the mean of the others."""
+    selection, of the second embedding; NaN where a sample is not seen."""
     was_training = model.training
     model.eval()
     found = torch.full((1 + model.selects, len(loader.dataset)), torch.nan, device=device)
     for batch in loader:
         indices, losses = model.losses_of_samples(batch.planned().to(device))
-        found[:, indices] = losses
+        found[:, indices] = losses.nan_to_num(posinf=torch.nan)
         if after_batch:
             after_batch()
     model.train(was_training)
-    return [np.nan_to_num(row, nan=np.nanmean(row)) for row in found.double().cpu().numpy()]
+    return list(found.double().cpu().numpy())
 
 
-def clean(losses, seed, careful):
+def clean(losses, seed, careful, mixture):
     """[N] truth values: whether a sample is taken for right. seed: of the mixture's start, below 2^32."""
-    if len(losses) < FEWEST:
-        raise InputError(f"--division needs at least {FEWEST} training samples, and there are {len(losses)}")
-    mixture = extra("sklearn.mixture", "requirements-methods.txt").GaussianMixture
-    low, high = losses.min(), losses.max()
-    scaled = ((losses - low) / (high - low if high > low else 1))[:, None]
-    if high == low:
-        return np.ones(len(losses), bool)
-    fitted = mixture(2, random_state=seed, **(CAREFUL if careful else USUAL)).fit(scaled)
-    return split(fitted.predict_proba(scaled)[:, fitted.means_.argmin()])
+    seen = np.isfinite(losses)
+    known = losses[seen]
+    if len(known) < FEWEST:
+        raise InputError(f"--division needs at least {FEWEST} training samples, and there are {len(known)}")
+    low, high = known.min(), known.max()
+    found = np.ones(len(losses), bool)
+    if high > low:
+        scaled = ((known - low) / (high - low))[:, None]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it ends before it has converged is part of the recipe
+            fitted = mixture(2, random_state=seed, **(CAREFUL if careful else USUAL)).fit(scaled)
+        found[seen] = split(fitted.predict_proba(scaled)[:, fitted.means_.argmin()])
+    return found
 
 
 def split(probability):

@@ -184,8 +184,7 @@ class NotFinite(InputError):
         super().__init__(
             f"loss or gradient is no longer a number in epoch {evidence['epoch']}, iteration "
             f"{evidence['iteration']} ({losses}); the step was not taken. Try --precision bf16, "
-            f"--max_grad_norm 1 "
-            "or a lower --lr (fp16 also needs Adam's eps of 1e-3)"
+            "--max_grad_norm 1 or a lower --lr (fp16 also needs Adam's eps of 1e-3)"
         )
 
 

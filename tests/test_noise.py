@@ -9,7 +9,7 @@ import torch
 
 from datasets import build_dataloader
 from datasets.tokenizer import EOT, MASK, SOT, augment_tokens
-from processor.division import clean, split
+from processor.division import careful, clean, split
 from tests import processes
 from tests.children import differ, draw, only_run, run, words
 from tests.processes import together
@@ -20,6 +20,14 @@ from utils.options import get_args
 
 CCD = figures("methods/rde_ccd")
 RDE = arrays("methods/rde")
+
+
+def mixture():
+    from sklearn.mixture import GaussianMixture
+
+    return GaussianMixture
+
+
 needs_sklearn = missing("sklearn", "scikit-learn", "requirements-methods.txt")
 
 
@@ -44,13 +52,13 @@ def losses_of(which):
 @pytest.mark.parametrize("which", ["A", "B"])
 @pytest.mark.parametrize("published", CCD["runs"], ids=lambda run: run["dataset_name"])
 def test_samples_that_the_published_division_is_sure_of_are_divided_so(published, which):
-    careful = published["dataset_name"] == "RSTPReid"
+    strict = published["dataset_name"] == "RSTPReid"
     steady = RDE[f"ccd_{published['dataset_name']}_{which}_steady"].numpy()
-    (mixture,) = [row for row in published["gmm"] if row["name"] == which]
+    (recorded,) = [row for row in published["gmm"] if row["name"] == which]
     for seed in range(8):
-        found = clean(losses_of(which).astype(np.float64), seed, careful)
+        found = clean(losses_of(which).astype(np.float64), seed, strict, mixture())
         assert found[steady == 1].all() and not found[steady == 0].any()
-        low, high = mixture["clean_range"]
+        low, high = recorded["clean_range"]
         assert low <= found.sum() <= high
 
 
@@ -68,8 +76,40 @@ def test_the_threshold_is_a_half_or_leaves_one_in_a_hundred(case):
 @needs_sklearn
 def test_too_few_samples_are_a_sentence_and_equal_ones_are_clean():
     with pytest.raises(InputError, match="--division needs at least 4 training samples, and there are 3"):
-        clean(np.array([1.0, 2.0, 3.0]), 0, False)
-    assert clean(np.ones(9), 0, False).all()
+        clean(np.array([1.0, np.nan, 2.0, 3.0]), 0, False, mixture())
+    assert clean(np.ones(9), 0, False, mixture()).all()
+
+
+@needs_sklearn
+def test_samples_that_are_not_seen_are_clean_and_change_nothing_for_the_others():
+    """The identity sampler leaves some out; a third at one loss would be a mixture of its own."""
+    losses = losses_of("A").astype(np.float64)
+    with_gaps = np.insert(losses, np.arange(0, 600, 2), np.nan)
+    found, unseen = clean(with_gaps, 3, False, mixture()), np.isnan(with_gaps)
+    assert found[unseen].all() and (found[~unseen] == clean(losses, 3, False, mixture())).all()
+
+
+@needs_sklearn
+def test_a_division_that_a_resume_switches_on_within_an_epoch_is_made_then(data, tmp_path):
+    argv = [*words(data, tmp_path, loss_names="tal", epochs=1), "--log_period", "1"]
+    assert run(argv, tmp_path / "output", ("Iteration[2/6]", signal.SIGTERM)) == 3
+    resume = ["--resume", "--resume_ckpt_file", only_run(tmp_path), "--division"]
+    assert run(resume, tmp_path / "more") == 0
+    assert "clean pairs: " in (tmp_path / "more").read_text()
+
+
+@pytest.mark.parametrize(
+    ("typed", "moved", "strict"),
+    [
+        ("", 0.0, False),
+        ("--dataset_name RSTPReid", 0.0, True),
+        ("--dataset_name RSTPReid --annotations mine.csv", 0.0, False),
+        ("", 0.5, True),
+        ("", 0.2, False),
+    ],
+)
+def test_the_mixture_goes_by_the_data_set_and_by_the_captions_that_moved(typed, moved, strict):
+    assert careful(get_args(typed.split()), moved) is strict
 
 
 NOISY = ("--division", "--token_selection", "--noisy_rate", "0.3")

@@ -55,8 +55,8 @@ def pick_device(name="auto"):
         index = index or 0
         if index >= torch.cuda.device_count():
             raise InputError(
-                f"--device {name}: GPU {index} is asked for, but there are {torch.cuda.device_count()}, from "
-                f"cuda:0"
+                f"--device {name}: GPU {index} is asked for, but there are {torch.cuda.device_count()}, "
+                "from cuda:0"
             )
         if launched():
             torch.cuda.set_device(index)
@@ -240,8 +240,7 @@ def gather(rows, sizes=None):
     sizes: what share_sizes gave, where several things of the same rows are gathered.
 
     A loss of gathered rows is the same number in each process, and DistributedDataParallel, which averages
-    over
-    processes, then gives the parameters the gradient that one process with the whole batch would give them.
+    over processes, then gives the parameters the gradient that one process with the whole batch would give.
     """
     if world_size() == 1:
         return rows
@@ -351,6 +350,5 @@ def _memory_message(device, batch_size):
         peak = f" (peak {torch.cuda.max_memory_allocated(device) / 2**30:.1f} of {total / 2**30:.1f} GiB)"
     return (
         f"out of memory on {device} at --batch_size {batch_size}{peak}: lower --batch_size or --img_size, or "
-        f"in "
-        "evaluation --test_batch_size"
+        "in evaluation --test_batch_size"
     )

@@ -4,10 +4,10 @@ import importlib
 
 from utils.errors import InputError
 
-PACKAGES = {
+PACKAGES = {  # where the package's name is not the module's
     "faiss": "faiss-cpu",
     "sklearn.mixture": "scikit-learn",
-}  # where the package's name is not the module's
+}
 
 
 def extra(module, requirements="requirements-search.txt"):

@@ -110,7 +110,7 @@ OPTIONS = {
     ("--images", {"train": None, TOOLS: OF_RUN}, absolute, "where its image paths start; or beside it"),
     ("--split", {"test visualize": "test", "search demo": None}, split, "split to look at or to search"),
     ("--noisy_rate", {"train": 0.0}, share, "share of training captions to exchange"),
-    ("--noisy_file", {"train": None}, "FILE", "which to exchange: an .npy file, one number a caption"),
+    ("--noisy_file", {"train": None}, "FILE", ".npy file: sample i gets the caption of sample FILE[i]"),
     ("--text_aug", {"train": False}, bool, "mask, exchange and drop words (RDE), whatever the losses"),
     ("--img_aug", {"train": False}, bool, "random crop and erasing besides the flip, as in the recipe"),
     ("--sampler", {"train": "random"}, one_of("random", "identity"), "order of the training samples"),
@@ -125,7 +125,7 @@ OPTIONS = {
     ("--margin", {"train": 0.1}, not_negative, "tal, trl: by how much a match is to lie above the rest"),
     ("--token_selection", {"train": False}, bool, "a second embedding, of the tokens attended to most (RDE)"),
     ("--select_ratio", {"train": 0.3}, part, "share of the tokens that it selects"),
-    ("--tse_norm", {"train": "eval"}, one_of("eval", "train"), "what its tokens are normalised by"),
+    ("--tse_norm", {"train": "eval"}, one_of("eval", "train"), "its normalisation, as in RDE's paper"),
     ("--division", {"train": False}, bool, "leave out pairs that look wrong, each epoch anew (CCD)"),
     ("--MLM", {"train": False}, bool, "mask training captions; comes with mlm among the losses"),
     ("--clean_captions", {"train": False}, bool, "only mlm sees masked captions; published: every loss"),
@@ -141,7 +141,7 @@ OPTIONS = {
     ("--keep_heads", {"train": False}, bool, "the file's heads too, but no classifier"),
     ("--clip_architecture", {"train": None}, clip_size,
         "sizes of random weights that differ from ViT-B/16's", {"nargs": "+"}),
-    ("--temperature", {"train": 0.02}, positive, "of sdm and itc: the logit scale is 1/TEMPERATURE"),
+    ("--temperature", {"train": 0.02}, positive, "of sdm, itc and asdm: the logit scale is 1/TEMPERATURE"),
     ("--img_size", {"train": [384, 128]}, count, "height and width of an image in pixels", {"nargs": 2}),
     ("--stride_size", {"train": 16}, count, "stride of the patch embedding in pixels"),
     ("--text_length", {"train": 77}, length, "caption length in tokens; longer captions are cut"),
@@ -150,7 +150,7 @@ OPTIONS = {
     ("--optimizer", {"train": "Adam"}, one_of(*OPTIMIZERS), "AdamW: eps 1e-8, so not in fp16"),
     ("--lr", {"train": 1e-5}, positive, "base learning rate"),
     ("--bias_lr_factor", {"train": 2.0}, not_negative, "factor of LR for biases"),
-    ("--lr_factor", {"train": 5.0}, not_negative, "factor of LR for the new layers"),
+    ("--lr_factor", {"train": 5.0}, not_negative, "factor of LR for the new layers; token selection: 1e-3"),
     ("--momentum", {"train": 0.9}, momentum, "of SGD"),
     ("--weight_decay", {"train": 4e-5}, not_negative, "weight decay"),
     ("--weight_decay_bias", {"train": 0.0}, not_negative, "weight decay of biases"),
@@ -305,6 +305,8 @@ def get_args(argv=None):
         before = {name: options.get(name) for name in ("annotations", "images")}
         typed = _typed(argv, "dataset_name", *before)
         vars(args).update(options_over(before, {name: vars(args)[name] for name in typed}))
+        if _typed(argv, "pretrain_choice") and not _typed(argv, "activation"):
+            args.activation = parser_of("train").get_default("activation")  # a config's is of its own weights
         if isinstance(args.clip_architecture, list):
             args.clip_architecture = dict(args.clip_architecture)
         reconcile(args)

@@ -34,39 +34,22 @@ def resolve(args):
 
     device = pick_device(args.device)
     settings = Settings(device, pick_precision(args, device), world_size())
-    check(args, precision=settings.precision, processes=settings.processes)
+    check(args, settings.precision, settings.processes, device.type)
     return settings
 
 
-def check(args, precision=None, processes=1, resnet=None, context_length=None):
+def check(args, precision=None, processes=1, device_type=None, resnet=None, context_length=None):
     """Raises InputError where what was asked for cannot be had with what is. A fact that is not known yet is
     None; whether the images' encoder is a ResNet is known of OpenAI's names before a file is read."""
     if resnet is None:
         resnet = args.pretrain_choice in RESNETS
-    losses = names_of(args)
-    if resnet and (name := next((name for name in losses if LOSSES[name].tokens), None)):
-        switch = LOSSES[name].switch
+    check_losses(args, resnet)
+    normalises = args.token_selection and args.tse_norm == "train" and args.training
+    if normalises and (args.micro_batch or (processes > 1 and device_type == "cpu")):
+        what = "--micro_batch" if args.micro_batch else "training on CPUs by several processes"
         raise InputError(
-            f"{f'--{switch}' if switch else name} needs image tokens, and {args.pretrain_choice} gives one "
-            f"pooled vector: leave {'it' if switch else name} out{'' if switch else ' of --loss_names'} or "
-            "choose a ViT"
-        )
-    compared = [name for name, row in LOSSES.items() if row.of == "features"]
-    if "tse" in losses and not {*losses} & {*compared}:
-        raise InputError(
-            f"--token_selection gives a second embedding to a loss of features, and --loss_names "
-            f"{args.loss_names} has none: add one of {', '.join(compared)}"
-        )
-    heeding = [name for name, row in LOSSES.items() if row.each]
-    if args.division and not {*losses} & {*heeding}:
-        raise InputError(
-            f"--division weighs samples, and --loss_names {args.loss_names} has no loss that heeds that: add "
-            f"one of {', '.join(heeding)}"
-        )
-    if args.token_selection and args.tse_norm == "train" and args.micro_batch and args.training:
-        raise InputError(
-            "--micro_batch is not exact with --tse_norm train, which normalises over the samples at hand: "
-            "choose --tse_norm eval"
+            f"{what} is not exact with --tse_norm train, which normalises over the samples at hand: choose "
+            "--tse_norm eval"
         )
     if resnet and args.micro_batch and args.training:
         raise InputError(
@@ -87,6 +70,31 @@ def check(args, precision=None, processes=1, resnet=None, context_length=None):
         raise InputError(
             f"--batch_size {args.batch_size} is for all {processes} processes together, and they cannot "
             f"share it evenly: choose a multiple of {processes}"
+        )
+
+
+def check_losses(args, resnet):
+    """Raises InputError where losses, or what switches bring, do not go together or not with a ResNet."""
+    losses = names_of(args)
+    for name in losses if resnet else ():
+        if LOSSES[name].tokens:
+            switch = LOSSES[name].switch
+            mend = "leave it out" if switch else f"leave {name} out of --loss_names"
+            raise InputError(
+                f"{f'--{switch}' if switch else name} needs image tokens, and {args.pretrain_choice} gives "
+                f"one pooled vector: {mend} or choose a ViT"
+            )
+    compared = [name for name, row in LOSSES.items() if row.of == "features"]
+    if "tse" in losses and not {*losses} & {*compared}:
+        raise InputError(
+            f"--token_selection gives a second embedding to a loss of features, and --loss_names "
+            f"{args.loss_names} has none: add one of {', '.join(compared)}"
+        )
+    heeding = [name for name, row in LOSSES.items() if row.each]
+    if args.division and not {*losses} & {*heeding}:
+        raise InputError(
+            f"--division weighs samples, and --loss_names {args.loss_names} has no loss that heeds that: add "
+            f"one of {', '.join(heeding)}"
         )
 
 
