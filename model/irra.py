@@ -199,6 +199,8 @@ class IRRA(nn.Module):
             # PyTorch 2.6 compiles the look-up into wrong gradients (on a CPU; later versions do not)
             words = self.base_model.token_embedding(ids)
             torch._dynamo.maybe_mark_dynamic(words, (0, 1))
+            if at is not None:
+                torch._dynamo.maybe_mark_dynamic(at, 0)
             return encode_words(words, at)
 
         self.compiled = image, text

@@ -52,6 +52,9 @@ class TokenSelection(nn.Module):
     def residual(self, x):
         return self.linear(x)
 
+    def share_of(self, number):
+        return max(int(number * self.ratio), 1)
+
     def embed(self, tokens, weights, number, k):
         """(B, E), fp32: the maximum over the selected tokens.
 
@@ -80,11 +83,10 @@ class SelectedPatches(TokenSelection):
 
     def number_of(self, visual):
         """How many of its patches are selected. visual: a VisionTransformer."""
-        return max(int((visual.positional_embedding.shape[0] - 1) * self.ratio), 1)
+        return self.share_of(visual.positional_embedding.shape[0] - 1)
 
-    def forward(self, tokens, attention, k=None):
+    def forward(self, tokens, attention, k):
         """tokens: (B, 1 + N, D), the class token first. attention: (B, 1 + N), of that. k: of the N."""
-        k = max(int((tokens.shape[1] - 1) * self.ratio), 1) if k is None else k
         weights = attention.index_fill(1, torch.zeros(1, dtype=torch.long, device=attention.device), -1)
         return self.embed(tokens, weights, torch.full((len(tokens),), k, device=tokens.device), k)
 
@@ -98,7 +100,7 @@ class SelectedWords(TokenSelection):
         A caption without words, which spoils the rest of its batch in the published code, is its EOT token.
         """
         L = ids.shape[1]
-        k = min(max(int((self.text_length - 2) * self.ratio), 1), L)
+        k = min(self.share_of(self.text_length - 2), L)
         eot = ids.argmax(dim=1, keepdim=True)
         words = ((ids != 0).sum(dim=1) - 2).clamp(max=k)  # (B,)
         weights = torch.where(ids != 0, attention, 0)  # with a 0 the rest fills up

@@ -200,7 +200,7 @@ def layer_of(kind, norm):
     features = pixels(121, (6, N, 512)).requires_grad_()
     rows = attention(122, 6, N, kind == "text")
     row = rows[torch.arange(6), ids.argmax(1)] if kind == "text" else rows[:, 0]
-    return layer, (features, row, *([ids] if kind == "text" else []))
+    return layer, (features, row, ids if kind == "text" else TSE["image"]["k"])
 
 
 @pytest.mark.parametrize("norm", ["train", "eval"])
@@ -531,3 +531,19 @@ def test_two_processes_train_two_embeddings_as_one_does(tmp_path):
     for found in two:
         for name, value in alone["weights"].items():
             assert (found["weights"][name] - value).abs().max() < 1e-5, name
+
+
+def test_compiled_encoders_select_the_same_tokens_and_are_compiled_once():
+    (_, plain), (_, model) = rde(), rde()
+    model.compile_encoders(backend="aot_eager")  # the graphs of torch.compile, without its code generation
+    torch._dynamo.reset()
+    graphs = torch._dynamo.utils.counters["stats"]
+    batch = batch_of()
+    report = model.train()(batch)
+    assert total_loss(report).item() == pytest.approx(total_loss(plain.train()(batch)).item(), rel=1e-6)
+    total_loss(report).backward()
+    compiled = graphs["unique_graphs"]
+    for rows in (12, 5, 2):  # a smaller last batch
+        part = {key: value[:rows] for key, value in batch_of(images=201).items()}
+        total_loss(model(part)).backward()
+    assert graphs["unique_graphs"] == compiled
