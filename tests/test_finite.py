@@ -352,10 +352,12 @@ def test_under_torchrun_a_signal_does_not_silence_a_process_that_ends_badly(monk
     for name in ("RANK", "WORLD_SIZE") if launched else ():
         monkeypatch.setenv(name, "1")
     before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    others = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGHUP)]
     try:
         with pytest.raises(RuntimeError), StopSignals(logging.getLogger()):
             raise RuntimeError("Connection closed by peer")
         assert signal.getsignal(signal.SIGTERM) == after
+        assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGHUP)] == others
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         with pytest.raises(Stopped), StopSignals(logging.getLogger()):
             raise Stopped

@@ -135,7 +135,8 @@ def test_products_are_in_the_precision_but_for_the_losses(precision):
     with Pretended() as alone:
         features = [torch.randn(6, 64).to(DEVICE).requires_grad_() for _ in range(2)]
         model, _ = build(DEVICE, precision, "sdm")
-        report = model.compare(*features, torch.arange(6).to(DEVICE))
+        found = dict(zip(("image_features", "text_features"), features, strict=True))
+        report = model.compare(found, torch.arange(6).to(DEVICE))
         report["sdm_loss"].backward()
     in_losses = alone.products[torch.float32]
     assert set(alone.products) == {torch.float32} and 0 < in_losses < 5
