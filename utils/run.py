@@ -176,10 +176,10 @@ class StopSignals:
         self.logger.info(f"{signal.Signals(number).name}: finishing the batch, then saving{again}")
 
     def __exit__(self, kind, error, trace):
-        silent = launched() and isinstance(error, Exception) and not isinstance(error, Stopped)
+        has_to_speak = launched() and isinstance(error, Exception) and not isinstance(error, Stopped)
         for number, handler in self.earlier.items():
             # torchrun sends SIGTERM to all when one has ended: each must still be able to say why it ends
-            signal.signal(number, signal.SIG_IGN if silent and number == signal.SIGTERM else handler)
+            signal.signal(number, signal.SIG_IGN if has_to_speak and number == signal.SIGTERM else handler)
 
 
 GRACE = 60  # seconds that a loading process goes on after a SIGTERM
