@@ -151,6 +151,7 @@ def train_loader(args, splits, device, images):
         images,
         skip_bad=args.on_bad_image == "skip",
         text_aug=args.text_aug,
+        text_drop=args.text_drop,
     )
     logger.info(f"using {args.sampler} sampler")
     if masking:

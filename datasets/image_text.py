@@ -8,7 +8,14 @@ from torch.utils.data import Dataset, get_worker_info
 
 from datasets.image_cache import DecodedImages
 from datasets.sampler import mixed
-from datasets.tokenizer import augment_tokens, mask_tokens, tokenize_all
+from datasets.tokenizer import (
+    SimpleTokenizer,
+    augment_tokens,
+    drop_words,
+    mask_tokens,
+    tokenize,
+    tokenize_all,
+)
 from datasets.transforms import draw_augmentation, erase, normalise, place
 from utils.dist import to_device
 from utils.errors import InputError
@@ -20,7 +27,7 @@ class PairDataset(Dataset):
     samples: list of annotations.TrainSample. masking: (mask_rate, unchanged_rate), or None for no masked ids.
     clean_captions: keep caption_ids unmasked; else they are the masked ids, as published.
     images: where pixels come from, if not from decoding the file: see datasets.image_cache.
-    text_aug: augment captions by tokenizer.augment_tokens.
+    text_aug: augment captions by tokenizer.augment_tokens. text_drop: its probability for drop_words there.
     skip_bad: leave out a sample whose image cannot be read, and name it in `left_out`, instead of an error.
     """
 
@@ -36,8 +43,10 @@ class PairDataset(Dataset):
         images=None,
         skip_bad=False,
         text_aug=False,
+        text_drop=0.0,
     ):
-        self.skip_bad, self.text_aug = skip_bad, text_aug
+        self.skip_bad, self.text_aug, self.text_drop = skip_bad, text_aug, text_drop
+        self.tokenizer = SimpleTokenizer() if text_drop else None
         self.samples, self.img_size, self.seed, self.img_aug = samples, tuple(img_size), seed, img_aug
         self.masking, self.clean_captions = masking, clean_captions
         self.images = DecodedImages(img_size) if images is None else images
@@ -67,6 +76,10 @@ class PairDataset(Dataset):
             if self.masking:
                 generator.manual_seed(mixed(self.seed, epoch, index, 1))
                 noise[row].uniform_(generator=generator)
+            if self.text_drop:
+                rng = random.Random(mixed(self.seed, epoch, index, 3))
+                caption = drop_words(sample.caption, self.text_drop, rng)
+                caption_ids[row] = tokenize(caption, self.tokenizer, caption_ids.shape[1])
             if self.text_aug:
                 rng = random.Random(mixed(self.seed, epoch, index, 2))
                 caption_ids[row] = augment_tokens(caption_ids[row], rng)

@@ -141,6 +141,17 @@ def augment_tokens(ids, rng):
     return torch.tensor(kept + [0] * (len(ids) - len(kept)))
 
 
+def drop_words(caption, probability, rng):
+    """Random deletion (TBPS-CLIP, arXiv 2308.10045): the caption without words that fell to `probability`;
+    where none would be left, one of them. rng: random.Random; a number for each word in order, and a choice
+    of the last one."""
+    words = caption.split()
+    if len(words) < 2:
+        return caption
+    kept = [word for word in words if rng.uniform(0, 1) > probability]
+    return " ".join(kept or [rng.choice(words)])
+
+
 def mask_tokens(ids, noise, mask_rate=0.8, unchanged_rate=0.1):
     """BERT's masking as the published code does it, for a batch of captions at once.
 
