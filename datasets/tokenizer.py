@@ -152,6 +152,31 @@ def drop_words(caption, probability, rng):
     return " ".join(kept or [rng.choice(words)])
 
 
+def similarity_mask(ids, similarities, rng):
+    """NAM's masking (arXiv 2405.04940): mask_tokens with a rate for each word, lower where it resembles the
+    image, 0.15 in the mean. Returns (masked ids, labels) [L].
+
+    ids, similarities: [L]. rng: random.Random; a number for each token, and a choice for each new one.
+    similarities: each word's largest cosine with a patch. As published an id 0 ends the words, and what
+    follows it has a rate of 1 - similarity as it is.
+    """
+    rates = 1 - similarities
+    end = next((place for place, token in enumerate(ids.tolist()) if token == 0), len(ids))
+    words = slice(1, max(end - 1, 1))
+    rates[words] = (rates[words] - rates[words].mean() + 0.15).clamp(0, 1)
+    masked, labels = ids.clone(), torch.zeros_like(ids)
+    for place, (token, rate) in enumerate(zip(ids.tolist(), rates.tolist(), strict=True)):
+        if 0 < token < MASK and (drawn := rng.random()) < rate:
+            labels[place] = token
+            if drawn / rate < 0.8:
+                masked[place] = MASK
+            elif drawn / rate < 0.9:
+                masked[place] = rng.choice(range(1, MASK))
+    if not labels.any():
+        labels[1], masked[1] = ids[1], MASK
+    return masked, labels
+
+
 def mask_tokens(ids, noise, mask_rate=0.8, unchanged_rate=0.1):
     """BERT's masking as the published code does it, for a batch of captions at once.
 
