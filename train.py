@@ -177,12 +177,15 @@ class Training:
         from processor.trainer import FiniteWatch, Meters, Steps, look_period, train_one_epoch
 
         args, done = self.args, self.done
+        self.parts["model"].epochs_done = done["epoch"]
         self.divide(model, epoch)
         self.train_loader.set_epoch(epoch, samples=done["samples"])
         last, samples = done["iteration"] + len(self.train_loader), self.train_loader.samples_of_epoch()
 
-        def set_rate(step):
-            self.parts["scheduler"].within_epoch(self.samples_after(step - 1) / samples)
+        def before_step(step):
+            share = self.samples_after(step - 1) / samples
+            self.parts["scheduler"].within_epoch(share)
+            self.parts["model"].epochs_done = done["epoch"] + share
 
         watch = FiniteWatch(model, self.parts["optimizer"], epoch, look_period(self.device, args.log_period))
         steps = Steps(
@@ -193,13 +196,13 @@ class Training:
             start=done["iteration"],
             meters=Meters.from_state(done["meters"]),
             watch=watch,
-            before_step=set_rate,
+            before_step=before_step,
             after_step=lambda step, meters: self.after_step(step, meters, watch),
         )
         averages = train_one_epoch(
             model, self.train_loader, self.parts["optimizer"], self.device, epoch, steps
         )
-        set_rate(last)  # to be shown, also where the run was stopped after this step, and none was taken here
+        before_step(last)  # its rate is shown, also where the run was stopped after it and none is left here
         return averages
 
     def divide(self, model, epoch):

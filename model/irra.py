@@ -1,6 +1,7 @@
 """IRRA: CLIP's two encoders, a classifier of persons, and masked words predicted with the image's help."""
 
 import functools
+import math
 from collections import OrderedDict
 from contextlib import nullcontext
 from typing import NamedTuple
@@ -44,6 +45,7 @@ GIVEN = (  # what a loss may ask for by the name of an argument; see IRRA.compar
     *("image_features", "text_features", "pids", "logit_scale", "weights", "image_logits", "text_logits"),
     *("image_patches", "text_tokens", "image_selected", "text_selected", "compared"),
     *("scores", "labels", "count"),  # of mlm
+    "epochs_done",  # of the training, with a fraction
 )
 
 
@@ -71,6 +73,7 @@ class IRRA(nn.Module):
         self.loss_weights, self.constants = dict(loss_weights or {}), dict(constants or {})
         self.logit_scale = 1 / temperature  # a constant, not a parameter
         self.register_buffer("temperature", torch.tensor(1 / self.logit_scale), persistent=False)  # to report
+        self.epochs_done = math.inf  # the loop sets it before each step
         self.autocast_dtype = None  # set by model.build for --precision bf16
         self.compiled = None  # set by compile_encoders, see `encoders`
         self.base_model = clip
@@ -249,8 +252,7 @@ class IRRA(nn.Module):
         What the losses' functions may ask for, by the name of an argument, stands in `given`.
         """
         sizes = share_sizes(len(pids), pids.device)
-        given = {name: gather(values, sizes) for name, values in found.items()}
-        given.update(self.constants, pids=gather(pids, sizes), logit_scale=self.logit_scale)
+        given = self.given(found, pids, sizes)
         if weights is not None:
             given["weights"] = gather(weights.float(), sizes)
         if self.selects:
@@ -266,27 +268,33 @@ class IRRA(nn.Module):
             report[f"{name}_loss"] = self.weighted(name, objectives.compute(name, given))
         return report
 
+    def given(self, found, pids, sizes):
+        """What every loss may ask for, of the whole batch of all processes. sizes: of share_sizes."""
+        given = {name: gather(values, sizes) for name, values in found.items()}
+        given.update(self.constants, pids=gather(pids, sizes))
+        return {**given, "logit_scale": self.logit_scale, "epochs_done": self.epochs_done}
+
     def losses_of_samples(self, batch):
         """((B,) indices, (kinds, B) losses): what each sample loses in the losses of two features, in the
         global features and, with token selection, in the second embedding. batch: planned."""
         found, _ = self.features(batch)
         sizes = share_sizes(len(batch.pids), batch.pids.device)
-        given = {name: gather(values, sizes) for name, values in found.items()}
-        given.update(self.constants, pids=gather(batch.pids, sizes), logit_scale=self.logit_scale)
+        given = self.given(found, batch.pids, sizes)
         sides = [(given["image_features"], given["text_features"])]
         sides += [(given["image_selected"], given["text_selected"])] if self.selects else []
         names = [name for name in self.loss_names if LOSSES[name].each]
         losses = []
         for image, text in sides:
             given.update(image_features=image, text_features=text)
-            losses.append(sum(objectives.compute(name, given, kind="each") for name in names))
+            each = {name: objectives.compute(name, given, kind="each") for name in names}
+            losses.append(sum(self.weighted(name, loss) for name, loss in each.items()))
         return gather(batch.indices, sizes), torch.stack(losses)
 
     def sum_of_pairs(self, given, image_features, text_features):
         """What the losses of two features alone give for these features."""
         given = {**given, "image_features": image_features, "text_features": text_features}
         names = [name for name in self.loss_names if LOSSES[name].of == "features"]
-        return sum(objectives.compute(name, given) for name in names)
+        return sum(self.weighted(name, objectives.compute(name, given)) for name in names)
 
     def weighted(self, name, loss):
         return loss * self.loss_weights[name] if name in self.loss_weights else loss

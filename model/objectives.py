@@ -195,6 +195,56 @@ def compute_asdm(image_features, text_features, pids, logit_scale, strength=0.1,
     return one_direction(similarity) + one_direction(similarity.t())
 
 
+def compute_nitc(image_features, text_features, pids, logit_scale, soft_label, epochs_done, weights=None):
+    """Normalised image-text contrastive loss (TBPS-CLIP, arXiv 2308.10045): each row's cross entropy with its
+    matches, which share the label, and with the model's own similarities, without gradient.
+
+    image_features, text_features: [B, D], not normalised. pids: [B]. soft_label: the similarities' share of
+    the label. epochs_done: in the first epoch it grows to that from 0. weights: [B], of the samples' rows.
+    """
+    losses = each_nitc(image_features, text_features, pids, logit_scale, soft_label, epochs_done)
+    return losses.mean() if weights is None else weighted_mean(losses, weights)
+
+
+def each_nitc(image_features, text_features, pids, logit_scale, soft_label, epochs_done):
+    """compute_nitc's share of each sample, [B]."""
+    true = same_person(pids)
+    true = true / true.sum(dim=1, keepdim=True)
+    soft = soft_label * min(1, epochs_done)
+
+    def one_direction(logits):
+        log_predicted = F.log_softmax(logits, dim=1)
+        label = soft * log_predicted.detach().exp() + (1 - soft) * true
+        return -(label * log_predicted).sum(dim=1)
+
+    logits = logit_scale * cosines(image_features, text_features)
+    return (one_direction(logits) + one_direction(logits.t())) / 2
+
+
+def compute_ritc(image_features, text_features, pids, logit_scale, epsilon=1e-2, weights=None):
+    """Reversed image-text contrastive loss (TBPS-CLIP, arXiv 2308.10045): half of sdm, with another epsilon,
+    so that what does not match counts less. Arguments: see compute_sdm."""
+    sdm = compute_sdm(image_features, text_features, pids, logit_scale, epsilon=epsilon, weights=weights)
+    return sdm / 2
+
+
+def each_ritc(image_features, text_features, pids, logit_scale, epsilon=1e-2):
+    """compute_ritc's share of each sample, [B]."""
+    return each_sdm(image_features, text_features, pids, logit_scale, epsilon) / 2
+
+
+def compute_citc(image_features, text_features):
+    """Cyclic image-text contrastive loss (CyCLIP, arXiv 2205.14459, as in TBPS-CLIP): two images are to be as
+    similar as their texts, and an image and another's text as that image and the first's text.
+
+    image_features, text_features: [B, D], not normalised. In cosines: the published scale cancels.
+    """
+    image, text = normalised(image_features, text_features)
+    within = image @ image.t() - text @ text.t()
+    across = image @ text.t() - text @ image.t()
+    return (within.square().mean() + across.square().mean()) / 4
+
+
 def compute_efa(text_tokens, image_patches, text_margin=0.1, image_margin=0.9):
     """Explicit fine-grained alignment (FMFA, arXiv 2509.13754): each word gathers the patches that it agrees
     with most, and words and patches are to find their own pair's gathered ones.

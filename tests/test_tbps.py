@@ -2,6 +2,9 @@
 code (tests/reference/methods; github.com/Flame-Chasers/TBPS-CLIP at ba090bc, WentaoTan/MLLM4Text-ReID at
 8f19e67)."""
 
+import functools
+import inspect
+import math
 import random
 
 import pytest
@@ -9,16 +12,110 @@ import torch
 
 from datasets import build_dataloader
 from datasets.tokenizer import MASK, drop_words, mask_tokens, similarity_mask
+from model import build_model, objectives
 from tests.children import draw, words
-from tests.recipe import arrays, figures, pixels
+from tests.conftest import load_script
+from tests.recipe import arrays, figures, pixels, tiny_args
+from tests.tiny_run import missing
 from utils.options import get_args
 
-TEXT, NAM = figures("methods/tbps_text"), arrays("methods/nam")
+TBPS, TEXT, SCHEDULE = (figures(f"methods/tbps_{name}") for name in ("losses", "text", "schedule"))
+NAM = arrays("methods/nam")
+PIDS = torch.tensor(TBPS["pids"])
+CASES = {case["case"]: case for case in TBPS["cases"]}
+SCALE = math.exp(TBPS["logit_scale_parameter"])
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return draw(tmp_path_factory.mktemp("drawn"))
+
+
+# ---- losses ----
+
+
+def features():
+    image = pixels(111, (12, 512))
+    return image.requires_grad_(), (0.15 * image + pixels(112, (12, 512))).detach().requires_grad_()
+
+
+def test_the_mean_of_nitc_over_two_views_is_the_published_one():
+    """A second view is not built; this is a third share of soft labels."""
+    image, text = features()
+    second = image + 0.3 * pixels(113, (12, 512))
+    views = [objectives.compute_nitc(view, text, PIDS, SCALE, 0.3, 9) for view in (image, second)]
+    expected = CASES["nitc with two views"]["returned"]["nitc_loss"]
+    assert sum(views).item() / 2 == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("case", SCHEDULE["cases"], ids=lambda case: case["iterations_per_epoch"])
+def test_in_the_first_epoch_labels_become_soft_step_by_step_as_published(case):
+    image, text = features()
+    steps = case["iterations_per_epoch"]
+    shares = [*case["alpha_first_epoch"], *2 * [case["alpha_later"]]]
+    for step, share in enumerate(shares):
+        of_step = objectives.compute_nitc(image, text, PIDS, SCALE, 0.5, step / steps)
+        assert of_step.item() == objectives.compute_nitc(image, text, PIDS, SCALE, share, math.inf).item()
+
+
+def test_nitc_equals_plain_loops():
+    image, text = pixels(21, (5, 6)).double(), pixels(22, (5, 6)).double()
+    pids, expected = [4, 4, 9, 2, 4], 0.0
+    for queries, gallery in ((image, text), (text, image)):
+        for i in range(5):
+            logits = [7 * float(torch.cosine_similarity(queries[i], gallery[j], dim=0)) for j in range(5)]
+            p = [math.exp(x) / sum(map(math.exp, logits)) for x in logits]
+            same = [pids[i] == pids[j] for j in range(5)]
+            q = [0.4 * p[j] + 0.6 * same[j] / sum(same) for j in range(5)]
+            expected -= sum(q[j] * math.log(p[j]) for j in range(5)) / 10
+    found = objectives.compute_nitc(image, text, torch.tensor(pids), 7.0, 0.4, 1)
+    assert float(found) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["nitc", "ritc"])
+def test_samples_that_weigh_nothing_are_as_if_their_rows_were_not_there(name):
+    image, text = features()
+    given = {"image_features": image, "text_features": text, "pids": PIDS, "logit_scale": SCALE}
+    given.update(soft_label=0.5, epochs_done=9)
+    each = objectives.compute(name, given, kind="each")
+    assert objectives.compute(name, given).item() == pytest.approx(each.mean().item(), rel=1e-6)
+    weights = (torch.arange(12) % 3 > 0).float()
+    found = objectives.compute(name, {**given, "weights": weights})
+    assert found.item() == pytest.approx(each[weights > 0].mean().item(), rel=1e-6)
+
+
+def test_a_weight_counts_for_the_second_embedding_too():
+    model = build_model(tiny_args("citc", token_selection=True, citc_loss_weight=0.25), 37)
+    found = dict(zip(("image_features", "text_features"), features(), strict=True))
+    found.update(image_selected=pixels(5, (12, 8)), text_selected=pixels(6, (12, 8)))
+    expected = 0.25 * objectives.compute_citc(pixels(5, (12, 8)), pixels(6, (12, 8)))
+    assert model.compare(found, PIDS)["tse_loss"].item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+# ---- a training ----
+
+
+def trained(argv):
+    """Train; returns the epochs_done that nitc was given each time."""
+    seen, nitc = [], objectives.each_nitc
+
+    @functools.wraps(nitc)
+    def noted(*args, **given):
+        seen.append(inspect.signature(nitc).bind(*args, **given).arguments["epochs_done"])
+        return nitc(*args, **given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(objectives, "each_nitc", noted)
+        assert load_script("train").main(argv) == 0
+    return seen
+
+
+@missing("sklearn", "scikit-learn", "requirements-methods.txt")
+def test_a_division_is_told_which_epoch_begins_so_that_a_resumed_one_is_the_same(data, tmp_path):
+    seen = trained(words(data, tmp_path, "--division", loss_names="nitc", epochs=2))
+    divided = [*6 * [0.0], *6 * [1.0]]
+    assert seen[:6] + seen[12:18] == divided
+    assert seen[6:12] + seen[18:] == pytest.approx([step / 6 for step in range(12)])
 
 
 # ---- captions ----

@@ -25,6 +25,9 @@ LOSSES = {  # in the order of log lines and plots
     "tal": Loss(options=("tau", "margin"), each=True),
     "trl": Loss(options=("tau", "margin"), each=True),
     "asdm": Loss(),
+    "nitc": Loss(options=("soft_label",), each=True),
+    "ritc": Loss(each=True),
+    "citc": Loss(weight="citc_loss_weight"),
     "efa": Loss(of="tokens", tokens=True),
     "tse": Loss(of="selected", switch="token_selection", tokens=True),
 }
