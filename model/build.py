@@ -50,7 +50,7 @@ def new_model(args, num_classes):
         args.position_grid,
     )
     check(args, **facts_of(clip))
-    model = _with_heads(args, clip, names_of(args), num_classes, args.cmt_depth)
+    model = _with_heads(args, clip, names_of(args), num_classes, args.cmt_depth, args.learn_temperature)
     if args.keep_heads:
         keep_heads(model, heads, args.pretrain_choice)
     if args.grad_checkpointing:
@@ -115,7 +115,7 @@ def build_trained_model(args, weights, source, facts=None):
     plain = [name for name in names_of(args) if name not in with_heads]
     clip = new_clip(sizes, args.img_size, args.stride_size, source)
     check(args, **facts_of(clip))
-    model = _with_heads(args, clip, plain + heads, num_classes, depth)
+    model = _with_heads(args, clip, plain + heads, num_classes, depth, "logit_scale_log" in begun)
     load_weights(model, weights, source)
     return place(model, resolve(args))
 
@@ -126,7 +126,7 @@ def facts_of(clip):
     return {"resnet": resnet, "context_length": len(clip.positional_embedding)}
 
 
-def _with_heads(args, clip, loss_names, num_classes, cmt_depth):
+def _with_heads(args, clip, loss_names, num_classes, cmt_depth, learn_temperature):
     for name in loss_names:
         objectives.check(name, GIVEN, vars(args))
     return IRRA(
@@ -138,6 +138,7 @@ def _with_heads(args, clip, loss_names, num_classes, cmt_depth):
         loss_weights={name: vars(args)[row.weight] for name, row in LOSSES.items() if row.weight},
         constants={name: vars(args)[name] for row in LOSSES.values() for name in row.options},
         selection={"ratio": args.select_ratio, "norm": args.tse_norm, "text_length": args.text_length},
+        learn_temperature=learn_temperature,
     )
 
 

@@ -21,10 +21,11 @@ from utils.losses import LOSSES
 class Part(NamedTuple):
     """What stands at the top of IRRA, and what others must know of it."""
 
-    loss: str | None  # that brings it: a head; without, every model has it
+    loss: str | None  # that brings it: a head; None: no head
     lr_factor: float | None = None  # of its rate; None: the published rule, which reads parameters' names
     lr: float | None = None  # its rate, whatever --lr is
     encodes: bool = False  # features depend on it, so a search index is of these weights
+    decays: bool = True  # towards 0, by --weight_decay
 
 
 PARTS = {  # a parameter of a part without a row here has no learning rate: that is an error
@@ -38,7 +39,9 @@ PARTS = {  # a parameter of a part without a row here has no learning rate: that
     "mlm_head": Part("mlm"),
     "visul_emb_layer": Part("tse", lr=1e-3, encodes=True),
     "texual_emb_layer": Part("tse", lr=1e-3, encodes=True),
+    "logit_scale_log": Part(None, lr_factor=1.0, decays=False),  # of --learn_temperature
 }
+LARGEST_SCALE = 100  # that is learnt, as in CLIP
 
 
 GIVEN = (  # what a loss may ask for by the name of an argument; see IRRA.compare
@@ -64,15 +67,20 @@ class IRRA(nn.Module):
         loss_weights=None,
         constants=None,
         selection=None,
+        learn_temperature=False,
     ):
         """clip: a model.clip_model.CLIP. loss_names: of utils.losses; id, mlm and tse bring heads.
         loss_weights: {name: factor} of those losses that have one. constants: what losses ask for by name
-        besides features. selection: model.token_selection's ratio, norm and text_length, for tse."""
+        besides features. selection: model.token_selection's ratio, norm and text_length, for tse.
+        learn_temperature: `temperature` is where a parameter starts."""
         super().__init__()
         self.loss_names = tuple(loss_names)
         self.loss_weights, self.constants = dict(loss_weights or {}), dict(constants or {})
-        self.logit_scale = 1 / temperature  # a constant, not a parameter
-        self.register_buffer("temperature", torch.tensor(1 / self.logit_scale), persistent=False)  # to report
+        self.constant_scale = 1 / temperature
+        learnt = nn.Parameter(torch.tensor(math.log(1 / temperature))) if learn_temperature else None
+        self.register_parameter("logit_scale_log", learnt)
+        temperature = torch.tensor(1 / self.constant_scale)
+        self.register_buffer("temperature", temperature, persistent=False)  # to report
         self.epochs_done = math.inf  # the loop sets it before each step
         self.autocast_dtype = None  # set by model.build for --precision bf16
         self.compiled = None  # set by compile_encoders, see `encoders`
@@ -99,6 +107,14 @@ class IRRA(nn.Module):
             self.visul_emb_layer = SelectedPatches(D, **(selection or {}))
             self.texual_emb_layer = SelectedWords(D, **(selection or {}))
             self.width = D + EMBEDDING
+
+    @property
+    def logit_scale(self):
+        """1 / temperature: a number, or where it is learnt a tensor with a gradient."""
+        if self.logit_scale_log is None:
+            return self.constant_scale
+        scale = self.logit_scale_log.exp()
+        return scale + (scale.clamp(max=LARGEST_SCALE) - scale).detach()  # as published it can come back
 
     # ---- encoders ----
 
@@ -257,7 +273,8 @@ class IRRA(nn.Module):
             given["weights"] = gather(weights.float(), sizes)
         if self.selects:
             given["compared"] = functools.partial(self.sum_of_pairs, given)
-        report = {"temperature": self.temperature}
+        learnt = self.logit_scale_log is not None
+        report = {"temperature": 1 / given["logit_scale"].detach() if learnt else self.temperature}
         of_batch = [name for name in LOSSES if name in self.loss_names and LOSSES[name].of != "words"]
         for name in sorted(of_batch, key=lambda name: name != "itc"):  # first, as published: sums round so
             if name == "id":

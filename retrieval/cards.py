@@ -144,7 +144,7 @@ of the normalised ones.
 ## Training
 
 Data set {data_set}; losses {args.loss_names}; started from {start};
-{args.num_epoch} epochs; temperature {args.temperature}.
+{args.num_epoch} epochs; temperature {temperature:.4g}.
 {figures}
 ## Check
 
@@ -178,6 +178,7 @@ def model_card(args, facts, kind, difference):
         "stride": sizes["stride_size"],
         "mean": facts["image"]["mean"],
         "std": facts["image"]["std"],
+        "temperature": facts["temperature"],
         "longer": CUT.format(L=L) if L < sizes["context_length"] else "",
         "interpolation": NOT_SQUARE if H != W else "",
     }

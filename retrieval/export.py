@@ -118,7 +118,14 @@ def described(encoders, args):
             "note": f"id {MASK} is <|mask|>; in OpenAI's vocabulary it is jekyll</w>, here two pieces",
         },
         "features": "fp32, not L2-normalised; similarity is the inner product after normalising",
+        "temperature": 1 / scale_of(encoders.model),
     }
+
+
+@torch.no_grad()
+def scale_of(model):
+    """1 / temperature as a number, also where it was learnt."""
+    return float(model.logit_scale)
 
 
 # ---- the forms ----
@@ -287,7 +294,7 @@ def write_open_clip(encoders, facts, folder):
         },
     }
     write_json(folder / "open_clip_config.json", config)
-    logit_scale = torch.tensor(math.log(encoders.model.logit_scale))
+    logit_scale = torch.tensor(math.log(scale_of(encoders.model)))
     weights = {**clip_weights(encoders.model), "logit_scale": logit_scale}
     write_weights(folder / "open_clip_model.safetensors", weights, header_of(facts))
     model, _, _ = open_clip.create_model_and_transforms(f"local-dir:{folder}")
@@ -301,7 +308,7 @@ def write_open_clip(encoders, facts, folder):
 def write_transformers(encoders, facts, folder):
     check_plain_vit(facts, "transformers")
     transformers, tokenizers = extra("transformers"), extra("tokenizers")
-    logit_scale = encoders.model.logit_scale
+    logit_scale = scale_of(encoders.model)
     weights = their_weights(clip_weights(encoders.model), grid_of(facts), logit_scale)
     write_weights(folder / "model.safetensors", weights, {"format": "pt"})
     for name, content in their_settings(facts, logit_scale).items():

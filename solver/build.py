@@ -37,6 +37,7 @@ def lr_and_decay(name, args, parts=None):
         row = parts[part]
         if row.lr is not None or row.lr_factor is not None:
             decay = args.weight_decay_bias if name.endswith("bias") else args.weight_decay
+            decay = decay if row.decays else 0.0
             return args.lr * row.lr_factor if row.lr is None else row.lr, decay
     lr, decay = args.lr, args.weight_decay
     if "cross" in name:  # the interaction encoder starts from random weights

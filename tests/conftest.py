@@ -21,6 +21,7 @@ SLOW = {  # what --fast leaves out, by what takes it long: a file, or file::begi
     "several processes": (
         "test_distributed.py",
         "test_methods.py::test_two_processes",
+        "test_tbps.py::test_two_processes",
         "test_noise.py::test_processes_divide",
         "test_micro_batch.py::test_a_training_in_parts_by_five_processes",
         "test_options.py::test_of_many_processes",

@@ -35,6 +35,7 @@ for _name, _row in LOSSES.items():
         COMBINATIONS += [f"{names} --{_row.switch}" for names in ("tal", "sdm+id+mlm+tal")]
     elif _name not in PUBLISHED:
         COMBINATIONS += [_name, f"sdm+id+mlm+{_name}"]
+COMBINATIONS += [f"{names} --learn_temperature" for names in ("sdm", "itc+asdm+nitc+ritc+mlm")]
 CLASSES = 37  # persons of the tiny model's classifier
 
 

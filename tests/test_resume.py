@@ -71,6 +71,7 @@ IN_A_BATCH, AT_THE_LAST_BATCH, BETWEEN_EPOCHS = (
 )
 MASKED_WORDS = ("--loss_names", "sdm+mlm+id")
 RATE_PER_STEP = ("--lr_per", "step", "--warmup_epochs", "3", "--log_period", "1")
+LEARNT = ("--learn_temperature", "--loss_names", "nitc+ritc", "--text_drop", "0.3", "--ema", "0.9")
 CASES = {  # options of both runs, where the signal comes, which one, options beside --resume
     "in a batch": ((), IN_A_BATCH, signal.SIGTERM, ()),
     "in a batch, masked words": (MASKED_WORDS, IN_A_BATCH, signal.SIGINT, ()),
@@ -83,6 +84,7 @@ CASES = {  # options of both runs, where the signal comes, which one, options be
     "averaged weights": (("--ema", "0.9"), IN_A_BATCH, signal.SIGTERM, ()),
     "a rate per step": (RATE_PER_STEP, IN_A_BATCH, signal.SIGTERM, ()),
     "a rate per step, after the epoch's last batch": (RATE_PER_STEP, AT_THE_LAST_BATCH, signal.SIGTERM, ()),
+    "a learnt temperature": (LEARNT, IN_A_BATCH, signal.SIGTERM, ()),
     "identity sampler": (("--sampler", "identity"), "Epoch[2] Iteration[2", signal.SIGTERM, ()),
 }
 

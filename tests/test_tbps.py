@@ -1,9 +1,10 @@
 """TBPS-CLIP (arXiv 2308.10045) and NAM's masking (arXiv 2405.04940), held against figures of their published
 code (tests/reference/methods; github.com/Flame-Chasers/TBPS-CLIP at ba090bc, WentaoTan/MLLM4Text-ReID at
-8f19e67)."""
+8f19e67), and the temperature that is learnt."""
 
 import functools
 import inspect
+import json
 import math
 import random
 
@@ -13,11 +14,19 @@ import torch
 from datasets import build_dataloader
 from datasets.tokenizer import MASK, drop_words, mask_tokens, similarity_mask
 from model import build_model, objectives
-from tests.children import draw, words
-from tests.conftest import load_script
+from model.build import build_trained_model
+from solver import build_optimizer
+from tests import processes
+from tests.children import draw, only_run, words
+from tests.conftest import ROOT, load_script
+from tests.processes import together
 from tests.recipe import arrays, figures, pixels, tiny_args
+from tests.test_exactness import batch_of
+from tests.test_methods import assert_gradient
 from tests.tiny_run import missing
-from utils.options import get_args
+from utils.losses import LOSSES, total_loss
+from utils.options import get_args, get_test_args
+from utils.tool_options import export_args
 
 TBPS, TEXT, SCHEDULE = (figures(f"methods/tbps_{name}") for name in ("losses", "text", "schedule"))
 NAM = arrays("methods/nam")
@@ -37,6 +46,33 @@ def data(tmp_path_factory):
 def features():
     image = pixels(111, (12, 512))
     return image.requires_grad_(), (0.15 * image + pixels(112, (12, 512))).detach().requires_grad_()
+
+
+def learnt(loss_names, **options):
+    return build_model(tiny_args(loss_names, learn_temperature=True, **options), 37)
+
+
+@pytest.mark.parametrize(
+    ("names", "case"),
+    [
+        ("nitc", "nitc only"),
+        ("nitc", "nitc only, half soft"),
+        ("nitc+ritc", "simplified: nitc + ritc"),
+        ("nitc+citc", "nitc + citc"),
+    ],
+)
+def test_losses_and_their_gradients_are_the_published_ones(names, case):
+    """Weighted as published without a word, and with the gradient of the temperature's parameter."""
+    case = CASES[case]
+    model, (image, text) = learnt(names, soft_label=case["alpha"], temperature=1 / SCALE), features()
+    report = model.compare({"image_features": image, "text_features": text}, PIDS)
+    for name, value in case["returned"].items():
+        assert report[name].item() == pytest.approx(value, rel=1e-5), name
+    assert report["temperature"].item() == pytest.approx(1 / SCALE, rel=1e-6)
+    total_loss(report).backward()
+    assert model.logit_scale_log.grad.item() == pytest.approx(case["logit_scale_grad"], rel=1e-5)
+    assert_gradient(image.grad, case["grad"]["image"], 3e-5, 3e-5)
+    assert_gradient(text.grad, case["grad"]["text"], 3e-5, 3e-5)
 
 
 def test_the_mean_of_nitc_over_two_views_is_the_published_one():
@@ -92,7 +128,72 @@ def test_a_weight_counts_for_the_second_embedding_too():
     assert model.compare(found, PIDS)["tse_loss"].item() == pytest.approx(expected.item(), rel=1e-6)
 
 
-# ---- a training ----
+# ---- the temperature that is learnt ----
+
+
+def test_losses_that_are_said_to_have_a_temperature_are_those_that_ask_for_it():
+    scaled = {name for name, row in LOSSES.items() if row.scaled}
+    functions = {name: getattr(objectives, f"compute_{name}") for name in LOSSES}
+    assert scaled == {name for name, f in functions.items() if "logit_scale" in objectives.needs(f)[0]}
+
+
+def test_without_the_switch_there_is_a_number_and_no_parameter():
+    model = build_model(tiny_args("sdm"), 37)
+    assert model.logit_scale == 1 / 0.02 and not [n for n in model.state_dict() if "scale" in n]
+
+
+@pytest.mark.parametrize("name", [name for name, row in LOSSES.items() if row.scaled])
+def test_a_learnt_temperature_gives_the_losses_of_the_same_fixed_one(name):
+    report = learnt(name)(batch_of(0))
+    expected = build_model(tiny_args(name), 37)(batch_of(0))
+    for key, value in expected.items():
+        assert report[key].item() == pytest.approx(value.item(), rel=1e-5), key
+
+
+def test_above_100_the_scale_stays_and_its_gradient_passes():
+    model = learnt("sdm")
+    for log in (4.0, 4.7, 5.5):
+        with torch.no_grad():
+            model.logit_scale_log.fill_(log)
+        model.logit_scale_log.grad = None
+        model.logit_scale.backward()
+        assert model.logit_scale.item() == pytest.approx(min(math.exp(log), 100), rel=1e-6)
+        assert model.logit_scale_log.grad.item() == pytest.approx(math.exp(log), rel=1e-6)
+
+
+@pytest.mark.parametrize("optimizer", ["Adam", "AdamW", "SGD"])
+def test_it_has_the_base_rate_without_decay(optimizer):
+    args = tiny_args("sdm", learn_temperature=True, optimizer=optimizer)
+    model = build_model(args, 37)
+    (group,) = [
+        group
+        for group in build_optimizer(args, model).param_groups
+        if any(p is model.logit_scale_log for p in group["params"])
+    ]
+    assert (group["lr"], group["weight_decay"], len(group["params"])) == (args.lr, 0, 1)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_in_half_precision_it_is_learnt_in_fp32(precision):
+    args = tiny_args("sdm", learn_temperature=True, precision=precision, lr=1e-2)
+    model = build_model(args, 37)
+    optimizer, before = build_optimizer(args, model), model.logit_scale_log.item()
+    assert model.logit_scale_log.dtype == torch.float32
+    total_loss(model(batch_of(0))).backward()
+    optimizer.step()
+    assert 0 < abs(model.logit_scale_log.item() - before) < 0.02
+
+
+def test_two_processes_learn_what_one_does_in_parts_too(data):
+    argv = words(data, data, "--learn_temperature", "--batch_size", "10", loss_names="nitc+ritc+citc")
+    (alone,), two = (together(n, processes.train_some, argv, 2) for n in (1, 2))
+    in_parts = together(2, processes.train_some, [*argv, "--micro_batch", "3"], 2)
+    assert abs(alone["weights"]["logit_scale_log"] - alone["start"]["logit_scale_log"]) > 1e-3
+    for found in (*two, *in_parts):
+        for name, value in alone["weights"].items():
+            assert (found["weights"][name] - value).abs().max() < 1e-5, name
+        for report, expected in zip(found["reports"], alone["reports"], strict=True):
+            assert report["temperature"] == pytest.approx(expected["temperature"], rel=1e-5)
 
 
 def trained(argv):
@@ -110,12 +211,55 @@ def trained(argv):
     return seen
 
 
+@pytest.fixture(scope="module")
+def run(data, tmp_path_factory):
+    """(folder of a training of two epochs, what nitc was told of them)."""
+    logs = tmp_path_factory.mktemp("logs")
+    argv = words(data, logs, "--learn_temperature", "--text_drop", "0.1", loss_names="nitc+ritc", epochs=2)
+    seen = trained(argv)
+    return only_run(logs), seen
+
+
+def test_a_loss_is_told_how_far_the_training_is(run):
+    assert run[1] == pytest.approx([step / 6 for step in range(12)])
+
+
 @missing("sklearn", "scikit-learn", "requirements-methods.txt")
 def test_a_division_is_told_which_epoch_begins_so_that_a_resumed_one_is_the_same(data, tmp_path):
     seen = trained(words(data, tmp_path, "--division", loss_names="nitc", epochs=2))
     divided = [*6 * [0.0], *6 * [1.0]]
     assert seen[:6] + seen[12:18] == divided
     assert seen[6:12] + seen[18:] == pytest.approx([step / 6 for step in range(12)])
+
+
+def test_a_run_is_tested_and_exported_with_the_temperature_that_it_learnt(run, tmp_path, test_script):
+    import export
+
+    folder, _ = run
+    state = torch.load(folder / "best.pth", weights_only=True)["model"]
+    scale = float(state["logit_scale_log"].exp())
+    assert abs(scale - 50) > 0.01
+    assert test_script.main(["--config_file", str(folder), "--device", "cpu"]) == 0
+    args = get_test_args(["--config_file", str(folder), "--device", "cpu"])
+    trained = build_trained_model(args, state, "best.pth")
+    assert trained.logit_scale.item() == pytest.approx(scale, rel=1e-6)
+    assert export.main([str(folder), "--format", "safetensors", "--output", str(tmp_path / "out")]) == 0
+    settings = json.loads((tmp_path / "out" / "irra.json").read_text())
+    assert settings["temperature"] == pytest.approx(1 / scale, rel=1e-6)
+    assert f"temperature {1 / scale:.4g}." in (tmp_path / "out" / "README.md").read_text()
+    assert export_args([str(folder), "--format", "safetensors"]).temperature == 0.02  # where it began
+
+
+@pytest.mark.parametrize("more", [["--learn_temperature"], []])
+def test_a_run_does_not_go_on_with_another_kind_of_temperature(more, data, tmp_path, capsys):
+    begin = [] if more else ["--learn_temperature"]
+    assert load_script("train").main(words(data, tmp_path, *begin, loss_names="sdm", epochs=1)) == 0
+    there = words(data, tmp_path, *more, loss_names="sdm", epochs=2)
+    options = ROOT / "configs" / "irra.yaml"  # a run's own would say what it was
+    resume = ["--config_file", str(options), "--resume", "--resume_ckpt_file", str(only_run(tmp_path))]
+    assert load_script("train").main([*resume, *there]) == 2
+    err = capsys.readouterr().err
+    assert f"in which logit_scale_log is {'missing' if more else 'there'}" in err and err.count("error:") == 1
 
 
 # ---- captions ----
@@ -179,3 +323,25 @@ def test_a_caption_without_words_is_masked_at_its_first_place():
     ids = torch.tensor([49406, 49407, 0, 0])
     masked, labels = similarity_mask(ids, torch.full((4,), 0.85), random.Random(0))
     assert masked.tolist() == [49406, MASK, 0, 0] and labels.tolist() == [0, 49407, 0, 0]
+
+
+# ---- bad input ----
+
+
+@pytest.mark.parametrize(
+    ("typed", "named"),
+    [
+        ("--loss_names tal+id --learn_temperature", "add one of sdm, itc, asdm, nitc, ritc"),
+        ("--loss_names sdm --learn_temperature --temperature 0.005", "--temperature 0.005"),
+        ("--loss_names nitc --soft_label 1.5", "--soft_label"),
+        ("--loss_names citc --citc_loss_weight -1", "--citc_loss_weight"),
+        ("--text_drop 1.1", "--text_drop"),
+        ("--loss_names citc --division", "--division"),
+    ],
+)
+def test_what_cannot_be_had_is_one_sentence(typed, named, capsys):
+    with pytest.raises(SystemExit) as stop:
+        get_args(typed.split())
+    assert stop.value.code == 2
+    err = capsys.readouterr().err
+    assert named in err and err.count("\n") == 1

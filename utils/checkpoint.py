@@ -182,9 +182,13 @@ def fit_groups(optimizer, saved, model, weights, source):
                 return _regrouped(optimizer, saved, model, [name for group in groups for name in group])
     except (TypeError, KeyError, AttributeError, ValueError):
         raise InputError(f"{source} cannot be resumed: its optimizer part is missing or damaged") from None
+    why = "the published code makes one of each parameter; such a file is for test.py"
+    if others := sorted({*weights} ^ {*model.state_dict()}):
+        there = "there" if others[0] in weights else "missing"
+        why = f"it is of another model, in which {others[0]} is {there}"
     raise InputError(
         f"{source} cannot be resumed: its optimiser has {len(sizes)} parameter groups, ours {len(own)} "
-        "(the published code makes one of each parameter; such a file is for test.py)"
+        f"({why})"
     )
 
 

@@ -14,19 +14,20 @@ class Loss(NamedTuple):
     switch: str | None = None  # the option that brings it, instead of --loss_names
     each: bool = False  # there is each_<name>, the loss of each sample, and it heeds the samples' weights
     tokens: bool = False  # it looks at image tokens, which a ResNet does not give
+    scaled: bool = False  # it multiplies cosines by the logit scale, which --learn_temperature learns
 
 
 LOSSES = {  # in the order of log lines and plots
-    "sdm": Loss(each=True),
-    "itc": Loss(each=True),
+    "sdm": Loss(each=True, scaled=True),
+    "itc": Loss(each=True, scaled=True),
     "cmpm": Loss(),
     "id": Loss(of="logits", weight="id_loss_weight"),
     "mlm": Loss(of="words", weight="mlm_loss_weight", tokens=True),
     "tal": Loss(options=("tau", "margin"), each=True),
     "trl": Loss(options=("tau", "margin"), each=True),
-    "asdm": Loss(),
-    "nitc": Loss(options=("soft_label",), each=True),
-    "ritc": Loss(each=True),
+    "asdm": Loss(scaled=True),
+    "nitc": Loss(options=("soft_label",), each=True, scaled=True),
+    "ritc": Loss(each=True, scaled=True),
     "citc": Loss(weight="citc_loss_weight"),
     "efa": Loss(of="tokens", tokens=True),
     "tse": Loss(of="selected", switch="token_selection", tokens=True),

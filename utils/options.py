@@ -145,6 +145,7 @@ OPTIONS = {
     ("--clip_architecture", {"train": None}, clip_size,
         "sizes of random weights that differ from ViT-B/16's", {"nargs": "+"}),
     ("--temperature", {"train": 0.02}, positive, "of sdm, itc, …: the logit scale is 1/TEMPERATURE"),
+    ("--learn_temperature", {"train": False}, bool, "begin with that one and learn it, down to 0.01"),
     ("--img_size", {"train": [384, 128]}, count, "height and width of an image in pixels", {"nargs": 2}),
     ("--stride_size", {"train": 16}, count, "stride of the patch embedding in pixels"),
     ("--text_length", {"train": 77}, length, "caption length in tokens; longer captions are cut"),

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from utils.errors import InputError
-from utils.losses import LOSSES, names_of
+from utils.losses import LOSSES, named, names_of
 
 RESNETS = ("RN50", "RN101", "RN50x4", "RN50x16", "RN50x64")
 EPS = {  # of each optimiser that has one
@@ -95,6 +95,22 @@ def check_losses(args, resnet):
         raise InputError(
             f"--division weighs samples, and --loss_names {args.loss_names} has no loss that heeds that: add "
             f"one of {', '.join(heeding)}"
+        )
+    if args.learn_temperature:
+        check_learnt_temperature(args, losses)
+
+
+def check_learnt_temperature(args, losses):
+    if not any(LOSSES[name].scaled for name in losses):
+        scaled = [name for name in named() if LOSSES[name].scaled]
+        raise InputError(
+            f"--learn_temperature: no loss of --loss_names {args.loss_names} has a temperature; add one of "
+            f"{', '.join(scaled)}"
+        )
+    if args.temperature < 0.01:
+        raise InputError(
+            f"--temperature {args.temperature:g} with --learn_temperature: what is learnt stays at 0.01 or "
+            "more, as in CLIP; start from 0.01"
         )
 
 
