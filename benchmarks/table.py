@@ -77,6 +77,7 @@ ROWS = {
     (71.33, 87.41, 91.81, 63.50, 47.36), (63.76, 79.53, 84.91, 37.38, 6.80),
     (62.85, 83.20, 89.15, 47.67, 23.97))),
 "fmfa": Row("fmfa"),
+"tbps_clip": Row("tbps_clip"),  # the published figures are of the whole method
 "irra_nam": Row("irra_nam", "--pretrain_choice weights/nam/best{number}.pth", NAM, (
     (76.82, 91.16, 94.46, 69.55, None), (67.05, 82.16, 87.33, 41.51, None),
     (68.50, 87.15, 92.10, 53.02, None))),

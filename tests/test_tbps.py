@@ -15,12 +15,12 @@ from datasets import build_dataloader
 from datasets.tokenizer import MASK, drop_words, mask_tokens, similarity_mask
 from model import build_model, objectives
 from model.build import build_trained_model
-from solver import build_optimizer
+from solver import build_lr_scheduler, build_optimizer
 from tests import processes
 from tests.children import draw, only_run, words
 from tests.conftest import ROOT, load_script
 from tests.processes import together
-from tests.recipe import arrays, figures, pixels, tiny_args
+from tests.recipe import arrays, figures, off, pixels, tiny_args
 from tests.test_exactness import batch_of
 from tests.test_methods import assert_gradient
 from tests.tiny_run import missing
@@ -323,6 +323,41 @@ def test_a_caption_without_words_is_masked_at_its_first_place():
     ids = torch.tensor([49406, 49407, 0, 0])
     masked, labels = similarity_mask(ids, torch.full((4,), 0.85), random.Random(0))
     assert masked.tolist() == [49406, MASK, 0, 0] and labels.tolist() == [0, 49407, 0, 0]
+
+
+# ---- the recipe ----
+
+
+@pytest.mark.parametrize("case", SCHEDULE["cases"], ids=lambda case: case["iterations_per_epoch"])
+def test_rates_of_the_steps_are_the_published_ones(case):
+    """The published warm-up ends with its last step, ours a step later, before the first one after it."""
+    warm, steps = case["warmup_epochs"], case["iterations_per_epoch"]
+    args = get_args(["--config_file", str(ROOT / "configs" / "tbps_clip.yaml")])
+    vars(args).update(num_epoch=case["epochs"], warmup_epochs=warm)
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=args.lr)
+    schedule = build_lr_scheduler(args, optimizer)
+    optimizer.step()  # else PyTorch warns
+    for step, expected in enumerate(case["lr"]):
+        epoch, place = divmod(step, steps)
+        if epoch and not place:
+            schedule.step()
+        schedule.within_epoch(place / steps)
+        lr = optimizer.param_groups[0]["lr"]
+        if step >= warm * steps:
+            assert lr == pytest.approx(expected, rel=1e-6), step
+        else:
+            assert -1e-15 <= expected - lr <= 1e-4 / (warm * steps), step
+
+
+def test_the_recipe_trains(data, tmp_path):
+    """From random weights of a tiny model; the published ones are not here."""
+    recipe = ["--config_file", str(ROOT / "configs" / "tbps_clip.yaml")]
+    tiny = words(data, tmp_path, "--batch_size", "24", "--lr", "1e-4", loss_names="nitc+ritc", epochs=1)
+    args = get_args([*recipe, *tiny])
+    assert args.learn_temperature and (args.soft_label, args.text_drop, args.lr_per) == (0.5, 0.05, "step")
+    assert load_script("train").main([*recipe, *tiny]) == 0
+    state = torch.load(only_run(tmp_path) / "last.pth", weights_only=True)
+    assert state["epoch"] == 1 and off(state["model"]["logit_scale_log"], math.log(100)) < 0.01
 
 
 # ---- bad input ----
