@@ -255,24 +255,21 @@ class IRRA(nn.Module):
         """
         batch = Batch.of(batch).planned()
         found, masked = self.features(batch, words="mlm" in self.loss_names)
-        report = self.compare(found, batch.pids, batch.label_hat)
+        report = self.compare(found, batch.known())
         if masked:
             count = total(torch.full((), float(len(masked[1])), device=batch.pids.device))
             report.update({name: total(part) for name, part in self.fill_in(*masked, count).items()})
         return report
 
-    def compare(self, found, pids, weights=None):
+    def compare(self, found, known):
         """The losses and accuracies that need features only, over the whole batch of all processes.
 
-        found: {name: (B, …)} as `features` gives it, not normalised. pids: (B,). weights: (B,) of samples.
+        found: {name: (B, …)} as `features` gives it, not normalised. known: as Batch.known gives it.
         What the losses' functions may ask for, by the name of an argument, stands in `given`.
         """
-        sizes = share_sizes(len(pids), pids.device)
-        given = self.given(found, pids, sizes)
-        if weights is not None:
-            given["weights"] = gather(weights.float(), sizes)
-        if self.selects:
-            given["compared"] = functools.partial(self.sum_of_pairs, given)
+        given = self.gathered(found, known)
+        # of a copy: a dict that held itself would stay, features and all, until Python looks for such
+        given["compared"] = functools.partial(self.sum_of_pairs, dict(given))
         learnt = self.logit_scale_log is not None
         report = {"temperature": 1 / given["logit_scale"].detach() if learnt else self.temperature}
         of_batch = [name for name in LOSSES if name in self.loss_names and LOSSES[name].of != "words"]
@@ -285,18 +282,18 @@ class IRRA(nn.Module):
             report[f"{name}_loss"] = self.weighted(name, objectives.compute(name, given))
         return report
 
-    def given(self, found, pids, sizes):
-        """What every loss may ask for, of the whole batch of all processes. sizes: of share_sizes."""
-        given = {name: gather(values, sizes) for name, values in found.items()}
-        given.update(self.constants, pids=gather(pids, sizes))
-        return {**given, "logit_scale": self.logit_scale, "epochs_done": self.epochs_done}
+    def gathered(self, found, known):
+        """What every loss may ask for: features and what is known of the samples, (B, …) of all processes, and
+        what is the same for all, by name."""
+        sizes = share_sizes(len(known["pids"]), known["pids"].device)
+        given = {name: gather(values, sizes) for name, values in {**found, **known}.items()}
+        return {**given, **self.constants, "logit_scale": self.logit_scale, "epochs_done": self.epochs_done}
 
     def losses_of_samples(self, batch):
         """((B,) indices, (kinds, B) losses): what each sample loses in the losses of two features, in the
         global features and, with token selection, in the second embedding. batch: planned."""
         found, _ = self.features(batch)
-        sizes = share_sizes(len(batch.pids), batch.pids.device)
-        given = self.given(found, batch.pids, sizes)
+        given = self.gathered(found, {"pids": batch.pids, "indices": batch.indices})
         sides = [(given["image_features"], given["text_features"])]
         sides += [(given["image_selected"], given["text_selected"])] if self.selects else []
         names = [name for name in self.loss_names if LOSSES[name].each]
@@ -305,7 +302,7 @@ class IRRA(nn.Module):
             given.update(image_features=image, text_features=text)
             each = {name: objectives.compute(name, given, kind="each") for name in names}
             losses.append(sum(self.weighted(name, loss) for name, loss in each.items()))
-        return gather(batch.indices, sizes), torch.stack(losses)
+        return given["indices"], torch.stack(losses)
 
     def sum_of_pairs(self, given, image_features, text_features):
         """What the losses of two features alone give for these features."""

@@ -20,8 +20,9 @@ def backward_in_parts(model, parts):
     with torch.no_grad():
         of_parts = [model.features(part)[0] for part in parts]
     found = {name: torch.cat([of[name] for of in of_parts]).requires_grad_() for name in of_parts[0]}
-    weights = None if parts[0].label_hat is None else torch.cat([part.label_hat for part in parts])
-    report = model.compare(found, torch.cat([part.pids for part in parts]), weights)
+    of_samples = [part.known() for part in parts]
+    known = {name: torch.cat([of[name] for of in of_samples]) for name in of_samples[0]}
+    report = model.compare(found, known)
     losses = [value for name, value in report.items() if is_loss(name)]
     if losses:
         sum(losses).backward()  # the features' gradients, and the classifier's

@@ -5,9 +5,11 @@ at d0a3403. Weights and images follow from names and seeds, as in tests/recipe.p
 """
 
 import functools
+import gc
 import json
 import shutil
 import tempfile
+import weakref
 from pathlib import Path
 
 import pytest
@@ -26,6 +28,7 @@ from tests.conftest import load_script
 from tests.processes import together
 from tests.recipe import arguments, arrays, clip_weights, figures, fill, off, pixels
 from tests.tiny_run import missing
+from utils.batch import Batch
 from utils.losses import total_loss
 from utils.options import FORMATS, get_args, get_test_args
 
@@ -338,6 +341,22 @@ def test_losses_and_gradients_of_the_tiny_model_are_the_published_ones(case):
     for key, expected in (published["running"] or {}).items():
         if ".bns.0." in key and expected.get("first4"):
             assert off(model.get_buffer(key).flatten()[:4], expected["first4"]) < 1e-5
+
+
+def test_features_are_gone_with_their_losses():
+    """And not when Python looks for circles, by when a GPU has the next batch's beside them."""
+    _, model = rde()
+    batch = Batch.of(batch_of()).planned()
+    gc.disable()
+    try:
+        found, _ = model.features(batch)
+        alive = [weakref.ref(values) for values in found.values()]
+        report = model.compare(found, batch.known())
+        total_loss(report).backward()
+        del found, report
+        assert [name() for name in alive] == [None] * 4
+    finally:
+        gc.enable()
 
 
 def test_rates_are_the_published_ones():

@@ -89,6 +89,15 @@ def test_a_part_without_a_masked_word_counts_as_it_does_in_the_batch(data, batch
     assert_same(in_parts(model, batch, 4), whole(model, batch))
 
 
+def test_the_weights_of_samples_count_in_parts_as_in_the_batch(data, batch_of):
+    model, batch = new_model(data, "tal+sdm", "--token_selection"), dict(batch_of())
+    batch["label_hat"] = torch.arange(B) % 3 > 0
+    found = in_parts(model, batch, 4)
+    assert_same(found, whole(model, batch))
+    del batch["label_hat"]
+    assert found[0]["tal_loss"] < 0.9 * whole(model, batch)[0]["tal_loss"]
+
+
 @pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
 @pytest.mark.parametrize("loss_names", ["sdm+itc+cmpm+id+mlm", "itc"])
 def test_activations_computed_twice_give_the_same_losses_and_gradients(

@@ -136,7 +136,7 @@ def test_products_are_in_the_precision_but_for_the_losses(precision):
         features = [torch.randn(6, 64).to(DEVICE).requires_grad_() for _ in range(2)]
         model, _ = build(DEVICE, precision, "sdm")
         found = dict(zip(("image_features", "text_features"), features, strict=True))
-        report = model.compare(found, torch.arange(6).to(DEVICE))
+        report = model.compare(found, {"pids": torch.arange(6).to(DEVICE)})
         report["sdm_loss"].backward()
     in_losses = alone.products[torch.float32]
     assert set(alone.products) == {torch.float32} and 0 < in_losses < 5

@@ -67,6 +67,12 @@ class Batch(Mapping):
         """What tells its samples; small, and on the host."""
         return {key: self[key] for key in ("pids", "image_ids", "caption_ids") if key in self}
 
+    def known(self):
+        """What losses may ask of its samples beside features, by the name of an argument: {name: (B,)}."""
+        weights = None if self.label_hat is None else self.label_hat.float()
+        known = {"pids": self.pids, "weights": weights}
+        return {name: value for name, value in known.items() if value is not None}
+
     def parts(self, size=None):
         """The batch in parts of `size` samples, or whole. An empty one, a process's share, is one part."""
         B = max(len(self.pids), 1)
