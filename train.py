@@ -222,7 +222,7 @@ class Training:
             weights, counts = divide(unwrapped(model), loader, self.device, seed, strict, self.leave_if_asked)
             done["label_hat"] = weights.byte()
             both, one, none = counts
-            unheeding = [name for name in names_of(args) if not LOSSES[name].each and name != "tse"]
+            unheeding = [name for name in names_of(args) if not (LOSSES[name].each or LOSSES[name].switches)]
             self.run.log.info(
                 f"Epoch[{epoch}] clean pairs: {both}, doubtful: {one}, left out: {none}; "
                 f"{int(weights.sum())} of {len(weights)} count"

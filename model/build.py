@@ -99,7 +99,7 @@ def build_trained_model(args, weights, source, facts=None):
         raise InputError(f"{source} needs layers that this code lacks: {', '.join(foreign[:5])}")
     lacking = {part: row for part, row in PARTS.items() if row.encodes and row.loss in names_of(args)}
     if lacking := {part: row for part, row in lacking.items() if part not in begun}:
-        switch = LOSSES[next(iter(lacking.values())).loss].switch
+        (switch,) = LOSSES[next(iter(lacking.values())).loss].switches
         raise InputError(
             f"{source} holds no {', '.join(lacking)}, which the options ask for (--{switch}): another run's?"
         )

@@ -31,8 +31,8 @@ PUBLISHED = ("sdm", "itc", "cmpm", "id", "mlm")
 # what is typed after --loss_names: each combination of IRRA's losses, and each row of the table beside them
 COMBINATIONS = ["+".join(names) for n in range(1, 6) for names in itertools.combinations(PUBLISHED, n)]
 for _name, _row in LOSSES.items():
-    if _row.switch:
-        COMBINATIONS += [f"{names} --{_row.switch}" for names in ("tal", "sdm+id+mlm+tal")]
+    if _row.switches:
+        COMBINATIONS += [" --".join([names, *_row.switches]) for names in ("tal", "sdm+id+mlm+tal")]
     elif _name not in PUBLISHED:
         COMBINATIONS += [_name, f"sdm+id+mlm+{_name}"]
 COMBINATIONS += [f"{names} --learn_temperature" for names in ("sdm", "itc+asdm+nitc+ritc+mlm")]

@@ -11,7 +11,7 @@ class Loss(NamedTuple):
     # alone, part by part of a batch
     weight: str | None = None  # the option that multiplies it
     options: tuple = ()  # those whose values it asks for by name
-    switch: str | None = None  # the option that brings it, instead of --loss_names
+    switches: tuple = ()  # the options that together bring it, instead of --loss_names
     each: bool = False  # there is each_<name>, the loss of each sample, and it heeds the samples' weights
     tokens: bool = False  # it looks at image tokens, which a ResNet does not give
     scaled: bool = False  # it multiplies cosines by the logit scale, which --learn_temperature learns
@@ -30,20 +30,21 @@ LOSSES = {  # in the order of log lines and plots
     "ritc": Loss(each=True, scaled=True),
     "citc": Loss(weight="citc_loss_weight"),
     "efa": Loss(of="tokens", tokens=True),
-    "tse": Loss(of="selected", switch="token_selection", tokens=True),
+    "tse": Loss(of="selected", switches=("token_selection",), tokens=True),
 }
 REPORTED = ("loss", *(f"{name}_loss" for name in LOSSES), "img_acc", "txt_acc", "mlm_acc")
 
 
 def named():
     """What --loss_names takes."""
-    return [name for name, row in LOSSES.items() if not row.switch]
+    return [name for name, row in LOSSES.items() if not row.switches]
 
 
 def names_of(args):
     """The names in --loss_names, in its order, and the losses that switches bring."""
-    switched = [name for name, row in LOSSES.items() if row.switch and vars(args)[row.switch]]
-    return str(args.loss_names).split("+") + switched
+    switched = [name for name, row in LOSSES.items() if row.switches]
+    on = [name for name in switched if all(vars(args)[switch] for switch in LOSSES[name].switches)]
+    return str(args.loss_names).split("+") + on
 
 
 def total_loss(report):

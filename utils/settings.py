@@ -78,7 +78,7 @@ def check_losses(args, resnet):
     losses = names_of(args)
     for name in losses if resnet else ():
         if LOSSES[name].tokens:
-            switch = LOSSES[name].switch
+            switch = next(iter(LOSSES[name].switches), None)
             mend = "leave it out" if switch else f"leave {name} out of --loss_names"
             raise InputError(
                 f"{f'--{switch}' if switch else name} needs image tokens, and {args.pretrain_choice} gives "
