@@ -96,7 +96,8 @@ def build_dataloader(args):
     evaluated = args.val_dataset if args.training else getattr(args, "split", "test")  # test.py's own option
     if ignored := ignored_name(args):
         logger.info(ignored)
-    splits = read_splits(source_of(args, None if args.training else evaluated))
+    source = source_of(args, None if args.training else evaluated)
+    splits = read_splits(source, second=args.training and args.second_caption)
     log_statistics(splits)
     device = resolve(args).device
     images = images_of(args, splits, evaluated, args.training)
@@ -138,7 +139,7 @@ def train_loader(args, splits, device, images):
         raise InputError(
             f"--batch_size {args.batch_size} is larger than the training set ({len(splits.train)} captions)"
         )
-    samples, moved = exchanged(splits.train, args.noisy_rate, args.noisy_file, args.seed)
+    samples, second_captions, moved = exchanged(splits, args.noisy_rate, args.noisy_file, args.seed)
     masking = (args.masked_token_rate, args.masked_token_unchanged_rate) if args.MLM else None
     dataset = PairDataset(
         samples,
@@ -152,6 +153,7 @@ def train_loader(args, splits, device, images):
         skip_bad=args.on_bad_image == "skip",
         text_aug=args.text_aug,
         text_drop=args.text_drop,
+        second_captions=second_captions,
     )
     logger.info(f"using {args.sampler} sampler")
     if masking:
@@ -180,10 +182,11 @@ def train_loader(args, splits, device, images):
     )
 
 
-def exchanged(samples, rate, file, seed):
+def exchanged(splits, rate, file, seed):
     """(The training samples with captions of others, for tables of noise: a drawn share of them permuted, or
-    sample i with the caption of sample file[i], as the published files have it; the share that has moved)."""
-    N = len(samples)
+    sample i with the caption of sample file[i], as the published files have it; their second captions, which
+    go with the first; the share that has moved)."""
+    N = len(splits.train)
     places = read_places(file, N) if file else np.arange(N)
     if rate and not file:
         rng = np.random.RandomState(mixed(seed, 3) % 2**32)
@@ -192,8 +195,10 @@ def exchanged(samples, rate, file, seed):
     moved = int((places != np.arange(N)).sum())
     if moved:
         logger.info(f"{moved} of {N} training captions are another sample's")
-    captions = [samples[place].caption for place in places]
-    return [one._replace(caption=c) for one, c in zip(samples, captions, strict=True)], moved / N
+    captions = [splits.train[place].caption for place in places]
+    samples = [one._replace(caption=c) for one, c in zip(splits.train, captions, strict=True)]
+    second_captions = [splits.second_captions[place] for place in places] if splits.second_captions else []
+    return samples, second_captions, moved / N
 
 
 def read_places(file, N):

@@ -19,6 +19,7 @@ from datasets.tokenizer import (
 from datasets.transforms import draw_augmentation, erase, normalise, place
 from utils.dist import to_device
 from utils.errors import InputError
+from utils.losses import second_factor
 
 
 class PairDataset(Dataset):
@@ -28,6 +29,7 @@ class PairDataset(Dataset):
     clean_captions: keep caption_ids unmasked; else they are the masked ids, as published.
     images: where pixels come from, if not from decoding the file: see datasets.image_cache.
     text_aug: augment captions by tokenizer.augment_tokens. text_drop: its probability for drop_words there.
+    second_captions: what a second caption of each sample is drawn of, as datasets.records has it; or empty.
     skip_bad: leave out a sample whose image cannot be read, and name it in `left_out`, instead of an error.
     """
 
@@ -44,9 +46,11 @@ class PairDataset(Dataset):
         skip_bad=False,
         text_aug=False,
         text_drop=0.0,
+        second_captions=(),
     ):
         self.skip_bad, self.text_aug, self.text_drop = skip_bad, text_aug, text_drop
-        self.tokenizer = SimpleTokenizer() if text_drop else None
+        self.second_captions = second_captions
+        self.tokenizer = SimpleTokenizer() if text_drop or second_captions else None
         self.samples, self.img_size, self.seed, self.img_aug = samples, tuple(img_size), seed, img_aug
         self.masking, self.clean_captions = masking, clean_captions
         self.images = DecodedImages(img_size) if images is None else images
@@ -96,7 +100,26 @@ class PairDataset(Dataset):
             batch["mlm_ids"], batch["mlm_labels"] = mask_tokens(batch["caption_ids"], noise, *self.masking)
             if not self.clean_captions:
                 batch["caption_ids"] = batch["mlm_ids"].clone()  # the published masking works in place
+        if self.second_captions:
+            batch.update(self.drawn_second(keys))
         return batch
+
+    def drawn_second(self, keys):
+        """{name: (B, …)} of what a batch has of second captions, drawn from a stream of their own as in RDA
+        (ICL, CVPR 2025): the groups shuffled, of each a sentence at random, joined, tokenised, augmented."""
+        ids = self.caption_ids.new_zeros(len(keys), self.caption_ids.shape[1])
+        for row, (epoch, index) in enumerate(keys):
+            rng = random.Random(mixed(self.seed, epoch, index, 3))
+            groups = list(self.second_captions[index])
+            rng.shuffle(groups)
+            text = " ".join(rng.choice(group) for group in groups)
+            ids[row] = tokenize(text, self.tokenizer, ids.shape[1])
+            if self.text_aug:
+                ids[row] = augment_tokens(ids[row], rng)
+        return {
+            "second_caption_ids": ids,
+            "second_factor": torch.tensor([second_factor(epoch) for epoch, _ in keys]),
+        }
 
 
 def pixels_of(images, paths, skip_bad):

@@ -24,6 +24,7 @@ TABLE_KEYS = {  # other columns of a table are no concern of ours: `id` is often
     "captions": ("caption",),
     "person": ("person",),
 }
+SECOND = "diversity_captions"  # the key of a JSON record that --second_caption reads
 WHOLE = re.compile(r"-?[0-9]{1,18}")  # 18 digits fit into PyTorch's whole numbers
 
 
@@ -34,17 +35,21 @@ class Record(NamedTuple):
     person: int | str
     image: str  # relative to the images' folder
     captions: list
+    second_captions: list  # see second_captions; empty where nobody asked for them
 
 
 # ---- a named data set's file ----
 
 
-def read_records(path, path_key):
-    """The records of a JSON list with the keys split, id, path_key and captions."""
-    return [check_record(entry, number, path, path_key) for number, entry in enumerate(read_list(path))]
+def read_records(path, path_key, second=False):
+    """The records of a JSON list with the keys split, id, path_key and captions. second: of training records
+    also the second captions."""
+    return [
+        check_record(entry, number, path, path_key, second) for number, entry in enumerate(read_list(path))
+    ]
 
 
-def check_record(entry, number, path, path_key):
+def check_record(entry, number, path, path_key, second=False):
     """The Record of one entry, or an error that names record and key."""
     where = f"{path}, record {number}"
     if not isinstance(entry, dict):
@@ -65,7 +70,9 @@ def check_record(entry, number, path, path_key):
         )
     split = check_split(entry["split"], where)
     image = check_image(entry[path_key], path_key, where)
-    return Record(split, pid, image, check_captions(entry["captions"], where))
+    captions = check_captions(entry["captions"], where)
+    seconds = second_captions(entry, captions, where) if second and split == "train" else []
+    return Record(split, pid, image, captions, seconds)
 
 
 def check_split(split, where):
@@ -89,18 +96,56 @@ def check_captions(captions, where):
     return captions
 
 
+def second_captions(entry, captions, where):
+    """For each caption another one, in the form of RDA (ICL, CVPR 2025): groups of sentences, of each of
+    which a draw takes one. What the file has as one text is a group of one."""
+    if not captions:
+        return []
+    if SECOND not in entry:
+        raise InputError(
+            f'{where} has no key "{SECOND}" (it has {_names(entry)}), which --second_caption reads of each '
+            "training record: add an entry for each of its captions, or leave the option out"
+        )
+    found = entry[SECOND]
+    if not isinstance(found, list) or len(found) != len(captions):
+        what = len(found) if isinstance(found, list) else _kind(found)
+        raise InputError(
+            f"{where}: {SECOND} must be a list with an entry for each caption, so {len(captions)}, not {what}"
+        )
+    for one in found:
+        if not isinstance(one, str) and not is_groups(one):
+            raise InputError(
+                f"{where}: an entry of {SECOND} must be a text, or a list of groups that are lists of texts, "
+                f"none of them empty, not {_short(one)}"
+            )
+    return [[[one]] if isinstance(one, str) else one for one in found]
+
+
+def is_groups(value):
+    if not isinstance(value, list) or not value:
+        return False
+    lists = all(isinstance(group, list) and group for group in value)
+    return lists and all(isinstance(text, str) for group in value for text in group)
+
+
 # ---- a file by path ----
 
 
-def read_records_by_path(path, split=None):
-    """The records of any JSON, JSON lines, CSV or TSV file. split: that of a file that names none.
+def read_records_by_path(path, split=None, second=False):
+    """The records of any JSON, JSON lines, CSV or TSV file. split: that of a file that names none. second: of
+    training records also the second captions.
 
     Entries with a single caption belong together where image, person and split are the same.
     """
     table = path.suffix.lower() in DELIMITERS
+    if table and second:
+        raise InputError(
+            f'{path} cannot hold "{SECOND}", which --second_caption reads: a table has no lists; JSON and '
+            "JSON lines have"
+        )
     records, by_image, unsplit, some_have = [], {}, None, False
     for where, entry in entries(path):
-        record, single = record_of(entry, where, TABLE_KEYS if table else KEYS)
+        record, single = record_of(entry, where, TABLE_KEYS if table else KEYS, second)
         if record.split is None:
             unsplit = unsplit or (where, entry)
         else:
@@ -108,6 +153,7 @@ def read_records_by_path(path, split=None):
         known = by_image.get(record[:3]) if single else None
         if known:
             known.captions.extend(record.captions)
+            known.second_captions.extend(record.second_captions)
             continue
         records.append(record)
         if single:
@@ -128,7 +174,7 @@ def read_records_by_path(path, split=None):
     return [record._replace(split=split) for record in records]
 
 
-def record_of(entry, where, known_keys):
+def record_of(entry, where, known_keys, second=False):
     """(Record, whether its key is the single `caption`)."""
     if not isinstance(entry, dict):
         raise InputError(f"{where} is {_kind(entry)}, not a record with the keys {', '.join(COLUMNS)}")
@@ -149,7 +195,9 @@ def record_of(entry, where, known_keys):
             raise InputError(f"{where}: caption must be a sentence, not {_short(captions)}")
         captions = [captions] if captions.strip() else []  # an image that no caption describes
     person = person_of(entry[keys["person"]], keys["person"], where)
-    return Record(split, person, image, check_captions(captions, where)), single
+    captions = check_captions(captions, where)
+    seconds = second_captions(entry, captions, where) if second and split == "train" else []
+    return Record(split, person, image, captions, seconds), single
 
 
 def person_of(value, key, where):

@@ -47,6 +47,7 @@ LARGEST_SCALE = 100  # that is learnt, as in CLIP
 GIVEN = (  # what a loss may ask for by the name of an argument; see IRRA.compare
     *("image_features", "text_features", "pids", "logit_scale", "weights", "image_logits", "text_logits"),
     *("image_patches", "text_tokens", "image_selected", "text_selected", "compared"),
+    *("second_features", "second_selected", "second_factor"),
     *("scores", "labels", "count"),  # of mlm
     "epochs_done",  # of the training, with a fraction
 )
@@ -103,6 +104,7 @@ class IRRA(nn.Module):
             )
         initialise_heads(self, D, cmt_depth)
         self.selects = "tse" in self.loss_names
+        self.compares_second = "second" in self.loss_names
         if self.selects:
             self.visul_emb_layer = SelectedPatches(D, **(selection or {}))
             self.texual_emb_layer = SelectedWords(D, **(selection or {}))
@@ -173,10 +175,11 @@ class IRRA(nn.Module):
             tokens, row = encode_text(ids, at=ids.argmax(dim=1))
             return at_eot(tokens, ids), tokens, row
 
-    def features(self, batch, words=False):
+    def features(self, batch, words=False, second=True):
         """The one way from a planned batch, whole or a part, to what its losses compare: {name: (B, …)}.
 
-        words: also the (n, V) scores and (n,) labels of its masked words; else None.
+        words: also the (n, V) scores and (n,) labels of its masked words; else None. second: also its second
+        captions, where the losses compare them.
         """
         all_tokens = words or self.uses_tokens
         with self.autocast(batch.caption_ids.device):
@@ -195,11 +198,23 @@ class IRRA(nn.Module):
             if self.uses_tokens:
                 found["image_patches"] = at_least_fp32(image_tokens[:, 1:])
                 found["text_tokens"] = at_least_fp32(text_tokens)
+            if second and self.compares_second:
+                found.update(self.second_features(batch))
             masked = None
             if words:
                 masked_tokens = text_tokens if shared else self.text_side(batch.mlm_ids)[1]
                 masked = self.predict_masked(masked_tokens, image_tokens, batch)
         return found, masked
+
+    def second_features(self, batch):
+        """What the losses compare of a planned batch's second captions: {name: (B, …)}."""
+        ids = batch.second_caption_ids
+        if not (self.selects and self.texual_emb_layer.norm == "train"):  # see `features`
+            ids = ids[:, : batch.second_length]
+        feature, *selected = self.text_side(ids, self.selects)
+        if not self.selects:
+            return {"second_features": feature}
+        return {"second_features": feature, "second_selected": self.texual_emb_layer(*selected, ids)}
 
     def compile_encoders(self, **options):
         """Train with encoders that torch.compile makes; evaluation, whose sizes vary, goes without.
@@ -291,8 +306,9 @@ class IRRA(nn.Module):
 
     def losses_of_samples(self, batch):
         """((B,) indices, (kinds, B) losses): what each sample loses in the losses of two features, in the
-        global features and, with token selection, in the second embedding. batch: planned."""
-        found, _ = self.features(batch)
+        global features and, with token selection, in the second embedding; of its first caption. batch:
+        planned."""
+        found, _ = self.features(batch, second=False)
         given = self.gathered(found, {"pids": batch.pids, "indices": batch.indices})
         sides = [(given["image_features"], given["text_features"])]
         sides += [(given["image_selected"], given["text_selected"])] if self.selects else []

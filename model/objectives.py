@@ -262,6 +262,17 @@ def compute_tse(image_selected, text_selected, compared):
     return compared(image_selected, text_selected)
 
 
+def compute_second(image_features, second_features, second_factor, compared):
+    """RDA's term (ICL, CVPR 2025): the losses of features, of the images and their second captions instead.
+    second_factor: [B], one number, by which it is multiplied. compared: see compute_tse."""
+    return second_factor[0] * compared(image_features, second_features)
+
+
+def compute_tse_second(image_selected, second_selected, second_factor, compared):
+    """compute_second, of the selected tokens' embeddings."""
+    return second_factor[0] * compared(image_selected, second_selected)
+
+
 def aggregated(text_tokens, image_patches):
     """[B, L, D]: for each word the patches, weighed by how well they agree with it; those below 1/N out."""
     agreement = text_tokens @ image_patches.transpose(1, 2)  # (B, L, N)

@@ -1,5 +1,6 @@
 """Trainings in processes of their own, to be signalled and killed; quick, since PyTorch is loaded once."""
 
+import json
 import logging
 import multiprocessing
 import os
@@ -20,6 +21,7 @@ import processor.trainer  # noqa: F401
 import solver  # noqa: F401
 import train
 from datasets.synthetic import make_dataset
+from utils.data_sets import DATA_SETS
 
 START_METHOD = multiprocessing.get_start_method()  # of the loading processes, as in a program of its own
 ROOT = Path(__file__).parent.parent
@@ -35,6 +37,20 @@ def draw(folder, train_ids=12, size=(64, 32)):
     """A drawn data set, small enough for an epoch of a few steps; returns the folder for --root_dir."""
     make_dataset(folder / "data", train_ids=train_ids, val_ids=4, test_ids=4, images_per_id=2, size=size)
     return folder / "data"
+
+
+def rewritten(root_dir, name="CUHK-PEDES"):
+    """A drawn data set whose training records have what --second_caption reads: of the first caption two
+    groups of two sentences, of the others a text."""
+    path = root_dir / name / DATA_SETS[name].files[0]
+    records = json.loads(path.read_text())
+    for record in records:
+        if record["split"] == "train":
+            first, *others = record["captions"]
+            groups = [[first, f"Seen here: {first}"], ["It is a street.", "The ground is grey."]]
+            record["diversity_captions"] = [groups, *(f"Once more, {caption}" for caption in others)]
+    path.write_text(json.dumps(records))
+    return root_dir
 
 
 def words(root_dir, output_dir, *more, epochs=3, loss_names="sdm+id"):

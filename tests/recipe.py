@@ -124,6 +124,22 @@ def pixels(seed, shape):
     return torch.from_numpy(_uniform(seed * SPREAD + 0x5EED, tuple(shape), 2.0))
 
 
+def caption_ids(seed, count, length=77):
+    """[count, length] ids as the methods' figures have them: 1, 2, 3, 5 and as many words as fit in the first
+    five rows, then 6 to 60; row 5 has id 0 as its third word."""
+    drawn = _words(seed * SPREAD + 0x5EED, 0, count * (length + 1)).reshape(count, length + 1)
+    ids = torch.zeros(count, length, dtype=torch.long)
+    for row in range(count):
+        words = (1, 2, 3, 5, length - 2)[row] if row < 5 else int(6 + drawn[row, 0] % np.uint64(55))
+        ids[row, 0], ids[row, 1 + words] = 49406, 49407
+        ids[row, 1 : 1 + words] = torch.from_numpy(
+            (1 + drawn[row, 1 : 1 + words] % np.uint64(49404)).astype(int)
+        )
+    if count > 5:
+        ids[5, 3] = 0
+    return ids
+
+
 def bytes8(seed, shape):
     """uint8, uniform in 0 … 255, for tests that start from undecoded images (a numpy array)."""
     return _draw(seed * SPREAD + 0x5EED, tuple(shape), np.uint8, lambda words: words >> np.uint64(56))

@@ -7,7 +7,7 @@ from datasets import build_dataloader
 from model import build_model
 from processor.micro_batch import backward_in_parts
 from tests import processes
-from tests.children import draw, words
+from tests.children import draw, rewritten, words
 from tests.processes import together
 from tests.recipe import COMBINATIONS, off
 from utils.batch import Batch
@@ -19,17 +19,18 @@ B = 11
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    return draw(tmp_path_factory.mktemp("drawn"))
+    return rewritten(draw(tmp_path_factory.mktemp("drawn")))
 
 
 @pytest.fixture(scope="module")
 def batch_of(data):
-    """batch_of(*options): a batch of 11 captions as the loader gives it."""
+    """batch_of(*options): a batch of 11 captions as the loader gives it, with second ones."""
     batches = {}
 
     def of(*options):
         if options not in batches:
-            args = get_args(words(data, data, "--batch_size", str(B), *options, loss_names="sdm+mlm"))
+            typed = ("--batch_size", str(B), "--second_caption", *options)
+            args = get_args(words(data, data, *typed, loss_names="sdm+mlm"))
             batches[options] = next(iter(build_dataloader(args)[0]))
         return batches[options]
 

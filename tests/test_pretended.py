@@ -46,6 +46,8 @@ def batches(number, size=6, clean=False):
     for seed in range(number):
         batch = batch_of(size, IMG_SIZE, seed)
         batch["pids"] %= PERSONS
+        batch["second_caption_ids"] = batch["caption_ids"].roll(1, dims=0)
+        batch["second_factor"] = torch.full((size,), 0.4)
         if clean:
             masked = batch["mlm_labels"] != 0
             batch["caption_ids"] = torch.where(masked, batch["mlm_labels"], batch["caption_ids"])

@@ -7,7 +7,8 @@ import torch
 
 from utils.dist import to_device
 
-PLAN = ("text_length", "same_caption", "mlm_at", "mlm_rows")  # the fields that Batch.planned finds
+# the fields that Batch.planned finds
+PLAN = ("text_length", "second_length", "same_caption", "mlm_at", "mlm_rows")
 LENGTH_STEP = 16  # clean captions are encoded at a length that is a multiple of this, or whole
 
 
@@ -25,6 +26,8 @@ class Batch(Mapping):
     image_ids: torch.Tensor | None = None  # (B,) counts the training images
     mlm_ids: torch.Tensor | None = None  # (B, L) the masked caption
     mlm_labels: torch.Tensor | None = None  # (B, L) the token that was masked; 0 where none was
+    second_caption_ids: torch.Tensor | None = None  # (B, L) what --second_caption draws
+    second_factor: torch.Tensor | None = None  # (B,) of its losses: one number, that of the epoch
     label_hat: torch.Tensor | None = None  # (B,) what a sample's rows count for in the losses; 1 where absent
     indices: torch.Tensor | None = None  # (B,) counts the training captions
     batch_size: int | None = None  # samples of all processes together, where there are several
@@ -32,6 +35,7 @@ class Batch(Mapping):
 
     # what `planned` finds, so that nothing is computed in vain
     text_length: int | None = None  # up to the last EOT: a causal encoder does not see what follows
+    second_length: int | None = None  # the same of second_caption_ids
     same_caption: bool | None = None  # every loss sees the masked caption: one text pass serves all
     mlm_at: torch.Tensor | None = None  # (B, M) the positions with a label, filled up with others
     mlm_rows: torch.Tensor | None = None  # (n,) where, in (B · M), there is a label
@@ -70,7 +74,7 @@ class Batch(Mapping):
     def known(self):
         """What losses may ask of its samples beside features, by the name of an argument: {name: (B,)}."""
         weights = None if self.label_hat is None else self.label_hat.float()
-        known = {"pids": self.pids, "weights": weights}
+        known = {"pids": self.pids, "weights": weights, "second_factor": self.second_factor}
         return {name: value for name, value in known.items() if value is not None}
 
     def parts(self, size=None):
@@ -89,8 +93,9 @@ class Batch(Mapping):
         if self.text_length is not None:
             return self
         ids, labels = self.caption_ids, self.mlm_labels
-        longest = max((ids.argmax(dim=1) + 1).tolist(), default=1)  # a process's share may be empty
-        plan = {"text_length": min(-(-longest // LENGTH_STEP) * LENGTH_STEP, ids.shape[1])}
+        plan = {"text_length": encoded_length(ids)}
+        if self.second_caption_ids is not None:
+            plan["second_length"] = encoded_length(self.second_caption_ids)
         if labels is not None:
             labelled = labels != 0
             most = max(labelled.sum(dim=1).tolist(), default=1) or 1
@@ -103,3 +108,9 @@ class Batch(Mapping):
     def to(self, device):
         """With its tensors on the device."""
         return Batch.of({key: to_device(value, device) for key, value in self._held().items()})
+
+
+def encoded_length(ids):
+    """How much of (B, L) captions is to be encoded: up to the last EOT, rounded up."""
+    longest = max((ids.argmax(dim=1) + 1).tolist(), default=1)  # a process's share may be empty
+    return min(-(-longest // LENGTH_STEP) * LENGTH_STEP, ids.shape[1])

@@ -7,8 +7,8 @@ class Loss(NamedTuple):
     """A row of LOSSES. Its function is compute_<name> in model/objectives.py, which gets what its arguments
     without a default ask for by name: see IRRA.compare for what there is."""
 
-    of: str = "features"  # of image and text; "logits", "tokens", "selected" tokens; "words": of masked words
-    # alone, part by part of a batch
+    of: str = "features"  # of image and text; "logits", "tokens", "selected" tokens, "second" captions;
+    # "words": of masked words alone, part by part of a batch
     weight: str | None = None  # the option that multiplies it
     options: tuple = ()  # those whose values it asks for by name
     switches: tuple = ()  # the options that together bring it, instead of --loss_names
@@ -31,6 +31,8 @@ LOSSES = {  # in the order of log lines and plots
     "citc": Loss(weight="citc_loss_weight"),
     "efa": Loss(of="tokens", tokens=True),
     "tse": Loss(of="selected", switches=("token_selection",), tokens=True),
+    "second": Loss(of="second", switches=("second_caption",)),
+    "tse_second": Loss(of="second", switches=("token_selection", "second_caption"), tokens=True),
 }
 REPORTED = ("loss", *(f"{name}_loss" for name in LOSSES), "img_acc", "txt_acc", "mlm_acc")
 
@@ -45,6 +47,11 @@ def names_of(args):
     switched = [name for name, row in LOSSES.items() if row.switches]
     on = [name for name in switched if all(vars(args)[switch] for switch in LOSSES[name].switches)]
     return str(args.loss_names).split("+") + on
+
+
+def second_factor(epoch):
+    """What the losses of second captions count for in an epoch, from 1; RDA of ICL (CVPR 2025)."""
+    return max(0.1, 1 - 0.03 * epoch)
 
 
 def total_loss(report):

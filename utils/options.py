@@ -113,6 +113,7 @@ OPTIONS = {
     ("--noisy_file", {"train": None}, "FILE", ".npy file: sample i gets the caption of sample FILE[i]"),
     ("--text_aug", {"train": False}, bool, "mask, exchange and drop words (RDE), whatever the losses"),
     ("--text_drop", {"train": 0.0}, share, "share of training captions' words to leave out"),
+    ("--second_caption", {"train": False}, bool, "a second caption, of diversity_captions (RDA)"),
     ("--img_aug", {"train": False}, bool, "random crop and erasing besides the flip, as in the recipe"),
     ("--sampler", {"train": "random"}, one_of("random", "identity"), "order of the training samples"),
     ("--num_instance", {"train": 4}, count, "identity sampler: samples of each person in a batch"),

@@ -85,11 +85,12 @@ def check_losses(args, resnet):
                 f"one pooled vector: {mend} or choose a ViT"
             )
     compared = [name for name, row in LOSSES.items() if row.of == "features"]
-    if "tse" in losses and not {*losses} & {*compared}:
-        raise InputError(
-            f"--token_selection gives a second embedding to a loss of features, and --loss_names "
-            f"{args.loss_names} has none: add one of {', '.join(compared)}"
-        )
+    for switch, second in (("token_selection", "embedding"), ("second_caption", "caption")):
+        if vars(args)[switch] and not {*losses} & {*compared}:
+            raise InputError(
+                f"--{switch} gives a second {second} to a loss of features, and --loss_names "
+                f"{args.loss_names} has none: add one of {', '.join(compared)}"
+            )
     heeding = [name for name, row in LOSSES.items() if row.each]
     if args.division and not {*losses} & {*heeding}:
         raise InputError(
