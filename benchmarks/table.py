@@ -46,6 +46,7 @@ class Row(NamedTuple):
 
 
 IRRA, RDE, NAM = "arXiv 2303.12501", "arXiv 2308.09911", "arXiv 2405.04940"
+ICL = "Qin et al., CVPR 2025, without its questions about each query"
 NOISE = f"{RDE}, with a draw of the noise of its own"
 # fmt: off
 ROWS = {
@@ -76,6 +77,12 @@ ROWS = {
 "rde_noise_0.5": Row("rde", "--noisy_rate 0.5", NOISE, (
     (71.33, 87.41, 91.81, 63.50, 47.36), (63.76, 79.53, 84.91, 37.38, 6.80),
     (62.85, 83.20, 89.15, 47.67, 23.97))),
+"rda": Row("rda", "", ICL, (
+    (76.41, 90.48, 94.33, 68.04, 51.99), (68.11, 82.59, 87.52, 40.81, 8.18),
+    (67.70, 86.05, 91.75, 52.62, 29.36))),
+"rda_from_nam": Row("rda_from_nam", "--pretrain_choice weights/nam/best{number}.pth", ICL, (
+    (78.18, 91.63, 94.83, 69.58, 53.48), (69.22, 83.49, 88.06, 42.34, 9.01),
+    (70.00, 86.60, 91.70, 54.16, 30.93))),
 "fmfa": Row("fmfa"),
 "tbps_clip": Row("tbps_clip"),  # the published figures are of the whole method
 "irra_nam": Row("irra_nam", "--pretrain_choice weights/nam/best{number}.pth", NAM, (

@@ -109,7 +109,7 @@ class PairDataset(Dataset):
         (ICL, CVPR 2025): the groups shuffled, of each a sentence at random, joined, tokenised, augmented."""
         ids = self.caption_ids.new_zeros(len(keys), self.caption_ids.shape[1])
         for row, (epoch, index) in enumerate(keys):
-            rng = random.Random(mixed(self.seed, epoch, index, 3))
+            rng = random.Random(mixed(self.seed, epoch, index, 4))
             groups = list(self.second_captions[index])
             rng.shuffle(groups)
             text = " ".join(rng.choice(group) for group in groups)

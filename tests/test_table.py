@@ -20,7 +20,7 @@ import yaml
 from benchmarks import table, table_report
 from benchmarks.table import ROWS, Run
 from datasets.synthetic import make_dataset
-from tests.children import ARCHITECTURE, draw
+from tests.children import ARCHITECTURE, draw, rewritten
 from utils.data_sets import DATA_SETS
 from utils.errors import InputError
 from utils.options import get_args, parser_of
@@ -62,8 +62,11 @@ def test_published_figures_are_those_of_the_readme():
     assert [figures[0] for figures in ROWS["irra_nam"].published] == [
         float(figure) for figure in nam.groups()
     ]
-    rde = re.search(r"Published: ([\d.]+) / ([\d.]+) / ([\d.]+);", (ROOT / "docs/methods.md").read_text())
-    assert [figures[0] for figures in ROWS["rde"].published] == [float(figure) for figure in rde.groups()]
+    before = {name: rf"## {name.upper()}\b.*\n\nPublished: " for name in ("rde", "rda")}
+    before["rda_from_nam"] = r"\(`configs/rda_from_nam.yaml`\) "
+    for name, words in before.items():
+        (found,) = re.findall(rf"{words}(.+?) / (.+?) / (\d+\.\d+)", (ROOT / "docs/methods.md").read_text())
+        assert [figures[0] for figures in ROWS[name].published] == [float(figure) for figure in found]
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -78,6 +81,7 @@ def test_figures_are_percentages_that_grow_with_the_rank_and_have_a_source(name)
 def test_each_row_starts_on_a_drawn_set_and_takes_a_step(name, tmp_path, train_script):
     dataset = list(DATA_SETS)[list(ROWS).index(name) % len(DATA_SETS)]
     make_dataset(tmp_path / "data", dataset, 4, 2, 2, images_per_id=2, size=(64, 32))
+    rewritten(tmp_path / "data", dataset)
     typed = ["--root_dir", str(tmp_path / "data"), "--output_dir", str(tmp_path / "logs")]
     args = table.read_words([*typed, "--", *TINY, "--num_epoch", "1", "--batch_size", "4"])
     run = Run(name, dataset, 1)
