@@ -298,8 +298,8 @@ class IRRA(nn.Module):
         return report
 
     def gathered(self, found, known):
-        """What every loss may ask for: features and what is known of the samples, (B, …) of all processes, and
-        what is the same for all, by name."""
+        """What every loss may ask for, by name: features and what is known of the samples, (B, …) of all
+        processes, and what is the same for all."""
         sizes = share_sizes(len(known["pids"]), known["pids"].device)
         given = {name: gather(values, sizes) for name, values in {**found, **known}.items()}
         return {**given, **self.constants, "logit_scale": self.logit_scale, "epochs_done": self.epochs_done}

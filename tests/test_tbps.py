@@ -65,7 +65,7 @@ def test_losses_and_their_gradients_are_the_published_ones(names, case):
     """Weighted as published without a word, and with the gradient of the temperature's parameter."""
     case = CASES[case]
     model, (image, text) = learnt(names, soft_label=case["alpha"], temperature=1 / SCALE), features()
-    report = model.compare({"image_features": image, "text_features": text}, PIDS)
+    report = model.compare({"image_features": image, "text_features": text}, {"pids": PIDS})
     for name, value in case["returned"].items():
         assert report[name].item() == pytest.approx(value, rel=1e-5), name
     assert report["temperature"].item() == pytest.approx(1 / SCALE, rel=1e-6)
@@ -125,7 +125,7 @@ def test_a_weight_counts_for_the_second_embedding_too():
     found = dict(zip(("image_features", "text_features"), features(), strict=True))
     found.update(image_selected=pixels(5, (12, 8)), text_selected=pixels(6, (12, 8)))
     expected = 0.25 * objectives.compute_citc(pixels(5, (12, 8)), pixels(6, (12, 8)))
-    assert model.compare(found, PIDS)["tse_loss"].item() == pytest.approx(expected.item(), rel=1e-6)
+    assert model.compare(found, {"pids": PIDS})["tse_loss"].item() == pytest.approx(expected.item(), rel=1e-6)
 
 
 # ---- the temperature that is learnt ----
