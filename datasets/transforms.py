@@ -14,10 +14,7 @@ MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's
 STD = (0.26862954, 0.26130258, 0.27577711)
 PAD = 10
 ERASE_SHARE, ERASE_SCALE, ERASE_RATIO = 0.5, (0.02, 0.4), (0.3, 3.3)
-FLOAT, INTEGER = (
-    torch.empty(1),
-    torch.empty(1, dtype=torch.int64),
-)  # room for a drawn number: quicker than anew
+FLOAT, INTEGER = torch.empty(1), torch.empty(1, dtype=torch.int64)  # room for a number: quicker than anew
 LOG_RATIO = torch.tensor(ERASE_RATIO).log().tolist()  # in fp32, as torchvision takes it
 
 
@@ -142,18 +139,12 @@ def triple(numbers, device):
     return torch.stack([torch.full((1, 1), number, device=device) for number in numbers])
 
 
-def augment(pixels, generator, img_aug):
-    """Flip, and with img_aug pad and crop, on uint8 [3, H, W]; and the box to erase, or zeros.
+def draw_augmentation(H, W, generator, img_aug):
+    """What becomes of one sample: (flip, top, left of the crop, box to erase).
 
     Draws from the generator in torchvision's order (RandomHorizontalFlip, RandomCrop, RandomErasing), so that
     one seed gives what the published chain of transforms gives.
     """
-    flip, top, left, box = draw_augmentation(*pixels.shape[1:], generator, img_aug)
-    return shifted(pixels.flip(-1) if flip else pixels, top, left), box
-
-
-def draw_augmentation(H, W, generator, img_aug):
-    """What `augment` does to one sample: (flip, top, left of the crop, box to erase)."""
     flip = uniform(generator) < 0.5
     if not img_aug:
         return flip, 0, 0, (0, 0, 0, 0)
@@ -171,15 +162,9 @@ def below(limit, generator):
     return INTEGER.random_(0, limit, generator=generator).item()
 
 
-def shifted(pixels, top, left):
-    """The window of pixels' own size at (top, left), black outside: pad and crop in one copy."""
-    out = torch.empty_like(pixels, memory_format=torch.contiguous_format)
-    place(pixels.numpy(), top, left, out.numpy())
-    return out
-
-
 def place(pixels, top, left, out):
-    """`shifted`, of arrays, into out."""
+    """The window of the pixels' own size at (top, left), black outside, into out: pad and crop in one copy.
+    Arrays, [3, H, W]."""
     H, W = pixels.shape[1:]
     y0, y1, x0, x1 = max(top, 0), min(top, 0) + H, max(left, 0), min(left, 0) + W
     out[:, y0 - top : y1 - top, x0 - left : x1 - left] = pixels[:, y0:y1, x0:x1]

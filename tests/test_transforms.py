@@ -13,7 +13,17 @@ from PIL import Image, features
 from torchvision import transforms as T
 
 from datasets.image_text import finish
-from datasets.transforms import MEAN, STD, augment, erase, erase_box, normalise, read_image, resize, shifted
+from datasets.transforms import (
+    MEAN,
+    STD,
+    draw_augmentation,
+    erase,
+    erase_box,
+    normalise,
+    place,
+    read_image,
+    resize,
+)
 from tests.recipe import bytes8, figures
 from utils.errors import InputError
 
@@ -22,6 +32,18 @@ CPU = torch.device("cpu")
 # another Pillow may round a resized pixel to the next grey level
 ABSOLUTE = 1e-6 if PIL.__version__ == PUBLISHED["pillow"] else 0.0151
 PICTURES = PUBLISHED["test_transform"]
+
+
+def shifted(pixels, top, left):
+    out = torch.empty_like(pixels, memory_format=torch.contiguous_format)
+    place(pixels.numpy(), top, left, out.numpy())
+    return out
+
+
+def augment(pixels, generator, img_aug):
+    """What PairDataset does to one sample: the pixels, and the box that is yet to be erased."""
+    flip, top, left, box = draw_augmentation(*pixels.shape[1:], generator, img_aug)
+    return shifted(pixels.flip(-1) if flip else pixels, top, left), box
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -224,9 +246,9 @@ def test_erased_boxes_lie_within_the_image_and_anywhere_in_it(drawn):
     _, _, boxes = drawn
     top, left, h, w = boxes[boxes[:, 2] > 0].T
     assert (top >= 0).all() and (left >= 0).all() and (top + h <= H).all() and (left + w <= W).all()
-    for place in (top / (H - h), left / (W - w)):  # uniform over what the box leaves free
-        assert abs(place.mean() - 0.5) < 5 * math.sqrt(1 / 12 / len(h))
-        assert place.min() < 0.02 and place.max() > 0.98
+    for where in (top / (H - h), left / (W - w)):  # uniform over what the box leaves free
+        assert abs(where.mean() - 0.5) < 5 * math.sqrt(1 / 12 / len(h))
+        assert where.min() < 0.02 and where.max() > 0.98
 
 
 def test_an_image_that_no_box_fits_into_is_not_erased():
