@@ -25,6 +25,11 @@ def row_kl(logits, log_true):
     return row_kls(logits, log_true).mean()
 
 
+def log_label(true, epsilon):
+    """log(q_ij + epsilon), q a row of the labels true, [B, B], divided by its sum."""
+    return torch.log(true / true.sum(dim=1, keepdim=True) + epsilon)
+
+
 def cosines(image_features, text_features):
     """[B texts, B images]."""
     image, text = normalised(image_features, text_features)
@@ -89,7 +94,7 @@ def compute_sdm(
     if image_ids is not None:
         same_image = same_person(image_ids)
         true = (true - same_image) * factor + same_image
-    log_true = torch.log(true / true.sum(dim=1, keepdim=True) + epsilon)
+    log_true = log_label(true, epsilon)
     image, text = normalised(image_features, text_features)
     logits = logit_scale * text @ image.t()  # [B texts, B images]
     if weights is None:
@@ -99,8 +104,7 @@ def compute_sdm(
 
 def each_sdm(image_features, text_features, pids, logit_scale, epsilon=1e-8):
     """compute_sdm's share of each sample, [B]."""
-    true = same_person(pids)
-    log_true = torch.log(true / true.sum(dim=1, keepdim=True) + epsilon)
+    log_true = log_label(same_person(pids), epsilon)
     logits = logit_scale * cosines(image_features, text_features)
     return row_kls(logits, log_true) + row_kls(logits.t(), log_true)
 
@@ -184,7 +188,7 @@ def compute_asdm(image_features, text_features, pids, logit_scale, strength=0.1,
     as the match, whichever the pair is.
     """
     true = same_person(pids)
-    log_true = torch.log(true / true.sum(dim=1, keepdim=True) + epsilon)
+    log_true = log_label(true, epsilon)
     first = true.argmax(dim=1, keepdim=True)
 
     def one_direction(similarity):
