@@ -12,16 +12,17 @@ from model.irra import GIVEN, IRRA, PARTS
 from model.pretrained import OPENAIS, architecture, image_grid, load_start, new_clip
 from model.weights import read_facts
 from utils.checkpoint import load_weights
-from utils.errors import InputError
+from utils.errors import InputError, first_line
 from utils.losses import LOSSES, names_of
 from utils.settings import check, resolve
 
 
 def build_model(args, num_classes):
     """The IRRA that training starts with: pretrained CLIP, new heads; on its device and in its precision."""
-    model = place(new_model(args, num_classes), resolve(args))
+    settings = resolve(args)
+    model = place(new_model(args, num_classes), settings)
     if args.compile:
-        check_compiler(resolve(args).device)
+        check_compiler(settings.device)
         model.compile_encoders()
     return model
 
@@ -34,7 +35,7 @@ def check_compiler(device):
     except Exception as error:  # of its many parts, each with kinds of its own
         needs = "a C++ compiler (g++)" if device.type == "cpu" else "Triton and a C compiler (gcc)"
         raise InputError(
-            f"--compile cannot be used here ({str(error).strip().splitlines()[0][:200]}): torch.compile "
+            f"--compile cannot be used here ({first_line(error)}): torch.compile "
             f"needs {needs} on {device.type}; install what is missing, or train without --compile"
         ) from error
 

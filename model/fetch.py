@@ -10,7 +10,7 @@ from pathlib import Path
 
 from model.weights_config import check_config
 from model.weights_file import shards
-from utils.errors import InputError
+from utils.errors import InputError, first_line
 from utils.files import whole_file
 
 # OpenAI's archives, https://github.com/openai/CLIP; the folder in the address is the file's SHA-256
@@ -205,7 +205,7 @@ def _fetched(repository, file, must=True):
             "there a file or folder of this name"
         ) from None
     except Exception as error:  # whatever the client trips over on the way
-        reason = (str(error.__cause__ or error).strip() or type(error).__name__).splitlines()[0][:200]
+        reason = first_line(error.__cause__ or error)
     place = f"{constants.ENDPOINT}/{repository}/resolve/main"
     raise InputError(
         f"cannot fetch {file} of {repository} from the hub ({reason}): on another machine, fetch its weights "

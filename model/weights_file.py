@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from utils.checkpoint import load_plain, refuse_other_files
-from utils.errors import InputError
+from utils.errors import InputError, first_line
 
 POSITIONS_GRID = "image_positions"  # in the header of an exported safetensors file: "24x8", rows x columns
 
@@ -45,9 +45,9 @@ def read_file(path):
     except InputError:
         raise
     except pickle.UnpicklingError as error:
-        raise InputError(f"{path} is refused: {_first(error)}") from None
+        raise InputError(f"{path} is refused: {first_line(error)}") from None
     except Exception as error:  # whatever a parser trips over, the file is not CLIP weights
-        raise InputError(f"{path} cannot be read as CLIP weights ({_first(error)})") from None
+        raise InputError(f"{path} cannot be read as CLIP weights ({first_line(error)})") from None
 
 
 def _read(path):
@@ -100,10 +100,6 @@ def check_shards(index):
             f"{index} lists files that are not beside it ({', '.join(missing[:3])}"
             f"{', …' if len(missing) > 3 else ''}): an index alone holds no weights"
         )
-
-
-def _first(error):
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 WRAPPERS = ("state_dict", "model", "model_state_dict", "module")  # a training's file holds its weights there

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from utils.errors import InputError
+from utils.errors import InputError, first_line
 from utils.files import uninterrupted, whole_file
 
 OTHER_FILES = (  # how a file begins that holds no weights, and what it is
@@ -66,7 +66,7 @@ def load_checkpoint(path):
     except pickle.UnpicklingError as error:
         raise InputError(f"{path} is refused: {error}") from None
     except Exception as error:  # whatever PyTorch's readers trip over, the file is no checkpoint
-        raise InputError(f"{path} cannot be read as a checkpoint: {_first(error)}") from None
+        raise InputError(f"{path} cannot be read as a checkpoint: {first_line(error)}") from None
     if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
         raise InputError(f'{path} is not a checkpoint of a run: it has no "model" part')
     weights = state["model"]
@@ -148,11 +148,6 @@ def refuse_other_files(path):
     for start, what in OTHER_FILES:
         if begin.startswith(start):
             raise InputError(f"{path} is {what}")
-
-
-def _first(error):
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:200]
 
 
 def _neighbours(path):
@@ -238,7 +233,7 @@ def load_optimizer(optimizer, saved, source):
         ]
         optimizer.load_state_dict({**saved, "param_groups": groups})
     except (TypeError, KeyError, IndexError, AttributeError, ValueError) as error:
-        reason = f"its optimizer part does not fit ({type(error).__name__}: {_first(error)})"
+        reason = f"its optimizer part does not fit ({type(error).__name__}: {first_line(error)})"
         raise InputError(f"{source} cannot be resumed: {reason}") from None
 
 

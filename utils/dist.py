@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from utils.errors import InputError
+from utils.errors import InputError, first_line
 
 _store = None  # torchrun's, which outlives the processes; see process_group
 
@@ -95,7 +95,7 @@ def process_group(device):
         dist.init_process_group(backend, store=fresh, rank=number, world_size=size)
     except (ValueError, RuntimeError) as error:
         raise InputError(
-            f"the processes cannot find one another ({_first_line(error)}): see torchrun's --rdzv_*"
+            f"the processes cannot find one another ({first_line(error, 160)}): see torchrun's --rdzv_*"
         ) from None
     try:
         yield
@@ -180,10 +180,6 @@ def recall(key):
     if not dist.is_initialized():
         return None
     return from_main(_store.get(key).decode() if rank() == 0 and _store.check([key]) else None)
-
-
-def _first_line(error):
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:160]
 
 
 # ---- between processes ----

@@ -25,6 +25,11 @@ class InputError(Exception):
         super().__init__(printable(message))
 
 
+def first_line(error, most=200):
+    """What an error says, cut to a part of a sentence; its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:most]
+
+
 def printable(text, keep=""):
     """The text on one line: file names and records may hold line ends and a terminal's control sequences.
     keep: such characters that stay."""
