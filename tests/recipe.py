@@ -14,6 +14,7 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from model import build_model
@@ -320,3 +321,12 @@ def tiny_model(loss_names="sdm+mlm+id", **options):
     """The reference figures' tiny model with the recipe's weights, through get_args and build_model."""
     args = tiny_args(loss_names, **options)
     return fill_heads(build_model(args, CLASSES), loss_names, TINY["embed_dim"], CLASSES, args.cmt_depth)
+
+
+def refused_in_one_sentence(typed, named, capsys):
+    """What train.py says of a command line that it refuses: one sentence, with `named` in it, status 2."""
+    with pytest.raises(SystemExit) as stop:
+        get_args(typed.split())
+    assert stop.value.code == 2
+    err = capsys.readouterr().err
+    assert named in err and err.count("\n") == 1

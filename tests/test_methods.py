@@ -26,7 +26,7 @@ from tests import processes
 from tests.children import draw, only_run, words
 from tests.conftest import load_script
 from tests.processes import together
-from tests.recipe import arguments, arrays, clip_weights, figures, fill, off, pixels
+from tests.recipe import arguments, arrays, clip_weights, figures, fill, off, pixels, refused_in_one_sentence
 from tests.tiny_run import missing
 from utils.batch import Batch
 from utils.losses import total_loss
@@ -465,11 +465,7 @@ def test_losses_and_gradients_of_the_tiny_fmfa_are_the_published_ones():
     ],
 )
 def test_what_cannot_be_had_is_one_sentence(typed, named, capsys):
-    with pytest.raises(SystemExit) as stop:
-        get_args(typed.split())
-    assert stop.value.code == 2
-    err = capsys.readouterr().err
-    assert named in err and err.count("\n") == 1
+    refused_in_one_sentence(typed, named, capsys)
 
 
 # ---- a run ----

@@ -20,7 +20,7 @@ from tests import processes
 from tests.children import draw, only_run, words
 from tests.conftest import ROOT, load_script
 from tests.processes import together
-from tests.recipe import arrays, figures, off, pixels, tiny_args
+from tests.recipe import arrays, figures, off, pixels, refused_in_one_sentence, tiny_args
 from tests.test_exactness import batch_of
 from tests.test_methods import assert_gradient
 from tests.tiny_run import missing
@@ -375,8 +375,4 @@ def test_the_recipe_trains(data, tmp_path):
     ],
 )
 def test_what_cannot_be_had_is_one_sentence(typed, named, capsys):
-    with pytest.raises(SystemExit) as stop:
-        get_args(typed.split())
-    assert stop.value.code == 2
-    err = capsys.readouterr().err
-    assert named in err and err.count("\n") == 1
+    refused_in_one_sentence(typed, named, capsys)
