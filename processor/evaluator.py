@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from utils.dist import gather, rank, share, to_device, total
-from utils.metrics import Ranks, rank_by, ranks_by, similarity_between, summary
+from utils.dist import gather, rank, to_device
+from utils.metrics import rank_by, rank_features
 
 FIGURES = ("R1", "R5", "R10", "mAP", "mINP")
 logger = logging.getLogger("IRRA.eval")
@@ -79,9 +79,9 @@ def bar(steps, what, progress):
 def evaluate(features, i2t=False, max_rank=10):
     """{"t2i": figures} and with i2t {"i2t": figures}, dicts of R1 R5 R10 mAP mINP in %; and t2i's ranking."""
     text, text_pids, image, image_pids = features
-    rankings = {"t2i": rank_share(text, image, text_pids, image_pids, max_rank)}
+    rankings = {"t2i": rank_features(text, image, text_pids, image_pids, max_rank)}
     if i2t:
-        rankings["i2t"] = rank_share(image, text, image_pids, text_pids, max_rank)
+        rankings["i2t"] = rank_features(image, text, image_pids, text_pids, max_rank)
     for task, ranking in rankings.items():
         if ranking.unmatched and rank() == 0:
             logger.warning(
@@ -94,18 +94,6 @@ def evaluate(features, i2t=False, max_rank=10):
     return {task: figures(ranking) for task, ranking in rankings.items()}, rankings["t2i"]
 
 
-def rank_share(query, gallery, q_pids, g_pids, max_rank):
-    """utils.metrics.rank_features, each process ranking its share of the queries."""
-    rows = share(len(query))
-    number = rows.stop - rows.start
-    if not number:  # fewer queries than processes: this one ranks one too, and it does not count
-        rows = slice(0, 1)
-    part = ranks_by(similarity_between(query[rows], gallery), q_pids[rows], g_pids, max_rank)
-    tied = torch.tensor(part.tied * (number > 0), device=query.device)
-    ranks = Ranks(*(gather(of_each[:number]) for of_each in part[:-1]), tied=int(total(tied)))
-    return summary(ranks, len(gallery), max_rank)
-
-
 def figures(ranking):
     cmc = ranking.cmc.tolist()
     return dict(zip(FIGURES, (cmc[0], cmc[4], cmc[9], float(ranking.mAP), float(ranking.mINP)), strict=True))
@@ -115,16 +103,11 @@ def chance(features, repeats=20, seed=0):
     """Figures of a random order, averaged over some."""
     generator = torch.Generator().manual_seed(seed)
     q_pids, g_pids = features.text_pids, features.image_pids
-    drawn = [
-        figures(
-            rank_by(
-                lambda rows: torch.rand(rows.stop - rows.start, len(g_pids), generator=generator),
-                q_pids,
-                g_pids,
-            )
-        )
-        for _ in range(repeats)
-    ]
+
+    def similarity_of(rows):
+        return torch.rand(rows.stop - rows.start, len(g_pids), generator=generator)
+
+    drawn = [figures(rank_by(similarity_of, q_pids, g_pids)) for _ in range(repeats)]
     return {name: sum(figure[name] for figure in drawn) / repeats for name in FIGURES}
 
 

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from utils.dist import gather, share
 from utils.errors import InputError
 
 CHUNK = 1 << 20  # similarities held at once
@@ -27,21 +28,10 @@ class Ranking(NamedTuple):
     tied: int
 
 
-class Ranks(NamedTuple):
-    """Of each query: the rank of its first match (above G + max_rank without one), AP and INP as shares of 1,
-    its best gallery indices; and the number of queries with ties."""
-
-    first: torch.Tensor  # (Q,)
-    AP: torch.Tensor
-    INP: torch.Tensor
-    indices: torch.Tensor  # (Q, min(max_rank, G))
-    tied: int
-
-
 def rank(similarity, q_pids, g_pids, max_rank=10, get_mAP=True):
     """Figures of a similarity matrix [Q, G]: cmc [max_rank] in %, mAP in %, mINP in %, indices [Q, max_rank].
 
-    Without get_mAP: cmc, indices. cmc[k-1] is the share of queries with a match among the first k; AP the
+    Without get_mAP: cmc, indices. cmc[k-1] is the fraction of queries with a match among the first k; AP the
     mean over matches of (matches so far / rank); INP (number of matches / rank of the last one).
 
     One query for person 1, whose images come second and third:
@@ -57,42 +47,36 @@ def rank(similarity, q_pids, g_pids, max_rank=10, get_mAP=True):
 
 
 def rank_features(query, gallery, q_pids, g_pids, max_rank=10):
-    """Ranking by inner product of features [Q, D] with [G, D]; the matrix [Q, G] is never held whole."""
-    return rank_by(similarity_between(query, gallery), q_pids, g_pids, max_rank)
+    """The Ranking by inner product of features [Q, D] with [G, D]; the matrix [Q, G] is never held whole.
 
-
-def similarity_between(query, gallery):
-    return lambda rows: query[rows] @ gallery.t()
-
-
-def rank_by(similarity_of, q_pids, g_pids, max_rank=10):
-    """Ranking where similarity_of(slice of queries) gives their rows [q, G]."""
-    return summary(ranks_by(similarity_of, q_pids, g_pids, max_rank), len(g_pids), max_rank)
-
-
-def summary(ranks, G, max_rank=10):
-    """The Ranking that the Ranks of all queries give, in a gallery of G images."""
-    reached = ranks.first[:, None] <= torch.arange(1, max_rank + 1, device=ranks.first.device)
-    return Ranking(
-        cmc=100 * reached.double().mean(0),
-        mAP=100 * ranks.AP.mean(),
-        mINP=100 * ranks.INP.mean(),
-        indices=ranks.indices,
-        unmatched=int((ranks.first > G).sum()),
-        tied=ranks.tied,
+    Several processes rank a share of the queries each, and all get the Ranking of all.
+    """
+    own = share(len(query))
+    number = own.stop - own.start
+    if not number:  # fewer queries than processes: this one ranks one too, and it does not count
+        own = slice(0, 1)
+    query, q_pids = query[own], q_pids[own]
+    return rank_by(
+        lambda rows: query[rows] @ gallery.t(),
+        q_pids,
+        g_pids,
+        max_rank,
+        gathered=lambda values: gather(values[:number]),
     )
 
 
-def ranks_by(similarity_of, q_pids, g_pids, max_rank=10):
-    """Ranks of each query, where similarity_of(slice of queries) gives their rows [q, G]."""
+def rank_by(similarity_of, q_pids, g_pids, max_rank=10, gathered=lambda values: values):
+    """The Ranking where similarity_of(slice of queries) gives their rows [q, G].
+
+    gathered: takes what was found of each query, [Q, …], to the same of all that the figures are of.
+    """
     q_pids, g_pids = torch.as_tensor(q_pids), torch.as_tensor(g_pids)
     Q, G = len(q_pids), len(g_pids)
     if not Q or not G:
         raise InputError(f"nothing to rank: {Q} queries, {G} gallery images")
     by_pid = torch.argsort(g_pids, stable=True)
     sorted_pids = g_pids[by_pid]
-    first_ranks, precisions, inps, indices, tied = [], [], [], [], 0
-    rows_at_once = max(1, CHUNK // G)
+    chunks, rows_at_once = [], max(1, CHUNK // G)
     for start in range(0, Q, rows_at_once):
         rows = slice(start, min(start + rows_at_once, Q))
         similarity = similarity_of(rows).detach()
@@ -103,24 +87,30 @@ def ranks_by(similarity_of, q_pids, g_pids, max_rank=10):
         number = torch.searchsorted(sorted_g, pids, right=True) - begin  # (q,) matches of each query
         slots = torch.arange(max(int(number.max()), 1), device=pids.device)
         matches = order[(begin[:, None] + slots).clamp(max=G - 1)]  # of each row the first `number` count
-        ranks, best, ties = ranks_of(similarity, matches, number, min(max_rank, G))
-        share = torch.where(slots < number[:, None], (slots + 1) / ranks.double(), 0)
+        ranks, best, tied = match_ranks(similarity, matches, number, min(max_rank, G))
+        reached = ranks[:, :1] <= torch.arange(1, max_rank + 1, device=pids.device)  # (q, max_rank)
+        precision = torch.where(slots < number[:, None], (slots + 1) / ranks.double(), 0)
+        AP = precision.sum(1) / number.clamp(min=1)
         last = ranks.gather(1, (number - 1).clamp(min=0)[:, None])[:, 0]
-        precisions.append(share.sum(1) / number.clamp(min=1))
-        inps.append(torch.where(number > 0, number / last.double(), 0))
-        first_ranks.append(torch.where(number > 0, ranks[:, 0], G + max_rank + 1))
-        indices.append(best)
-        tied += int(ties)
-    first, AP, INP = map(torch.cat, (first_ranks, precisions, inps))
-    return Ranks(first, AP, INP, torch.cat(indices), tied)
+        INP = torch.where(number > 0, number / last.double(), 0)
+        chunks.append((reached & (number > 0)[:, None], AP, INP, best, tied))
+    reached, AP, INP, indices, tied = (gathered(torch.cat(parts)) for parts in zip(*chunks, strict=True))
+    return Ranking(
+        cmc=100 * reached.double().mean(0),
+        mAP=100 * AP.mean(),
+        mINP=100 * INP.mean(),
+        indices=indices,
+        unmatched=int((INP == 0).sum()),
+        tied=int(tied.sum()),
+    )
 
 
-def ranks_of(similarity, matches, number, k):
+def match_ranks(similarity, matches, number, k):
     """Ranks, ascending, of each query's matches among its gallery, without sorting it.
 
     similarity: [q, G]. matches: [q, M] gallery indices, of which the first number[q] count. The rank of a
     match is the number of images that score at least as much; rows with ties are sorted, stably.
-    Returns ranks [q, M], 1 where there is no match; the k best indices [q, k]; the number of tied rows.
+    Returns ranks [q, M], 1 where there is no match; the k best indices [q, k]; which rows are tied [q].
     """
     if similarity.sum().isnan() and similarity.isnan().any():  # a sum is quick; of inf and -inf it is NaN too
         raise InputError(
@@ -136,7 +126,7 @@ def ranks_of(similarity, matches, number, k):
     for slot in range(min(int(number.max()), MANY)):
         rows = ((number > slot) & ~many).nonzero()[:, 0]
         part = similarity if len(rows) == q else similarity[rows]
-        at_least, above = count(part, scores[rows, slot, None])
+        at_least, above = count_reaching(part, scores[rows, slot, None])
         ranks[rows, slot] = at_least
         tied[rows] |= at_least != above + 1
     for row in (tied | many).nonzero()[:, 0].tolist():
@@ -145,10 +135,10 @@ def ranks_of(similarity, matches, number, k):
         position = torch.empty_like(order)
         position[order] = torch.arange(1, G + 1, device=order.device)
         ranks[row, : number[row]], _ = position[matches[row, : number[row]]].sort()
-    return ranks, best, tied.sum()
+    return ranks, best, tied
 
 
-def count(values, threshold):
+def count_reaching(values, threshold):
     """How many of each row of values [q, G] are at least, and how many above, the row's threshold [q, 1].
 
     On a CPU by NumPy, whose comparisons are six times faster, and the truth values, bytes of 0 and 1, are
