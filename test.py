@@ -24,7 +24,7 @@ def test(args, device):
     from processor.evaluator import encode, evaluate, log_table
     from retrieval.contact_sheet import draw_contact_sheet, gallery_paths, picture_format, query_rows, spread
     from utils.checkpoint import load_checkpoint
-    from utils.dist import from_all, rank
+    from utils.dist import from_all, process_index
     from utils.files import make_folder
     from utils.run import keep_log, setup_logger
 
@@ -34,7 +34,7 @@ def test(args, device):
         make_folder(args.output, "--output")
     if args.picture:
         picture_format(args.picture)  # before the evaluation: that may take long
-    if rank() == 0:
+    if process_index() == 0:
         keep_log(logger, Path(args.output or run) / "test_log.txt")
     logger.info(str(dict(sorted(vars(args).items()))))
     if sentence := passed_over(run / "configs.yaml", vars(args)):
@@ -49,7 +49,7 @@ def test(args, device):
     rows.update(more_rows(args, model, features))
     log_table(rows)
     left_out = from_all(img_loader.left_out)
-    if rank():  # several processes share the work; one writes
+    if process_index():  # several processes share the work; one writes
         return
 
     results = {

@@ -14,7 +14,7 @@ from datasets.image_text import CaptionDataset, ImageDataset, PairDataset, finis
 from datasets.sampler import BatchShares, IdentityOrder, RandomOrder, Share, mixed
 from utils.batch import Batch
 from utils.data_sets import ignored_name
-from utils.dist import total, world_size
+from utils.dist import process_sum, world_size
 from utils.errors import InputError
 from utils.files import room_for_sockets
 from utils.losses import names_of
@@ -44,7 +44,7 @@ class TrainLoader(DataLoader):
                 self.left_out[path] = reason
             if world_size() > 1:
                 if self.dataset.skip_bad:  # any of them may have left some out
-                    size = int(total(torch.tensor(len(batch["pids"]), device=self._device)))
+                    size = int(process_sum(torch.tensor(len(batch["pids"]), device=self._device)))
                 batch["batch_size"] = size
             if self.weights is not None:
                 batch["label_hat"] = self.weights[batch["indices"]]

@@ -21,7 +21,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from datasets.transforms import read_image, resize
-from utils.dist import rank
+from utils.dist import process_index
 from utils.errors import InputError
 from utils.files import remove_leftovers, room_for_sockets, whole_file
 
@@ -243,7 +243,7 @@ def decoded(paths, img_size, num_workers):
     if num_workers:
         room_for_sockets()
     batches = DataLoader(Files(paths, img_size), batch_size=32, num_workers=num_workers, collate_fn=list)
-    hidden = True if rank() else None  # None: where there is no terminal
+    hidden = True if process_index() else None  # None: where there is no terminal
     with tqdm(total=len(paths), desc="image cache", unit="img", leave=False, disable=hidden) as bar:
         for batch in batches:
             for image in batch:

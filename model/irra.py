@@ -14,7 +14,7 @@ from model import objectives
 from model.clip_model import LayerNorm, QuickGELU, Transformer, at_least_fp32, attend
 from model.token_selection import EMBEDDING, SelectedPatches, SelectedWords
 from utils.batch import PLAN, Batch
-from utils.dist import gather, share_sizes, total
+from utils.dist import gather, process_sum, share_sizes
 from utils.losses import LOSSES
 
 
@@ -272,8 +272,8 @@ class IRRA(nn.Module):
         found, masked = self.features(batch, words="mlm" in self.loss_names)
         report = self.compare(found, batch.known())
         if masked:
-            count = total(torch.full((), float(len(masked[1])), device=batch.pids.device))
-            report.update({name: total(part) for name, part in self.fill_in(*masked, count).items()})
+            count = process_sum(torch.full((), float(len(masked[1])), device=batch.pids.device))
+            report.update({name: process_sum(part) for name, part in self.fill_in(*masked, count).items()})
         return report
 
     def compare(self, found, known):

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from utils.dist import gather, rank, to_device
+from utils.dist import gather, process_index, to_device
 from utils.metrics import rank_by, rank_features
 
 FIGURES = ("R1", "R5", "R10", "mAP", "mINP")
@@ -72,7 +72,7 @@ def encode_captions(model, batches, device):
 def bar(steps, what, progress):
     from tqdm import tqdm
 
-    hidden = None if progress and not rank() else True  # None: where there is no terminal
+    hidden = None if progress and not process_index() else True  # None: where there is no terminal
     return tqdm(total=steps, desc=what, leave=False, disable=hidden)
 
 
@@ -83,7 +83,7 @@ def evaluate(features, i2t=False, max_rank=10):
     if i2t:
         rankings["i2t"] = rank_features(image, text, image_pids, text_pids, max_rank)
     for task, ranking in rankings.items():
-        if ranking.unmatched and rank() == 0:
+        if ranking.unmatched and process_index() == 0:
             logger.warning(
                 f"{task}: {ranking.unmatched} queries have no match in the gallery; they count as misses"
             )

@@ -7,7 +7,7 @@ gradient for each feature, then each part again with activations, with that grad
 
 import torch
 
-from utils.dist import average_gradients, total, world_size
+from utils.dist import average_gradients, process_sum, world_size
 from utils.losses import is_loss
 
 
@@ -29,7 +29,7 @@ def backward_in_parts(model, parts):
     mlm = "mlm" in model.loss_names
     if mlm:
         labelled = float(sum(len(part.mlm_rows) for part in parts))
-        count = total(torch.full((), labelled, device=parts[0].pids.device))
+        count = process_sum(torch.full((), labelled, device=parts[0].pids.device))
         words = []
     sizes = [len(part.pids) for part in parts]
     of_each = [
@@ -44,7 +44,7 @@ def backward_in_parts(model, parts):
             surrogate = surrogate + world_size() * words[-1]["mlm_loss"]  # gradients are averaged below
         surrogate.backward()
     if mlm:
-        report.update({name: total(sum(w[name].detach() for w in words)) for name in words[0]})
+        report.update({name: process_sum(sum(w[name].detach() for w in words)) for name in words[0]})
     average_gradients(model)
     return {name: value.detach() for name, value in report.items()}
 

@@ -10,7 +10,7 @@ import torch
 from processor.micro_batch import backward_in_parts
 from solver import frac_unmoved, sampled_weights
 from utils.batch import Batch
-from utils.dist import from_all, rank, unwrapped
+from utils.dist import from_all, process_index, unwrapped
 from utils.errors import InputError
 from utils.losses import REPORTED, is_loss, total_loss
 
@@ -119,7 +119,7 @@ def progress_bar(steps, epoch, batch_size):
     """On a terminal: images a second and the time that remains in this epoch."""
     from tqdm import tqdm
 
-    hidden = None if rank() == 0 else True  # None: where there is no terminal
+    hidden = None if process_index() == 0 else True  # None: where there is no terminal
     scale = batch_size or 1
     return tqdm(total=steps, desc=f"epoch {epoch}", unit="img", unit_scale=scale, leave=False, disable=hidden)
 

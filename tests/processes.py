@@ -21,7 +21,7 @@ from processor.trainer import Steps, train_one_epoch
 from solver import build_lr_scheduler, build_optimizer
 from tests.children import CONTEXT, ROOT
 from tests.conftest import load_script
-from utils.dist import gather, process_group, replicate, total
+from utils.dist import gather, process_group, process_sum, replicate
 from utils.losses import LOSSES, Loss
 from utils.options import get_args
 
@@ -108,7 +108,7 @@ def gradients(sizes, values):
         start = sum(sizes[: rank_of_this()])
         rows = values[start : start + sizes[rank_of_this()]].clone().requires_grad_()
         weight = torch.ones(values.shape[1], dtype=values.dtype, requires_grad=True)
-        loss = loss_of_all(gather(rows * weight), gather(rows), total((rows * weight).sum()))
+        loss = loss_of_all(gather(rows * weight), gather(rows), process_sum((rows * weight).sum()))
         loss.backward()
         if dist.is_initialized():
             dist.all_reduce(weight.grad)

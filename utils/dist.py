@@ -27,7 +27,7 @@ def launched():
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def rank():
+def process_index():
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -170,7 +170,7 @@ def _leave_if_said(message, store):
 
 def remember(key, value):
     """Leave a word for the processes that torchrun starts in this one's place, should it end badly."""
-    if dist.is_initialized() and rank() == 0:
+    if dist.is_initialized() and process_index() == 0:
         _store.set(key, value)
 
 
@@ -179,19 +179,19 @@ def recall(key):
     None."""
     if not dist.is_initialized():
         return None
-    return from_main(_store.get(key).decode() if rank() == 0 and _store.check([key]) else None)
+    return from_main(_store.get(key).decode() if process_index() == 0 and _store.check([key]) else None)
 
 
 # ---- between processes ----
 
 
 class _Gather(torch.autograd.Function):
-    """Forward: the rows of all processes, in order of rank. Backward: the sum over processes of the gradients
+    """Forward: the rows of all processes, in their order. Backward: the sum over processes of the gradients
     that each computed for the rows of this one."""
 
     @staticmethod
     def forward(ctx, rows, sizes):
-        ctx.start, ctx.size = sum(sizes[: rank()]), len(rows)
+        ctx.start, ctx.size = sum(sizes[: process_index()]), len(rows)
         padded = rows.new_zeros(max(sizes), *rows.shape[1:])
         padded[: len(rows)] = rows
         parts = [torch.empty_like(padded) for _ in sizes]
@@ -205,7 +205,7 @@ class _Gather(torch.autograd.Function):
         return gradient[ctx.start : ctx.start + ctx.size], None
 
 
-class _Total(torch.autograd.Function):
+class _ProcessSum(torch.autograd.Function):
     """Forward: the sum over processes. Backward: likewise, since each of them went on with that sum."""
 
     @staticmethod
@@ -222,7 +222,7 @@ class _Total(torch.autograd.Function):
 
 
 def share_sizes(number, device):
-    """How many rows each process has, in order of rank. On an accelerator the host waits for that."""
+    """How many rows each process has, in the processes' order. On an accelerator the host waits for that."""
     if world_size() == 1:
         return [number]
     sizes = [torch.zeros(1, dtype=torch.long, device=device) for _ in range(world_size())]
@@ -231,7 +231,7 @@ def share_sizes(number, device):
 
 
 def gather(rows, sizes=None):
-    """Rows of all processes [ΣB, …], in order of rank, with gradients; shares may differ in size.
+    """Rows of all processes [ΣB, …], in the processes' order, with gradients; shares may differ in size.
 
     sizes: what share_sizes gave, where several things of the same rows are gathered.
 
@@ -243,14 +243,14 @@ def gather(rows, sizes=None):
     return _Gather.apply(rows, sizes or share_sizes(len(rows), rows.device))
 
 
-def total(x):
+def process_sum(x):
     """Sum over processes, with gradients; see `gather`."""
-    return x if world_size() == 1 else _Total.apply(x)
+    return x if world_size() == 1 else _ProcessSum.apply(x)
 
 
 def share(size, parts=None, part=None):
     """The slice of `size` things that is this process's: contiguous, nothing twice, nothing left out."""
-    parts, part = parts or world_size(), rank() if part is None else part
+    parts, part = parts or world_size(), process_index() if part is None else part
     return slice(size * part // parts, size * (part + 1) // parts)
 
 
@@ -264,7 +264,7 @@ def from_main(value):
 
 
 def from_all(value):
-    """[the value of each process, in order of rank], in every process."""
+    """[the value of each process, in the processes' order], in every process."""
     if world_size() == 1:
         return [value]
     values = [None] * world_size()

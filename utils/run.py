@@ -11,7 +11,7 @@ from logging.handlers import MemoryHandler
 from pathlib import Path
 
 from utils.checkpoint import save_checkpoint
-from utils.dist import from_main, launched, rank, remember, world_size
+from utils.dist import from_main, launched, process_index, remember, world_size
 from utils.errors import InputError, fall_silent, may_ask_for_signals, printable
 from utils.files import link_or_copy, lock, remove_leftovers, write_whole
 from utils.run_folders import free_folder, new_run_folder
@@ -28,7 +28,7 @@ class RunFiles:
     def __init__(self, args, resumed=None):
         self.is_new = not resumed
         self.folder = Path(resumed) if resumed else from_main(new_run_folder(args))
-        self.writes, self.events = rank() == 0, None
+        self.writes, self.events = process_index() == 0, None
         self.num_epoch = args.num_epoch
         # of the weights: what configs.yaml says for `auto`, and what each checkpoint says besides
         self._lock, self.found, self.kept = None, {}, {}
@@ -237,7 +237,7 @@ def setup_logger(name):
     """The logger `name`, to the terminal; what it says is also held back for keep_log. Of several processes
     the main one tells the story, the others speak of trouble only."""
     logger = logging.getLogger(name)
-    logger.setLevel(logging.INFO if rank() == 0 else logging.WARNING)
+    logger.setLevel(logging.INFO if process_index() == 0 else logging.WARNING)
     logger.propagate = False
     for handler in logger.handlers[:]:
         logger.removeHandler(handler)
