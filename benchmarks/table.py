@@ -32,7 +32,7 @@ from utils.data_sets import DATA_SETS, DEFAULT
 from utils.errors import InputError, printable, reports_errors, stop_like_an_interrupt
 from utils.files import make_folder
 from utils.option_types import Parser, nearest, number_list, path
-from utils.options import CLIP_MODELS, OPTIONS, PATHS, count, get_args, read_run_options
+from utils.options import CLIP_MODELS, OPTIONS, PATHS, from_1, get_args, read_run_options
 from utils.run_folders import name_in
 
 ROOT = Path(os.path.relpath(Path(__file__).parent.parent))  # commands that are shown are for this folder
@@ -438,7 +438,7 @@ def read_words(argv):
     add("--cross", action="store_true", help="train nothing: test what is there on the other data sets")
     add("--root_dir", type=path, default="data", help="folder that holds the data sets' folders [data]")
     add("--output_dir", type=path, default="logs/table", help="where runs and table are kept [logs/table]")
-    add("--jobs", type=count, default=1, help="runs at a time, each on a GPU of its own [1]")
+    add("--jobs", type=from_1, default=1, help="runs at a time, each on a GPU of its own [1]")
     add("--dry", action="store_true", help="list the commands that are missing, run nothing")
     add("--merge", nargs="+", metavar="FILE", help="results files, table.json; run nothing")
     cut = argv.index("--") if "--" in argv else len(argv)

@@ -33,16 +33,16 @@ ARCHITECTURE = (
 
 # ---- what an option may be ----
 
-count = number(int, "a whole number of at least 1", lambda n: 1 <= n < 2**63)
-count_or_0 = number(int, "a whole number of at least 0", lambda n: 0 <= n < 2**64)
-whole = number(int, "a whole number", lambda n: True)
-length = number(int, "a whole number of at least 2", lambda n: 2 <= n < 2**31)
+from_1 = number(int, "a whole number of at least 1", lambda n: 1 <= n < 2**63)
+from_0 = number(int, "a whole number of at least 0", lambda n: 0 <= n < 2**64)
+integer = number(int, "a whole number", lambda n: True)
+from_2 = number(int, "a whole number of at least 2", lambda n: 2 <= n < 2**31)
 port = number(int, "a port from 0 to 65535 (0: a free one)", lambda n: 0 <= n <= 65535)
 positive = number(float, "a number above 0", lambda x: math.isfinite(x) and x > 0)
 not_negative = number(float, "a number of at least 0", lambda x: math.isfinite(x) and x >= 0)
-share = number(float, "a number from 0 to 1", lambda x: 0 <= x <= 1)
-part = number(float, "a number above 0, at most 1", lambda x: 0 < x <= 1)
-momentum = number(float, "a number from 0 up to, not including, 1", lambda x: 0 <= x < 1)
+fraction = number(float, "a number from 0 to 1", lambda x: 0 <= x <= 1)
+fraction_above_0 = number(float, "a number above 0, at most 1", lambda x: 0 < x <= 1)
+fraction_below_1 = number(float, "a number from 0 up to, not including, 1", lambda x: 0 <= x < 1)
 split = one_of("test", "val", "train")
 
 
@@ -68,7 +68,7 @@ def clip_size(text):
     if name not in ARCHITECTURE:
         wanted = f"name=number, names being {', '.join(ARCHITECTURE)}"
         raise ArgumentTypeError(f'"{text}" is not {wanted}{nearest(name, ARCHITECTURE)}')
-    return name, count(value)
+    return name, from_1(value)
 
 
 clip_size.word, absolute.word = "K=N", "PATH"
@@ -92,15 +92,15 @@ OPTIONS = {
     ("--checkpoint", {f"{TOOLS} export": None}, "FILE", "instead of the best.pth in the run's folder"),
     ("--name", {"train": "baseline"}, "NAME", "end of the name of the run's folder"),
     ("--output_dir", {"train": "logs"}, "FOLDER", "a run is kept in OUTPUT_DIR/DATASET/TIME_NAME"),
-    ("--log_period", {"train": 100}, count, "batches between two log lines"),
-    ("--eval_period", {"train": 1}, count, "epochs between two evaluations"),
+    ("--log_period", {"train": 100}, from_1, "batches between two log lines"),
+    ("--eval_period", {"train": 1}, from_1, "epochs between two evaluations"),
     ("--val_dataset", {"train": "test"}, one_of("test", "val"), "picks best.pth; val is the clean choice"),
     ("--resume", {"train": False}, bool, "go on with the newest run of this name"),
     ("--resume_ckpt_file", {"train": ""}, "FILE", "what --resume goes on with instead: checkpoint or folder"),
-    ("--save_period", {"train": 0}, count_or_0, "batches between saves of last.pth within an epoch"),
-    ("--keep", {"train": 0}, count_or_0, "newest epochs whose numbered checkpoints are kept"),
-    ("--seed", {"train": 1, "visualize": OF_RUN}, count_or_0, "of order, augmentation, masks, new weights"),
-    ("--local_rank --local-rank", {"train": 0}, whole, "set by launchers; kept for published scripts"),
+    ("--save_period", {"train": 0}, from_0, "batches between saves of last.pth within an epoch"),
+    ("--keep", {"train": 0}, from_0, "newest epochs whose numbered checkpoints are kept"),
+    ("--seed", {"train": 1, "visualize": OF_RUN}, from_0, "of order, augmentation, masks, new weights"),
+    ("--local_rank --local-rank", {"train": 0}, integer, "set by launchers; kept for published scripts"),
     ("--test", {"train": True}, bool, "kept from the published code: see test.py", {"dest": "training"})],
 "data": [
     ("--dataset_name", {"train": DEFAULT, TOOLS: OF_RUN}, one_of(*DATASETS), "data set"),
@@ -109,68 +109,68 @@ OPTIONS = {
         "instead of a name: JSON, JSON lines, CSV or TSV file"),
     ("--images", {"train": None, TOOLS: OF_RUN}, absolute, "where its image paths start; or beside it"),
     ("--split", {"test visualize": "test", "search demo": None}, split, "split to look at or to search"),
-    ("--noisy_rate", {"train": 0.0}, share, "share of training captions to exchange"),
+    ("--noisy_rate", {"train": 0.0}, fraction, "share of training captions to exchange"),
     ("--noisy_file", {"train": None}, "FILE", ".npy file: sample i gets the caption of sample FILE[i]"),
     ("--text_aug", {"train": False}, bool, "mask, exchange and drop words (RDE), whatever the losses"),
-    ("--text_drop", {"train": 0.0}, share, "share of training captions' words to leave out"),
+    ("--text_drop", {"train": 0.0}, fraction, "share of training captions' words to leave out"),
     ("--second_caption", {"train": False}, bool, "a second caption, of diversity_captions (RDA)"),
     ("--img_aug", {"train": False}, bool, "random crop and erasing besides the flip, as in the recipe"),
     ("--sampler", {"train": "random"}, one_of("random", "identity"), "order of the training samples"),
-    ("--num_instance", {"train": 4}, count, "identity sampler: samples of each person in a batch"),
-    ("--batch_size", {"train": 128}, count, "samples in a training batch; the recipe's is 64"),
+    ("--num_instance", {"train": 4}, from_1, "identity sampler: samples of each person in a batch"),
+    ("--batch_size", {"train": 128}, from_1, "samples in a training batch; the recipe's is 64"),
     ("--on_bad_image", {"train": "stop"}, one_of("stop", "skip"), "at an unreadable image; skip lists it")],
 "losses": [
     ("--loss_names", {"train": "sdm+id+mlm"}, loss_list, "losses joined by +; see above"),
     ("--mlm_loss_weight", {"train": 1.0}, not_negative, "factor of the mlm loss"),
     ("--id_loss_weight", {"train": 1.0}, not_negative, "factor of the id loss"),
     ("--citc_loss_weight", {"train": 0.1}, not_negative, "factor of the citc loss"),
-    ("--soft_label", {"train": 0.5}, share, "nitc: share of its labels that are the model's own"),
+    ("--soft_label", {"train": 0.5}, fraction, "nitc: share of its labels that are the model's own"),
     ("--tau", {"train": 0.015}, positive, "tal, trl: temperature"),
     ("--margin", {"train": 0.1}, not_negative, "tal, trl: by how much a match is to lie above the rest"),
     ("--token_selection", {"train": False}, bool, "a second embedding, of the tokens attended to most (RDE)"),
-    ("--select_ratio", {"train": 0.3}, part, "share of the tokens that it selects"),
+    ("--select_ratio", {"train": 0.3}, fraction_above_0, "share of the tokens that it selects"),
     ("--tse_norm", {"train": "eval"}, one_of("eval", "train"), "its normalisation, as in RDE's paper"),
     ("--division", {"train": False}, bool, "leave out pairs that look wrong, each epoch anew (CCD)"),
     ("--MLM", {"train": False}, bool, "mask training captions; comes with mlm among the losses"),
     ("--clean_captions", {"train": False}, bool, "only mlm sees masked captions; published: every loss"),
-    ("--cmt_depth", {"train": 4}, count, "blocks of the cross-modal transformer"),
-    ("--masked_token_rate", {"train": 0.8}, share, "share of chosen tokens that become <|mask|>"),
-    ("--masked_token_unchanged_rate", {"train": 0.1}, share, "share of chosen tokens left as they are")],
+    ("--cmt_depth", {"train": 4}, from_1, "blocks of the cross-modal transformer"),
+    ("--masked_token_rate", {"train": 0.8}, fraction, "share of chosen tokens that become <|mask|>"),
+    ("--masked_token_unchanged_rate", {"train": 0.1}, fraction, "share of chosen tokens left as they are")],
 "model": [
     ("--pretrain_choice", {"train": "ViT-B/16"}, "CLIP",
         "OpenAI's name, a path, hf-hub:ORG/NAME or random"),
     ("--activation", {"train": "auto"}, one_of(*ACTIVATIONS), "auto: as its files say"),
-    ("--position_grid", {"train": None}, count,
+    ("--position_grid", {"train": None}, from_1,
         "rows, columns of the file's image positions", {"nargs": 2}),
     ("--keep_heads", {"train": False}, bool, "the file's heads too, but no classifier"),
     ("--clip_architecture", {"train": None}, clip_size,
         "sizes of random weights that differ from ViT-B/16's", {"nargs": "+"}),
     ("--temperature", {"train": 0.02}, positive, "of sdm, itc, …: the logit scale is 1/TEMPERATURE"),
     ("--learn_temperature", {"train": False}, bool, "begin with that one and learn it, down to 0.01"),
-    ("--img_size", {"train": [384, 128]}, count, "height and width of an image in pixels", {"nargs": 2}),
-    ("--stride_size", {"train": 16}, count, "stride of the patch embedding in pixels"),
-    ("--text_length", {"train": 77}, length, "caption length in tokens; longer captions are cut"),
-    ("--vocab_size", {"train": 49408}, count, "size of CLIP's vocabulary; no other one exists")],
+    ("--img_size", {"train": [384, 128]}, from_1, "height and width of an image in pixels", {"nargs": 2}),
+    ("--stride_size", {"train": 16}, from_1, "stride of the patch embedding in pixels"),
+    ("--text_length", {"train": 77}, from_2, "caption length in tokens; longer captions are cut"),
+    ("--vocab_size", {"train": 49408}, from_1, "size of CLIP's vocabulary; no other one exists")],
 "optimiser": [
     ("--optimizer", {"train": "Adam"}, one_of(*OPTIMIZERS), "AdamW: eps 1e-8, so not in fp16"),
     ("--lr", {"train": 1e-5}, positive, "base learning rate"),
     ("--bias_lr_factor", {"train": 2.0}, not_negative, "factor of LR for biases"),
     ("--lr_factor", {"train": 5.0}, not_negative, "factor of LR for the new layers; token selection: 1e-3"),
-    ("--momentum", {"train": 0.9}, momentum, "of SGD"),
+    ("--momentum", {"train": 0.9}, fraction_below_1, "of SGD"),
     ("--weight_decay", {"train": 4e-5}, not_negative, "weight decay"),
     ("--weight_decay_bias", {"train": 0.0}, not_negative, "weight decay of biases"),
     ("--max_grad_norm", {"train": None}, positive, "scale larger gradients down to this norm"),
-    ("--ema", {"train": 0.0}, momentum, "decay of averaged weights beside the others; 0: none"),
-    ("--alpha", {"train": 0.9}, momentum, "Adam's first beta"),
-    ("--beta", {"train": 0.999}, momentum, "Adam's second beta")],
+    ("--ema", {"train": 0.0}, fraction_below_1, "decay of averaged weights beside the others; 0: none"),
+    ("--alpha", {"train": 0.9}, fraction_below_1, "Adam's first beta"),
+    ("--beta", {"train": 0.999}, fraction_below_1, "Adam's second beta")],
 "schedule": [
-    ("--num_epoch", {"train": 60}, count, "epochs"),
+    ("--num_epoch", {"train": 60}, from_1, "epochs"),
     ("--lr_per", {"train": "epoch"}, one_of("epoch", "step"), "how often LR changes; published: epoch"),
     ("--lrscheduler", {"train": "cosine"}, one_of(*SCHEDULES), "after the warm-up"),
-    ("--warmup_epochs", {"train": 5}, count_or_0, "epochs of warm-up"),
+    ("--warmup_epochs", {"train": 5}, from_0, "epochs of warm-up"),
     ("--warmup_factor", {"train": 0.1}, not_negative, "the warm-up starts at LR times this"),
     ("--warmup_method", {"train": "linear"}, one_of("linear", "constant"), "shape of the warm-up"),
-    ("--milestones", {"train": [20, 50]}, count, "step: epochs at which LR falls", {"nargs": "+"}),
+    ("--milestones", {"train": [20, 50]}, from_1, "step: epochs at which LR falls", {"nargs": "+"}),
     ("--gamma", {"train": 0.1}, positive, "step: factor at each milestone"),
     ("--target_lr", {"train": 0}, not_negative, "cosine, poly: where LR ends"),
     ("--power", {"train": 0.9}, positive, "exp, poly: the base of the power")],
@@ -187,9 +187,9 @@ OPTIONS = {
     ("--example", {"demo": []}, "TEXT", "a sentence offered for a click; several can be given")],
 "queries of a split, one picture each": [
     ("--queries", {"visualize": None}, number_list, "by number, from 0, e.g. 0,17 or 0-5"),
-    ("--worst", {"visualize": 0}, count_or_0, "whose first right image comes last"),
-    ("--best", {"visualize": 0}, count_or_0, "found with the largest margin"),
-    ("--random", {"visualize": 0}, count_or_0, "drawn by --seed")],
+    ("--worst", {"visualize": 0}, from_0, "whose first right image comes last"),
+    ("--best", {"visualize": 0}, from_0, "found with the largest margin"),
+    ("--random", {"visualize": 0}, from_0, "drawn by --seed")],
 "result": [
     ("--i2t", {"test": False}, bool, "image-to-text too"),
     ("--chance", {"test": False}, bool, "add a row for random order"),
@@ -197,7 +197,7 @@ OPTIONS = {
     ("--picture", {"test": None}, "FILE", "draw a few queries with their ten best images"),
     ("--cmc", {"visualize": False}, bool, "CMC curve on the split, text to image and image to text"),
     ("--curves", {"visualize": []}, "RUN", "training curves of one or several runs", {"action": "store"}),
-    ("--top_k", {"search": 10, "demo": 12}, count, "pictures shown for a sentence"),
+    ("--top_k", {"search": 10, "demo": 12}, from_1, "pictures shown for a sentence"),
     ("--duplicates", {"search demo": False}, bool, "list all copies of a picture, not one and their number"),
     ("--save", {"search": None}, "FILE", "draw the result, e.g. result.png"),
     ("--json", {"search": False}, bool, "print JSON instead of tables"),
@@ -206,17 +206,17 @@ OPTIONS = {
 "page": [
     ("--host", {"demo": "127.0.0.1"}, "ADDRESS", "to listen on; 0.0.0.0 lets every machine in"),
     ("--port", {"demo": 7860}, port, "0 takes a free one"),
-    ("--max_upload", {"demo": 20}, count, "MB of the largest picture that can be uploaded"),
-    ("--max_pictures", {"demo": 500}, count, "most pictures in an uploaded folder")],
+    ("--max_upload", {"demo": 20}, from_1, "MB of the largest picture that can be uploaded"),
+    ("--max_pictures", {"demo": 500}, from_1, "most pictures in an uploaded folder")],
 "device, speed and memory": [
     ("--device", {DATA: "auto"}, device_name, "auto (CUDA where there is one), cpu, cuda or cuda:N"),
     ("--precision", {DATA: None}, one_of(*PRECISIONS), "fp16 on CUDA, else and for AdamW fp32"),
     ("--compile", {"train": False}, bool, "torch.compile the encoders: a slow start, then faster steps"),
-    ("--micro_batch", {"train": None}, count, "samples in memory at a time: the same losses, slower"),
+    ("--micro_batch", {"train": None}, from_1, "samples in memory at a time: the same losses, slower"),
     ("--grad_checkpointing", {"train": False}, bool, "compute activations twice: less memory, slower"),
-    ("--test_batch_size", {"train": 512, "test visualize": OF_RUN}, count, "images or captions at once"),
-    ("--encode_batch", {"search demo": 64}, count, "pictures encoded at once"),
-    ("--num_workers", {"train": 8, "test visualize": OF_RUN, "search demo": 4}, count_or_0,
+    ("--test_batch_size", {"train": 512, "test visualize": OF_RUN}, from_1, "images or captions at once"),
+    ("--encode_batch", {"search demo": 64}, from_1, "pictures encoded at once"),
+    ("--num_workers", {"train": 8, "test visualize": OF_RUN, "search demo": 4}, from_0,
         "loading processes or threads; batches do not depend on it"),
     ("--image_cache", {"train test": "off"}, "DIR|ram|off", "decode once and keep the pixels there")],
 "help": [
