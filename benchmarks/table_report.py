@@ -150,12 +150,12 @@ def sections(runs, rows, pairs=()):
         of_set = next((section for section in found if section[0] == dataset), (dataset, None))
         if not any(run["row"] == row for group in found.get(of_set, {}).values() for run in group):
             found.setdefault(of_set, {})[row] = []
-    places = {name: place for place, name in enumerate(rows)}
+    order = {name: place for place, name in enumerate(rows)}
 
-    def place(item):
-        return places.get(row_of(*item), len(places))
+    def by_row(item):
+        return order.get(row_of(*item), len(order))
 
-    return {section: dict(sorted(groups.items(), key=place)) for section, groups in found.items()}
+    return {section: dict(sorted(groups.items(), key=by_row)) for section, groups in found.items()}
 
 
 def row_of(label, group):

@@ -187,34 +187,34 @@ def exchanged(splits, rate, file, seed):
     sample i with the caption of sample file[i], as the published files have it; their second captions, which
     go with the first; the share that has moved)."""
     N = len(splits.train)
-    places = read_places(file, N) if file else np.arange(N)
+    origins = read_origins(file, N) if file else np.arange(N)
     if rate and not file:
         rng = np.random.RandomState(mixed(seed, 3) % 2**32)
         chosen = rng.permutation(N)[: round(rate * N)]
-        places[np.sort(chosen)] = chosen
-    moved = int((places != np.arange(N)).sum())
+        origins[np.sort(chosen)] = chosen
+    moved = int((origins != np.arange(N)).sum())
     if moved:
         logger.info(f"{moved} of {N} training captions are another sample's")
-    captions = [splits.train[place].caption for place in places]
+    captions = [splits.train[origin].caption for origin in origins]
     samples = [one._replace(caption=c) for one, c in zip(splits.train, captions, strict=True)]
-    second_captions = [splits.second_captions[place] for place in places] if splits.second_captions else []
+    second_captions = [splits.second_captions[origin] for origin in origins] if splits.second_captions else []
     return samples, second_captions, moved / N
 
 
-def read_places(file, N):
+def read_origins(file, N):
     """Of an .npy file: [N] whole numbers below N."""
     try:
-        places = np.load(file, allow_pickle=False)
+        origins = np.load(file, allow_pickle=False)
     except OSError as error:
         raise InputError(f"--noisy_file {file} cannot be read: {error.strerror or error}") from None
     except (ValueError, EOFError):
         raise InputError(f"--noisy_file {file} is not an .npy file of whole numbers") from None
-    fits = isinstance(places, np.ndarray) and places.shape == (N,) and places.dtype.kind in "iu"
-    if not fits or places.min() < 0 or places.max() >= N:
+    fits = isinstance(origins, np.ndarray) and origins.shape == (N,) and origins.dtype.kind in "iu"
+    if not fits or origins.min() < 0 or origins.max() >= N:
         raise InputError(
             f"--noisy_file {file} must hold {N} whole numbers from 0 to {N - 1}, one a training caption"
         )
-    return places
+    return origins
 
 
 def as_it_is(batch):

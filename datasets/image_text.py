@@ -16,7 +16,7 @@ from datasets.tokenizer import (
     tokenize,
     tokenize_all,
 )
-from datasets.transforms import draw_augmentation, erase, normalise, place
+from datasets.transforms import crop_padded, draw_augmentation, erase, normalise
 from utils.dist import to_device
 from utils.errors import InputError
 from utils.losses import second_factor
@@ -75,7 +75,7 @@ class PairDataset(Dataset):
             generator.manual_seed(mixed(self.seed, epoch, index, 0))
             flip, top, left, box = draw_augmentation(*self.img_size, generator, self.img_aug)
             pixels = found[sample.image_path]
-            place(pixels.flip(-1).numpy() if flip else pixels.numpy(), top, left, images[row].numpy())
+            crop_padded(pixels.flip(-1).numpy() if flip else pixels.numpy(), top, left, images[row].numpy())
             boxes.append(box)
             if self.masking:
                 generator.manual_seed(mixed(self.seed, epoch, index, 1))

@@ -13,7 +13,7 @@ from utils.errors import InputError
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's
 STD = (0.26862954, 0.26130258, 0.27577711)
 PAD = 10
-ERASE_SHARE, ERASE_SCALE, ERASE_RATIO = 0.5, (0.02, 0.4), (0.3, 3.3)
+ERASE_PROBABILITY, ERASE_SCALE, ERASE_RATIO = 0.5, (0.02, 0.4), (0.3, 3.3)
 FLOAT, INTEGER = torch.empty(1), torch.empty(1, dtype=torch.int64)  # room for a number: quicker than anew
 LOG_RATIO = torch.tensor(ERASE_RATIO).log().tolist()  # in fp32, as torchvision takes it
 
@@ -162,7 +162,7 @@ def below(limit, generator):
     return INTEGER.random_(0, limit, generator=generator).item()
 
 
-def place(pixels, top, left, out):
+def crop_padded(pixels, top, left, out):
     """The window of the pixels' own size at (top, left), black outside, into out: pad and crop in one copy.
     Arrays, [3, H, W]."""
     H, W = pixels.shape[1:]
@@ -174,7 +174,7 @@ def place(pixels, top, left, out):
 def erase_box(H, W, generator):
     """Rectangle of RandomErasing (arXiv 1708.04896) as torchvision draws it."""
     nothing = (0, 0, 0, 0)
-    if uniform(generator) >= ERASE_SHARE:
+    if uniform(generator) >= ERASE_PROBABILITY:
         return nothing
     for _ in range(10):
         area = H * W * uniform(generator, *ERASE_SCALE)

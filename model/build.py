@@ -20,7 +20,7 @@ from utils.settings import check, resolve
 def build_model(args, num_classes):
     """The IRRA that training starts with: pretrained CLIP, new heads; on its device and in its precision."""
     settings = resolve(args)
-    model = place(new_model(args, num_classes), settings)
+    model = on_device(new_model(args, num_classes), settings)
     if args.compile:
         check_compiler(settings.device)
         model.compile_encoders()
@@ -118,7 +118,7 @@ def build_trained_model(args, weights, source, facts=None):
     check(args, **facts_of(clip))
     model = _with_heads(args, clip, plain + heads, num_classes, depth, "logit_scale_log" in begun)
     load_weights(model, weights, source)
-    return place(model, resolve(args))
+    return on_device(model, resolve(args))
 
 
 def facts_of(clip):
@@ -143,7 +143,7 @@ def _with_heads(args, clip, loss_names, num_classes, cmt_depth, learn_temperatur
     )
 
 
-def place(model, settings):
+def on_device(model, settings):
     """Set the precision and move to the device; in this order, so it is never there in fp32 for fp16."""
     return in_precision(model, settings.precision).to(settings.device)
 

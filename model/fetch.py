@@ -206,9 +206,9 @@ def _fetched(repository, file, must=True):
         ) from None
     except Exception as error:  # whatever the client trips over on the way
         reason = first_line(error.__cause__ or error)
-    place = f"{constants.ENDPOINT}/{repository}/resolve/main"
+    address = f"{constants.ENDPOINT}/{repository}/resolve/main"
     raise InputError(
         f"cannot fetch {file} of {repository} from the hub ({reason}): on another machine, fetch its weights "
-        f"({place}/{IN_HUB[0][0]} or model.safetensors) and their config ({IN_HUB[0][1]} or config.json), "
+        f"({address}/{IN_HUB[0][0]} or model.safetensors) and their config ({IN_HUB[0][1]} or config.json), "
         "and give --pretrain_choice their folder"
     ) from None

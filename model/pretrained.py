@@ -134,7 +134,7 @@ def known_grids(number, grid, stored=None, trained=False):
     published = (PUBLISHED_GRID, "the published image size's")
     guesses = (published, of_image, shaped, square) if trained else (square, of_image, shaped, published)
     said = [(tuple(stored), "as its file says")] if stored else []
-    return [(place, reason) for place, reason in (*said, *guesses) if math.prod(place) == number]
+    return [(known, reason) for known, reason in (*said, *guesses) if math.prod(known) == number]
 
 
 def resize_positions(positions, grid, stored=None, trained=False):
@@ -149,12 +149,12 @@ def resize_positions(positions, grid, stored=None, trained=False):
             f"{number} image positions are neither a square grid nor the {grid[0]} x {grid[1]} of this "
             "--img_size, nor of its proportions: say of which rows and columns with --position_grid H W"
         )
-    (place, reason), *_ = known
-    if place == tuple(grid):
-        logger.info(f"image positions: {place[0]} x {place[1]} ({reason}), as they are")
+    (old, reason), *_ = known
+    if old == tuple(grid):
+        logger.info(f"image positions: {old[0]} x {old[1]} ({reason}), as they are")
         return positions
-    logger.info(f"image positions: {place[0]} x {place[1]} ({reason}), resized to {grid[0]} x {grid[1]}")
-    plane = positions[1:].T.reshape(1, -1, *place)
+    logger.info(f"image positions: {old[0]} x {old[1]} ({reason}), resized to {grid[0]} x {grid[1]}")
+    plane = positions[1:].T.reshape(1, -1, *old)
     resized = F.interpolate(plane.float(), size=tuple(grid), mode="bilinear", align_corners=False)
     return torch.cat([positions[:1], resized[0].flatten(1).T.to(positions.dtype)])
 

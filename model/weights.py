@@ -212,7 +212,7 @@ def beside(form, path, weights):
             "transformer_width": ("ln_final.weight", 0),
         }
         own = {
-            key: weights[at].shape[place] for key, (at, place) in shapes.items() if _ndim(weights, at) > place
+            key: weights[at].shape[axis] for key, (at, axis) in shapes.items() if _ndim(weights, at) > axis
         }
         resnet = "visual.layer1.0.conv1.weight" in weights  # half as wide in its first convolution
         other = [key for key, value in config.sizes.items() if own.get(key) not in (None, value)]

@@ -18,9 +18,9 @@ def skips_on_device(optimizer):
     def before(optimizer, args, kwargs):
         flag, optimizer.found_inf = optimizer.found_inf, None  # the chain itself refuses it
         if flag is not None:
-            places = dict(_tensors(optimizer))
-            copies = {place: torch.empty_like(tensor) for place, tensor in places.items()}
-            for targets, sources in by_type(copies.values(), places.values()):
+            tensors = dict(_tensors(optimizer))
+            copies = {key: torch.empty_like(tensor) for key, tensor in tensors.items()}
+            for targets, sources in by_type(copies.values(), tensors.values()):
                 torch._foreach_copy_(targets, sources)
             kept.append((flag, copies))
 
@@ -73,11 +73,11 @@ def copy_unless(flag, targets, sources):
         )
 
 
-def move_towards_unless(flag, targets, sources, share):
-    """target ← target + share · (source − target), all in fp32; nothing where flag (float, one element) is 1.
-    Without a flag the same to the bit.
+def move_towards_unless(flag, targets, sources, weight):
+    """target ← target + weight · (source − target), all in fp32, to the bit the same with and without a flag;
+    nothing where flag (float, one element) is 1.
 
-    It is a step of SGD: from the gradient −source + 1 · target, at the rate `share`.
+    It is a step of SGD: from the gradient −source + 1 · target, at the rate `weight`.
     """
     for into, values in by_type(targets, sources):
         torch._fused_sgd_(
@@ -86,7 +86,7 @@ def move_towards_unless(flag, targets, sources, share):
             [],
             weight_decay=1.0,
             momentum=0.0,
-            lr=share,
+            lr=weight,
             dampening=0.0,
             nesterov=False,
             maximize=True,

@@ -16,11 +16,11 @@ from datasets.image_text import finish
 from datasets.transforms import (
     MEAN,
     STD,
+    crop_padded,
     draw_augmentation,
     erase,
     erase_box,
     normalise,
-    place,
     read_image,
     resize,
 )
@@ -36,7 +36,7 @@ PICTURES = PUBLISHED["test_transform"]
 
 def shifted(pixels, top, left):
     out = torch.empty_like(pixels, memory_format=torch.contiguous_format)
-    place(pixels.numpy(), top, left, out.numpy())
+    crop_padded(pixels.numpy(), top, left, out.numpy())
     return out
 
 
