@@ -183,9 +183,9 @@ class Training:
         last, samples = done["iteration"] + len(self.train_loader), self.train_loader.samples_of_epoch()
 
         def before_step(step):
-            share = self.samples_after(step - 1) / samples
-            self.parts["scheduler"].within_epoch(share)
-            self.parts["model"].epochs_done = done["epoch"] + share
+            fraction = self.samples_after(step - 1) / samples
+            self.parts["scheduler"].within_epoch(fraction)
+            self.parts["model"].epochs_done = done["epoch"] + fraction
 
         watch = FiniteWatch(model, self.parts["optimizer"], epoch, look_period(self.device, args.log_period))
         steps = Steps(

@@ -28,8 +28,8 @@ class TrainLoader(DataLoader):
     process's share, and its batch_size says how many samples all have together."""
 
     def __init__(self, *args, device, divided=False, moved=0.0, **kwargs):
-        """divided: batches say which samples they hold, for processor.division. moved: the share of captions
-        that are another sample's on purpose."""
+        """divided: batches say which samples they hold, for processor.division. moved: the fraction of
+        captions that are another sample's on purpose."""
         super().__init__(*args, **kwargs)
         self._device, self.left_out, self._divided = device, {}, divided
         self.moved = moved
@@ -183,9 +183,9 @@ def train_loader(args, splits, device, images):
 
 
 def exchanged(splits, rate, file, seed):
-    """(The training samples with captions of others, for tables of noise: a drawn share of them permuted, or
-    sample i with the caption of sample file[i], as the published files have it; their second captions, which
-    go with the first; the share that has moved)."""
+    """(The training samples with captions of others, for tables of noise: a drawn fraction of them permuted,
+    or sample i with the caption of sample file[i], as the published files have it; their second captions,
+    which go with the first; the fraction that has moved)."""
     N = len(splits.train)
     origins = read_origins(file, N) if file else np.arange(N)
     if rate and not file:

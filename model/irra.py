@@ -373,7 +373,7 @@ def at_eot(text_tokens, ids):
 
 @torch.no_grad()
 def accuracy(logits, labels):
-    """Share of rows of [B, classes] whose largest entry is the label."""
+    """Fraction of rows of [B, classes] whose largest entry is the label."""
     return (logits.argmax(dim=1) == labels).float().mean()
 
 

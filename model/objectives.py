@@ -281,9 +281,9 @@ def aggregated(text_tokens, image_patches):
     """[B, L, D]: for each word the patches, weighed by how well they agree with it; those below 1/N out."""
     agreement = text_tokens @ image_patches.transpose(1, 2)  # (B, L, N)
     low, high = agreement.amin(dim=2, keepdim=True), agreement.amax(dim=2, keepdim=True)
-    share = (agreement - low) / (high - low).clamp(min=1e-12)
-    share = share.masked_fill(share <= 1 / image_patches.shape[1], 0)
-    return share / share.sum(dim=2, keepdim=True).clamp(min=1e-12) @ image_patches
+    weights = (agreement - low) / (high - low).clamp(min=1e-12)
+    weights = weights.masked_fill(weights <= 1 / image_patches.shape[1], 0)
+    return weights / weights.sum(dim=2, keepdim=True).clamp(min=1e-12) @ image_patches
 
 
 def efa_side(tokens, gathered, margin):

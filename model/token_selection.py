@@ -31,7 +31,7 @@ class Branch(nn.Module):
 
 
 class TokenSelection(nn.Module):
-    """ratio: share of the tokens of an image, or of text_length, that is selected.
+    """ratio: fraction of the tokens of an image, or of text_length, that is selected.
 
     norm: "train" normalises over the batch in training, as the published code does today; "eval" goes by the
     running statistics, which then never move, as it did when the paper's table was made.
@@ -52,7 +52,7 @@ class TokenSelection(nn.Module):
     def residual(self, x):
         return self.linear(x)
 
-    def share_of(self, number):
+    def number_out_of(self, number):
         return max(int(number * self.ratio), 1)
 
     def embed(self, tokens, weights, number, k):
@@ -83,7 +83,7 @@ class SelectedPatches(TokenSelection):
 
     def number_of(self, visual):
         """How many of its patches are selected. visual: a VisionTransformer."""
-        return self.share_of(visual.positional_embedding.shape[0] - 1)
+        return self.number_out_of(visual.positional_embedding.shape[0] - 1)
 
     def forward(self, tokens, attention, k):
         """tokens: (B, 1 + N, D), the class token first. attention: (B, 1 + N), of that. k: of the N."""
@@ -100,7 +100,7 @@ class SelectedWords(TokenSelection):
         A caption without words, which spoils the rest of its batch in the published code, is its EOT token.
         """
         L = ids.shape[1]
-        k = min(self.share_of(self.text_length - 2), L)
+        k = min(self.number_out_of(self.text_length - 2), L)
         eot = ids.argmax(dim=1, keepdim=True)
         words = ((ids != 0).sum(dim=1) - 2).clamp(max=k)  # (B,)
         weights = torch.where(ids != 0, attention, 0)  # with a 0 the rest fills up

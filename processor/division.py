@@ -21,8 +21,8 @@ USUAL = {"max_iter": 10, "tol": 1e-2, "reg_covar": 5e-4}
 
 
 def careful(args, moved):
-    """Whether the mixture goes by the published settings for RSTPReid and for much noise. moved: the share of
-    captions that are another sample's on purpose."""
+    """Whether the mixture goes by the published settings for RSTPReid and for much noise. moved: the fraction
+    of captions that are another sample's on purpose."""
     return name_of(args) == "RSTPReid" or moved > 0.4
 
 

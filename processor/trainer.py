@@ -34,7 +34,7 @@ class Steps:
 
 def train_one_epoch(model, loader, optimizer, device, epoch, steps=None):
     """One pass over the loader, whose batches model.forward takes. Returns the epoch's averages by name, and
-    `frac_unmoved`, the share of weights that the last logged step left as they were.
+    `frac_unmoved`, the fraction of weights that the last logged step left as they were.
 
     steps: a Steps. Raises NotFinite, before the step is taken, when the loss or a gradient is not a number.
     """
@@ -96,7 +96,7 @@ def backward(model, batch, device, micro_batch=None):
 
 
 def step_and_compare(optimizer, model):
-    """Take the step; returns the share of weights that it left as they were, a number."""
+    """Take the step; returns the fraction of weights that it left as they were, a number."""
     before = sampled_weights(model)
     optimizer.step()
     return float(frac_unmoved(model, before))

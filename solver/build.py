@@ -126,7 +126,7 @@ class EpochSchedule(LRScheduler):
         super().__init__(optimizer)
 
     def within_epoch(self, done):
-        """With a rate per step, set that of the step before which this share of the epoch is done."""
+        """With a rate per step, set that of the step before which this fraction of the epoch is done."""
         if self.per == "step":
             self._set(self.last_epoch + done)
 
@@ -177,7 +177,7 @@ def sampled_weights(model):
 
 
 def frac_unmoved(model, before):
-    """Share of sampled_weights that a step left exactly as they were; a tensor, read at log time.
+    """Fraction of sampled_weights that a step left exactly as they were; a tensor, read at log time.
 
     In fp16, as published, most updates are smaller than half the distance to a weight's neighbour.
     """
