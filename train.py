@@ -329,8 +329,7 @@ def check_rest_of_epoch(args, done):
 
 def evaluate_epoch(model, ema, img_loader, txt_loader, device, run, epoch):
     """Table, TensorBoard's figures and its picture; returns text-to-image R1 of the weights and of their
-    average (None without). A function of its own, so that no feature stays on the device while the training
-    goes on."""
+    average (None without). A function of its own, so that no feature stays on the device afterwards."""
     from processor.evaluator import encode, evaluate, log_table
     from retrieval.contact_sheet import gallery_paths, retrieval_picture
     from utils.dist import from_all

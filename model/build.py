@@ -82,8 +82,7 @@ def facts_to_keep(model):
 def build_trained_model(args, weights, source, facts=None):
     """The IRRA of a checkpoint's "model" part. Sizes are read off the weights: no pretrained file is needed.
 
-    facts: the checkpoint's "clip" part. Raises InputError where the image size of the options is not that of
-    the weights.
+    facts: the checkpoint's "clip" part. Raises InputError where the options' image size is not the weights'.
     """
     encoders = {
         key[len("base_model.") :]: value for key, value in weights.items() if key.startswith("base_model.")

@@ -178,9 +178,8 @@ class VisionTransformer(nn.Module):
         most for it alone."""
         x = self.conv1(images.to(self.conv1.weight.dtype))  # (B, width, rows, columns)
         x = x.flatten(2).transpose(1, 2)  # (B, N - 1, width)
-        class_embedding = self.class_embedding.to(x.dtype).expand(
-            x.shape[0], 1, -1
-        )  # not len(x), which ONNX export would fix
+        B = x.shape[0]  # not len(x), which ONNX export would fix
+        class_embedding = self.class_embedding.to(x.dtype).expand(B, 1, -1)
         x = torch.cat([class_embedding, x], dim=1) + self.positional_embedding.to(x.dtype)
         x = self.ln_pre(x)
         at = torch.zeros(x.shape[0], dtype=torch.long, device=x.device) if attention else None

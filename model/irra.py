@@ -305,9 +305,8 @@ class IRRA(nn.Module):
         return {**given, **self.constants, "logit_scale": self.logit_scale, "epochs_done": self.epochs_done}
 
     def losses_of_samples(self, batch):
-        """((B,) indices, (kinds, B) losses): what each sample loses in the losses of two features, in the
-        global features and, with token selection, in the second embedding; of its first caption. batch:
-        planned."""
+        """((B,) indices, (kinds, B) losses): what each sample of a planned batch loses, of its first caption,
+        in the losses of two features: of the global ones and, with token selection, of the selected ones."""
         found, _ = self.features(batch, second=False)
         given = self.gathered(found, {"pids": batch.pids, "indices": batch.indices})
         sides = [(given["image_features"], given["text_features"])]

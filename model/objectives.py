@@ -1,5 +1,4 @@
-"""The losses, pure functions in fp32, and what they share. A loss is compute_<name> here and a row of
-utils.losses.LOSSES."""
+"""The losses, pure functions in fp32. Each is compute_<name> here and a row of utils.losses.LOSSES."""
 
 import functools
 import inspect
@@ -112,8 +111,8 @@ def each_sdm(image_features, text_features, pids, logit_scale, epsilon=1e-8):
 def compute_itc(image_features, text_features, logit_scale, weights=None):
     """Image-text contrastive loss (InfoNCE, arXiv 1807.03748, as in CLIP): the pair is the only match.
 
-    image_features, text_features: [B, D], not normalised. logit_scale: 1 / temperature. weights: [B], of the
-    samples' rows.
+    image_features, text_features: [B, D], not normalised. logit_scale: 1 / temperature.
+    weights: [B], of the samples' rows.
     """
     if weights is not None:
         return weighted_mean(each_itc(image_features, text_features, logit_scale), weights)

@@ -175,9 +175,8 @@ def of_transformers(said):
 def of_export(said):
     """irra.json beside an export."""
     own = said["architecture"]
-    word = {"QuickGELU": "quick_gelu"}.get(
-        own["activation"], own["activation"]
-    )  # as the first exports say it
+    word = own["activation"]
+    word = "quick_gelu" if word == "QuickGELU" else word  # as the first exports say it
     if word not in ACTIVATIONS:
         raise ValueError(f"activation {word}")
     facts = {"activation": word}

@@ -103,13 +103,7 @@ def check_shards(index):
 
 
 WRAPPERS = ("state_dict", "model", "model_state_dict", "module")  # a training's file holds its weights there
-PREFIXES = (
-    "module.",
-    "_orig_mod.",
-    "model.",
-    "clip.",
-    "clip_model.",
-)  # of DataParallel, torch.compile, others
+PREFIXES = ("module.", "_orig_mod.", "model.", "clip.", "clip_model.")  # of DataParallel, compile, others
 
 
 def named_tensors(tree, path):

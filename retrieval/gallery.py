@@ -117,8 +117,7 @@ class GalleryIndex:
 
         What has been encoded is kept each minute, and when encode is interrupted. Returns a Change.
         away: {folder below the gallery: why it cannot be read}; its pictures are not gone, they stay.
-        say: takes the reason why the index cannot be kept, which then stays in memory; without say that is an
-        InputError.
+        say: takes the reason why the index cannot be kept, which then stays in memory; else an InputError.
         """
         old, tried = dict(self.pictures), {}
         known = {path: picture.stamp for path, picture in old.items()}

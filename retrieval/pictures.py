@@ -21,9 +21,7 @@ class Stamp(NamedTuple):
 
     size: int
     mtime_ns: int
-    ctime_ns: int | None = (
-        None  # moves too where a file of the same size and time takes the place; None: unknown
-    )
+    ctime_ns: int | None = None  # moves too where another file of that size and time is put there
 
 
 def stamp_of(state):

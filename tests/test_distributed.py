@@ -30,8 +30,7 @@ SAMPLERS = ("random", "identity")
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """43 training captions of 11 persons: at 8 a batch the last one has 3, so that of 4 processes one gets
-    none."""
+    """43 training captions of 11 persons: of the last batch of 8, with 3, one of 4 processes gets none."""
     root = draw(tmp_path_factory.mktemp("drawn"), train_ids=11)
     annotation = root / "CUHK-PEDES" / "reid_raw.json"
     records = json.loads(annotation.read_text())
@@ -212,8 +211,7 @@ def test_a_run_of_two_processes_is_written_and_told_by_one(data, tmp_path):
 
 @pytest.mark.parametrize("more", [(), ("--micro_batch", "2")], ids=["whole", "in parts"])
 def test_two_processes_average_the_weights_of_one(more, data, tmp_path):
-    """--ema, by train.py: what the main process keeps is the average that one process keeps, but for
-    rounding."""
+    """--ema, by train.py: but for rounding the main process keeps the average that one process keeps."""
     kept = []
     for number in (1, 2):
         logs = tmp_path / str(number)

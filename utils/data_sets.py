@@ -59,8 +59,7 @@ DEFAULT = "CUHK-PEDES"
 
 
 def name_of(args):
-    """The data set's name for folders, tables and titles: that of --annotations without its suffix, or
-    --dataset_name."""
+    """The data set's name for folders and tables: --annotations without its suffix, or --dataset_name."""
     return Path(args.annotations).stem if args.annotations else args.dataset_name
 
 

@@ -1,5 +1,4 @@
-"""Where the work runs: the device, and the other processes of the run. The only place that names the
-accelerator.
+"""Where the work runs: the device, which is named here alone, and the other processes of the run.
 
 Several processes are started by torchrun. One process that was started alone is a group of one, and every
 function here then does nothing.
@@ -175,8 +174,7 @@ def remember(key, value):
 
 
 def recall(key):
-    """What the main process of an earlier start of this same torchrun remembered, in every process; or
-    None."""
+    """What the main process of an earlier start of this torchrun remembered, in every process; or None."""
     if not dist.is_initialized():
         return None
     return from_main(_store.get(key).decode() if process_index() == 0 and _store.check([key]) else None)
@@ -300,8 +298,7 @@ def replicate(model, device, in_parts=False):
 
 
 def average_gradients(model):
-    """What DistributedDataParallel does at the end of a backward pass, where the model is not wrapped in
-    it."""
+    """What DistributedDataParallel does at the end of a backward pass, for a model without it."""
     if world_size() == 1:
         return
     for parameter in model.parameters():

@@ -38,8 +38,7 @@ def name_in(folder):
 
 
 def output_dir_in(folder):
-    """A run's configs.yaml names the run's own folder: the OUTPUT_DIR in it, for a new run. Others as they
-    are."""
+    """The OUTPUT_DIR of a run's own folder, which its configs.yaml names; another folder as it is."""
     return str(Path(folder).parent.parent) if name_in(folder) is not None else folder
 
 
