@@ -204,19 +204,20 @@ def program(main, words, dry):
 def fed(args, device, folder):
     """Training with batches from the loader, files and cache, against batches that are there already."""
     from datasets.build import TrainLoader, as_it_is
-    from datasets.image_cache import open_images
-    from datasets.image_text import PairDataset
+    from datasets.image_cache import DecodedImages, open_images
+    from datasets.image_text import CaptionChanges, Images, PairDataset
     from datasets.sampler import BatchShares, RandomOrder
 
     chosen, model, optimizer = fresh(args)
     number, size, workers = (16, 4, 0) if args.dry else (768, 64, 8)
     drawn = loader.draw_files(folder, min(number, 192))
     samples = [drawn[i % len(drawn)] for i in range(number)]
-    settings = dict(img_size=tuple(chosen.img_size), text_length=77, seed=1, img_aug=True, masking=(0.8, 0.1))
-    cache = open_images(folder, [sample.image_path for sample in drawn], settings["img_size"], "gpu")
+    settings = dict(text_length=77, seed=1, img_aug=True, changes=CaptionChanges(masking=(0.8, 0.1)))
+    img_size = tuple(chosen.img_size)
+    cache = open_images(folder, [sample.image_path for sample in drawn], img_size, "gpu")
     speed = {}
-    for name, images in (("files", None), ("--image_cache", cache)):
-        dataset = PairDataset(samples, **settings, images=images)
+    for name, source in (("files", DecodedImages(img_size)), ("--image_cache", cache)):
+        dataset = PairDataset(samples, Images(source, img_size), **settings)
         batches = TrainLoader(
             dataset,
             batch_sampler=BatchShares(RandomOrder(number, 1), size),

@@ -18,8 +18,8 @@ from benchmarks import published
 from benchmarks.harness import interleaved, record
 from datasets import synthetic
 from datasets.annotations import TrainSample
-from datasets.image_cache import open_images
-from datasets.image_text import PairDataset, finish
+from datasets.image_cache import DecodedImages, open_images
+from datasets.image_text import CaptionChanges, Images, PairDataset, finish
 
 IMG_SIZE = (384, 128)
 
@@ -49,11 +49,12 @@ def main(argv=None):
 
 
 def compare(samples, folder, args):
-    settings = dict(img_size=IMG_SIZE, text_length=77, seed=1, img_aug=True, masking=(0.8, 0.1))
+    settings = dict(text_length=77, seed=1, img_aug=True, changes=CaptionChanges(masking=(0.8, 0.1)))
     paths = [sample.image_path for sample in samples]
     cache = open_images(folder, paths, IMG_SIZE, "benchmark")
     plain = published.PairDataset(samples, IMG_SIZE)
-    cold, cached = PairDataset(samples, **settings), PairDataset(samples, **settings, images=cache)
+    sources = (DecodedImages(IMG_SIZE), cache)
+    cold, cached = (PairDataset(samples, Images(source, IMG_SIZE), **settings) for source in sources)
     starts = range(0, len(samples) - args.batch_size + 1, args.batch_size)
     batches = [[(1, index) for index in range(start, start + args.batch_size)] for start in starts]
 

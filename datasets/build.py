@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from datasets.annotations import log_statistics, read_splits, source_of
 from datasets.image_cache import open_images
-from datasets.image_text import CaptionDataset, ImageDataset, PairDataset, finish
+from datasets.image_text import CaptionChanges, CaptionDataset, ImageDataset, Images, PairDataset, finish
 from datasets.sampler import BatchShares, IdentityOrder, RandomOrder, Share, mixed
 from utils.batch import Batch
 from utils.data_sets import ignored_name
@@ -43,7 +43,7 @@ class TrainLoader(DataLoader):
                     logger.warning(f"left out: {reason}")
                 self.left_out[path] = reason
             if world_size() > 1:
-                if self.dataset.skip_bad:  # any of them may have left some out
+                if self.dataset.images.skip_bad:  # any of them may have left some out
                     size = int(process_sum(torch.tensor(len(batch["pids"]), device=self._device)))
                 batch["batch_size"] = size
             if self.weights is not None:
@@ -100,19 +100,20 @@ def build_dataloader(args):
     splits = read_splits(source, second=args.training and args.second_caption)
     log_statistics(splits)
     device = resolve(args).device
-    images = images_of(args, splits, evaluated, args.training)
+    images = images_of(args, splits, evaluated)
     loaders = eval_loaders(args, splits, evaluated, device, images)
     if args.training:
         return train_loader(args, splits, device, images), *loaders, splits.num_classes
     return *loaders, splits.num_classes
 
 
-def images_of(args, splits, evaluated, training):
-    """--image_cache: what gives the pixels of the images that are trained on and evaluated."""
+def images_of(args, splits, evaluated):
+    """The Images that are trained on and evaluated."""
     paths = list(splits.by_name[evaluated].image_paths)
-    if training:
+    if args.training:
         paths += splits.train_split.image_paths
-    return open_images(args.image_cache, paths, args.img_size, splits.name, args.num_workers)
+    source = open_images(args.image_cache, paths, args.img_size, splits.name, args.num_workers)
+    return Images(source, tuple(args.img_size), args.on_bad_image == "skip")
 
 
 def workers(args, device):
@@ -141,19 +142,9 @@ def train_loader(args, splits, device, images):
         )
     samples, second_captions, moved = exchanged(splits, args.noisy_rate, args.noisy_file, args.seed)
     masking = (args.masked_token_rate, args.masked_token_unchanged_rate) if args.MLM else None
+    changes = CaptionChanges(masking, args.clean_captions, args.text_aug, args.text_drop)
     dataset = PairDataset(
-        samples,
-        args.img_size,
-        args.text_length,
-        args.seed,
-        args.img_aug,
-        masking,
-        args.clean_captions,
-        images,
-        skip_bad=args.on_bad_image == "skip",
-        text_aug=args.text_aug,
-        text_drop=args.text_drop,
-        second_captions=second_captions,
+        samples, images, args.text_length, args.seed, args.img_aug, changes, second_captions
     )
     logger.info(f"using {args.sampler} sampler")
     if masking:
@@ -229,9 +220,8 @@ def eval_loaders(args, splits, name, device, images):
             f"{splits.source.path} has no {'captions' if split.image_pids else 'images'} in the {name} "
             f"split: choose another one with --val_dataset or --split (it has {', '.join(others) or 'none'})"
         )
-    skip_bad = args.on_bad_image == "skip"
     images = ImageLoader(
-        ImageDataset(split.image_pids, split.image_paths, args.img_size, images, skip_bad),
+        ImageDataset(split.image_pids, split.image_paths, images),
         batch_size=args.test_batch_size,
         sampler=Share(len(split.image_pids)),
         collate_fn=as_it_is,
