@@ -8,7 +8,7 @@ from torch import nn
 from model import objectives
 from model.clip_model import CLIP, Transformer
 from model.clip_resnet import ModifiedResNet
-from model.irra import GIVEN, IRRA, PARTS
+from model.irra import GIVEN, IRRA, PARTS, LossValues
 from model.pretrained import OPENAIS, architecture, image_grid, load_start, new_clip
 from model.weights import read_facts
 from utils.checkpoint import load_weights
@@ -129,17 +129,14 @@ def facts_of(clip):
 def _with_heads(args, clip, loss_names, num_classes, cmt_depth, learn_temperature):
     for name in loss_names:
         objectives.check(name, GIVEN, vars(args))
-    return IRRA(
-        clip,
-        loss_names,
-        num_classes,
-        temperature=args.temperature,
-        cmt_depth=cmt_depth,
-        loss_weights={name: vars(args)[row.weight] for name, row in LOSSES.items() if row.weight},
+    values = LossValues(
+        args.temperature,
+        learn_temperature,
+        weights={name: vars(args)[row.weight] for name, row in LOSSES.items() if row.weight},
         constants={name: vars(args)[name] for row in LOSSES.values() for name in row.options},
-        selection={"ratio": args.select_ratio, "norm": args.tse_norm, "text_length": args.text_length},
-        learn_temperature=learn_temperature,
     )
+    selection = {"ratio": args.select_ratio, "norm": args.tse_norm, "text_length": args.text_length}
+    return IRRA(clip, loss_names, num_classes, cmt_depth, values, selection)
 
 
 def on_device(model, settings):

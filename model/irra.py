@@ -3,6 +3,7 @@
 import functools
 import math
 from collections import OrderedDict
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -53,33 +54,29 @@ GIVEN = (  # what a loss may ask for by the name of an argument; see IRRA.compar
 )
 
 
+class LossValues(NamedTuple):
+    """What losses are computed with, besides features."""
+
+    temperature: float = 0.02  # of cosines
+    learn_temperature: bool = False  # that one is where a parameter starts
+    weights: Mapping = {}  # {name of a loss: factor}, of those that have one
+    constants: Mapping = {}  # what they ask for by the name of an argument
+
+
 class IRRA(nn.Module):
     """arXiv 2303.12501. Legend: B batch, L text length, N image tokens, D width, K persons, V vocabulary."""
 
     parts = PARTS
 
-    def __init__(
-        self,
-        clip,
-        loss_names,
-        num_classes,
-        temperature=0.02,
-        cmt_depth=4,
-        loss_weights=None,
-        constants=None,
-        selection=None,
-        learn_temperature=False,
-    ):
-        """clip: a model.clip_model.CLIP. loss_names: of utils.losses; id, mlm and tse bring heads.
-        loss_weights: {name: factor} of those losses that have one. constants: what losses ask for by name
-        besides features. selection: model.token_selection's ratio, norm and text_length, for tse.
-        learn_temperature: `temperature` is where a parameter starts."""
+    def __init__(self, clip, loss_names, num_classes, cmt_depth=4, values=None, selection=None):
+        """clip: a model.clip_model.CLIP. loss_names: of utils.losses; id, mlm and tse bring heads. values: a
+        LossValues. selection: model.token_selection's ratio, norm and text_length, for tse."""
         super().__init__()
-        self.loss_names = tuple(loss_names)
-        self.loss_weights, self.constants = dict(loss_weights or {}), dict(constants or {})
-        self.constant_scale = 1 / temperature
-        learnt = nn.Parameter(torch.tensor(math.log(1 / temperature))) if learn_temperature else None
-        self.register_parameter("logit_scale_log", learnt)
+        self.loss_names, values = tuple(loss_names), values or LossValues()
+        self.loss_weights, self.constants = dict(values.weights), dict(values.constants)
+        self.constant_scale = 1 / values.temperature
+        start = torch.tensor(math.log(self.constant_scale))
+        self.register_parameter("logit_scale_log", nn.Parameter(start) if values.learn_temperature else None)
         temperature = torch.tensor(1 / self.constant_scale)
         self.register_buffer("temperature", temperature, persistent=False)  # to report
         self.epochs_done = math.inf  # the loop sets it before each step
