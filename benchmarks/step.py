@@ -140,6 +140,11 @@ def main(argv=None):
         compiled.train()
         compiled.compile_encoders(**({"backend": "eager"} if args.tiny else {}))
         arms["ours, compiled"] = arms_of(chosen, compiled, batch, device, ["ours"])["ours"]
+    times(what, args, arms, model, device)
+
+
+def times(what, args, arms, model, device):
+    """Record time and speed of a step, on a GPU also how much of what it can do that is."""
     warm_up = 2 if device.type == "cuda" else 0
     for _ in range(warm_up):  # twice: the first time not all moments were there yet
         for name in [name for name, step in arms.items() if not fits(step, model)]:
