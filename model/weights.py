@@ -43,7 +43,7 @@ def without(prefix):
     return lambda weights: {key.removeprefix(prefix): value for key, value in weights.items()}
 
 
-TRANSFORMERS = (  # parts of transformers' names, in this order, and OpenAI's
+TRANSFORMERS = (  # parts of transformers' names, in this order, and OpenAI's; exports go the other way
     ("text_model.embeddings.token_embedding.weight", "token_embedding.weight"),
     ("text_model.embeddings.position_embedding.weight", "positional_embedding"),
     ("text_model.encoder.layers.", "transformer.resblocks."),
@@ -56,7 +56,7 @@ TRANSFORMERS = (  # parts of transformers' names, in this order, and OpenAI's
     ("vision_model.post_layernorm.", "visual.ln_post."),
     ("visual_projection.weight", "visual.proj"),
     ("text_projection.weight", "text_projection"),
-    (".self_attn.out_proj.", ".attn.out_proj."),
+    (".self_attn.", ".attn."),
     (".layer_norm1.", ".ln_1."),
     (".layer_norm2.", ".ln_2."),
     (".mlp.fc1.", ".mlp.c_fc."),
@@ -71,10 +71,10 @@ def from_transformers(weights):
         for theirs, ours in TRANSFORMERS:
             key = key.replace(theirs, ours)
         renamed[key] = value.T if key in ("visual.proj", "text_projection") else value
-    for key in [key for key in renamed if re.search(r"\.self_attn\.q_proj\.(weight|bias)$", key)]:
+    for key in [key for key in renamed if re.search(r"\.attn\.q_proj\.(weight|bias)$", key)]:
         names = [key.replace(".q_proj.", f".{part}_proj.") for part in "qkv"]
         if all(name in renamed for name in names):
-            block, kind = key.split(".self_attn.q_proj.")
+            block, kind = key.split(".attn.q_proj.")
             renamed[f"{block}.attn.in_proj_{kind}"] = torch.cat([renamed.pop(name) for name in names])
     return renamed
 

@@ -7,29 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from datasets.tokenizer import EOT, MASK, SOT
-
-NAMES = {  # how a weight's name begins, in OpenAI's files and in theirs
-    "visual.transformer.resblocks.": "vision_model.encoder.layers.",
-    "visual.class_embedding": "vision_model.embeddings.class_embedding",
-    "visual.conv1.": "vision_model.embeddings.patch_embedding.",
-    "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
-    "visual.ln_pre.": "vision_model.pre_layrnorm.",  # so spelt
-    "visual.ln_post.": "vision_model.post_layernorm.",
-    "visual.proj": "visual_projection.weight",
-    "transformer.resblocks.": "text_model.encoder.layers.",
-    "token_embedding.": "text_model.embeddings.token_embedding.",
-    "positional_embedding": "text_model.embeddings.position_embedding.weight",
-    "ln_final.": "text_model.final_layer_norm.",
-    "text_projection": "text_projection.weight",
-}
-NAMES_WITHIN_A_BLOCK = {
-    ".attn.": ".self_attn.",
-    ".ln_1.": ".layer_norm1.",
-    ".ln_2.": ".layer_norm2.",
-    ".mlp.c_fc.": ".mlp.fc1.",
-    ".mlp.c_proj.": ".mlp.fc2.",
-}
-
+from model.weights import TRANSFORMERS
 
 # ---- the weights ----
 
@@ -52,10 +30,9 @@ def their_weights(weights, grid, logit_scale):
 
 
 def their_name(name):
-    beginning = next(beginning for beginning in NAMES if name.startswith(beginning))
-    name = NAMES[beginning] + name.removeprefix(beginning)
-    for own, their in NAMES_WITHIN_A_BLOCK.items():
-        name = name.replace(own, their)
+    for theirs, ours in TRANSFORMERS:
+        if name.startswith(ours) or ours.startswith("."):  # what stands within a block
+            name = name.replace(ours, theirs)
     return name
 
 
