@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from model import objectives
-from model.clip_model import LayerNorm, QuickGELU, Transformer, at_least_fp32, attend
+from model.clip_model import LayerNorm, QuickGELU, Transformer, at_least_fp32, attend, take
 from model.token_selection import EMBEDDING, SelectedPatches, SelectedWords
 from utils.batch import PLAN, Batch
 from utils.dist import gather, process_sum, share_sizes
@@ -343,11 +343,7 @@ class IRRA(nn.Module):
         The published code scores all L positions and ignores the rest in the loss: the same value.
         """
         at, rows = batch.mlm_at, batch.mlm_rows
-
-        def pick(x):
-            return x.gather(1, at[:, :, None].expand(-1, -1, x.shape[-1]))
-
-        x = self.cross_former(text, image, pick)  # (B, M, D)
+        x = self.cross_former(text, image, functools.partial(take, at))  # (B, M, D)
         x = x.flatten(0, 1)[rows]  # (n, D)
         return at_least_fp32(self.mlm_head(x)), batch.mlm_labels.gather(1, at).flatten()[rows]
 

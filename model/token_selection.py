@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model.clip_model import at_least_fp32
+from model.clip_model import at_least_fp32, take
 
 EMBEDDING = 1024  # E
 
@@ -61,8 +61,7 @@ class TokenSelection(nn.Module):
         tokens: (B, N, D). weights: (B, N), what they are selected by. number: (B,) how many of the k count;
         the others only enter the batch's statistics.
         """
-        at = weights.topk(k, dim=1).indices  # (B, k)
-        x = tokens.gather(1, at[:, :, None].expand(-1, -1, tokens.shape[2]))
+        x = take(weights.topk(k, dim=1).indices, tokens)  # (B, k, D)
         x = x / (x.norm(dim=2, keepdim=True) + 1e-8)
         x = x.to(self.linear.weight.dtype)
         x = at_least_fp32(self.residual(x) + self.mlp(x))  # (B, k, E)
