@@ -11,7 +11,6 @@ import math
 import os
 import shutil
 import warnings
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from datasets.transforms import read_image, resize
 from utils.dist import process_index
 from utils.errors import InputError
-from utils.files import remove_leftovers, room_for_sockets, whole_file
+from utils.files import lock, remove_leftovers, room_for_sockets, whole_file
 
 logger = logging.getLogger("IRRA.dataset")
 MAGIC = "IRRA images 2"
@@ -129,7 +128,10 @@ def keep_in_file(file, paths, img_size, num_workers):
     if not holds(cache):
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            with one_at_a_time(file.with_suffix(".lock")):
+            with open(file.with_suffix(".lock"), "a") as alone:
+                if not lock(alone):
+                    logger.info("image cache: another run is writing it; waiting for that")
+                    lock(alone, wait=True)
                 cache = read_cache(file, img_size)  # another run may have written it meanwhile
                 if not holds(cache):
                     write_cache(file, cache, wanted, img_size, num_workers)
@@ -200,25 +202,6 @@ def still_is(path, known):
         return identity(path) == known
     except OSError:
         return False
-
-
-@contextmanager
-def one_at_a_time(path):
-    """Holds a lock, where the system has locks; the lock goes with the process that holds it."""
-    try:
-        import fcntl
-    except ImportError:  # not on Windows
-        yield
-        return
-    with open(path, "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            logger.info("image cache: another run is writing it; waiting for that")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError:  # a file system without locks: two runs then write the same twice
-            pass
-        yield
 
 
 class Files(Dataset):
