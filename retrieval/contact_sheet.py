@@ -1,6 +1,7 @@
 """A picture of what was found: a sentence and its best images, framed green (the right person) or red."""
 
 import bisect
+import functools
 import io
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +19,7 @@ BORDER, GAP, MARGIN, TEXT, FOOT = 5, 10, 18, 46, 20
 LINE_HEIGHT = 22  # of text
 BETWEEN = 16  # more space between two queries than between two lines of one
 ACROSS = 12  # images side by side; more go below
+STEP, LINE = CELL[0] + 2 * BORDER + GAP, CELL[1] + 2 * BORDER + FOOT + GAP  # from one image to the next
 
 
 class Found(NamedTuple):
@@ -58,25 +60,34 @@ def save_picture(picture, path):
 def contact_sheet(rows):
     """The same as a PIL picture."""
     most = max(min(len(found), ACROSS) for _, found in rows)
-    width = max(2 * MARGIN + most * (CELL[0] + 2 * BORDER + GAP) - GAP, 480)
-    line = CELL[1] + 2 * BORDER + FOOT + GAP
-    heights = [TEXT + max(1, -(-len(found) // ACROSS)) * line + BETWEEN for _, found in rows]
+    width = width_of(most)
+    heights = [TEXT + max(1, -(-len(found) // ACROSS)) * LINE + BETWEEN for _, found in rows]
     sheet = Image.new("RGB", (width, 2 * MARGIN + sum(heights) - GAP - BETWEEN), PAPER)
-    draw, font, small = ImageDraw.Draw(sheet), font_of(16), font_of(12)
+    draw, font = ImageDraw.Draw(sheet), font_of(16)
     y = MARGIN
     for (sentence, found), height in zip(rows, heights, strict=True):
         write(sheet, (MARGIN, y), (width - 2 * MARGIN, TEXT), sentence, font)
         for place, hit in enumerate(found):
-            x = MARGIN + place % ACROSS * (CELL[0] + 2 * BORDER + GAP)
-            top = y + TEXT + place // ACROSS * line
-            frame = {True: GREEN, False: RED, None: GREY}[hit.right]
-            draw_framed(sheet, draw, (x, top), hit.image_path, frame, whole=hit.right is None)
-            label = f"{place + 1}   {hit.similarity:.3f}" + (f"   +{hit.copies}" if hit.copies else "")
-            draw.text((x, top + CELL[1] + 2 * BORDER + 4), label, INK, small)
+            corner = MARGIN + place % ACROSS * STEP, y + TEXT + place // ACROSS * LINE
+            draw_found(sheet, draw, corner, place + 1, hit)
         y += height
     return sheet
 
 
+def width_of(images):
+    """Of a sheet with so many images side by side."""
+    return max(2 * MARGIN + images * STEP - GAP, 480)
+
+
+def draw_found(sheet, draw, corner, rank, hit):
+    """A Found in its frame, rank and similarity below."""
+    frame = {True: GREEN, False: RED, None: GREY}[hit.right]
+    draw_framed(sheet, draw, corner, hit.image_path, frame, whole=hit.right is None)
+    label = f"{rank}   {hit.similarity:.3f}" + (f"   +{hit.copies}" if hit.copies else "")
+    draw.text((corner[0], corner[1] + CELL[1] + 2 * BORDER + 4), label, INK, font_of(12))
+
+
+@functools.cache
 def font_of(size):
     try:
         return ImageFont.truetype("DejaVuSans.ttf", size)  # it knows Greek and Cyrillic too

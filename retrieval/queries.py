@@ -6,20 +6,20 @@ import torch
 from PIL import Image, ImageDraw
 
 from retrieval.contact_sheet import (
-    BORDER,
-    CELL,
     FOOT,
     GAP,
-    GREEN,
     GREY,
     INK,
+    LINE,
     LINE_HEIGHT,
     MARGIN,
     PAPER,
-    RED,
+    STEP,
+    draw_found,
     draw_framed,
     font_of,
     shortened,
+    width_of,
     wrapped,
     write,
 )
@@ -66,14 +66,12 @@ def draw_query(sentence, right_paths, found, note=""):
     right_paths: images of the person who is meant. found: contact_sheet.Found, in order.
     """
     right_paths, more = right_paths[: len(found)], len(right_paths) - len(found)
-    step = CELL[0] + 2 * BORDER + GAP
-    width = max(2 * MARGIN + max(len(found), len(right_paths)) * step - GAP, 480)
-    line = CELL[1] + 2 * BORDER + FOOT + GAP
+    width = width_of(max(len(found), len(right_paths)))
     font, small = font_of(16), font_of(12)
     text = wrapped(sentence, width - 2 * MARGIN, font, lines=4)
     head = MARGIN + LINE_HEIGHT * (1 + text.count("\n")) + GAP
     label = FOOT + 4
-    sheet = Image.new("RGB", (width, head + 2 * (label + line) + MARGIN - GAP), PAPER)
+    sheet = Image.new("RGB", (width, head + 2 * (label + LINE) + MARGIN - GAP), PAPER)
     draw = ImageDraw.Draw(sheet)
     write(sheet, (MARGIN, MARGIN), (width - 2 * MARGIN, head - MARGIN), sentence, font)
     title = "the person meant" + (f" (and {more} more images)" if more > 0 else "")
@@ -81,13 +79,10 @@ def draw_query(sentence, right_paths, found, note=""):
         (MARGIN, head), title if right_paths else "no image of the person is in the gallery", INK, small
     )
     for place, path in enumerate(right_paths):
-        draw_framed(sheet, draw, (MARGIN + place * step, head + label), path, GREY)
-    y = head + label + line
+        draw_framed(sheet, draw, (MARGIN + place * STEP, head + label), path, GREY)
+    y = head + label + LINE
     note = shortened(f"found{', ' if note else ''}{note}", width - 2 * MARGIN, small)
     draw.text((MARGIN, y), note, INK, small)
     for place, hit in enumerate(found):
-        x = MARGIN + place * step
-        draw_framed(sheet, draw, (x, y + label), hit.image_path, GREEN if hit.right else RED)
-        below = y + label + CELL[1] + 2 * BORDER + 4
-        draw.text((x, below), f"{place + 1}   {hit.similarity:.3f}", INK, small)
+        draw_found(sheet, draw, (MARGIN + place * STEP, y + label), place + 1, hit)
     return sheet
