@@ -34,26 +34,15 @@ SENTENCES = (  # what the exported text encoder is checked with: short, long, wi
 )
 
 
-class ImageEncoder(nn.Module):
-    """(B, 3, H, W), normalised pixels, to (B, D); not L2-normalised, as model.encode_image."""
+class Encoder(nn.Module):
+    """An encode_image or encode_text as a module of its own, as exporters want it."""
 
-    def __init__(self, model):
+    def __init__(self, model, name):
         super().__init__()
-        self.model = model
+        self.model, self.name = model, name
 
-    def forward(self, images):
-        return self.model.encode_image(images)
-
-
-class TextEncoder(nn.Module):
-    """(B, L) ids to (B, D); not L2-normalised, as model.encode_text."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, ids):
-        return self.model.encode_text(ids)
+    def forward(self, x):
+        return getattr(self.model, self.name)(x)
 
 
 def export(encoders, args, kind, folder):
@@ -206,8 +195,8 @@ def write_onnx(encoders, facts, folder):
     runtime, tokenizers = extra("onnxruntime"), extra("tokenizers")
     images, ids = sample_inputs(encoders)
     parts = {
-        "images": (folder / "image_encoder.onnx", ImageEncoder(encoders.model), images),
-        "ids": (folder / "text_encoder.onnx", TextEncoder(encoders.model), ids),
+        "images": (folder / "image_encoder.onnx", Encoder(encoders.model, "encode_image"), images),
+        "ids": (folder / "text_encoder.onnx", Encoder(encoders.model, "encode_text"), ids),
     }
     sessions = {}
     for name, (path, module, example) in parts.items():
