@@ -19,9 +19,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from datasets.transforms import read_image, resize
-from utils.dist import process_index
 from utils.errors import InputError
 from utils.files import lock, remove_leftovers, room_for_sockets, whole_file
+from utils.progress import progress_bar
 
 logger = logging.getLogger("IRRA.dataset")
 MAGIC = "IRRA images 2"
@@ -220,13 +220,10 @@ class Files(Dataset):
 
 def decoded(paths, img_size, num_workers):
     """The pixels of each path, in order, decoded in num_workers processes, behind a progress bar."""
-    from tqdm import tqdm
-
     if num_workers:
         room_for_sockets()
     batches = DataLoader(Files(paths, img_size), batch_size=32, num_workers=num_workers, collate_fn=list)
-    hidden = True if process_index() else None  # None: where there is no terminal
-    with tqdm(total=len(paths), desc="image cache", unit="img", leave=False, disable=hidden) as bar:
+    with progress_bar(len(paths), "image cache", unit="img") as bar:
         for batch in batches:
             for image in batch:
                 if isinstance(image, InputError):

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from utils.dist import gather, process_index, to_device
 from utils.metrics import rank_by, rank_features
+from utils.progress import progress_bar
 
 FIGURES = ("R1", "R5", "R10", "mAP", "mINP")
 logger = logging.getLogger("IRRA.eval")
@@ -37,7 +38,7 @@ def encode(model, img_loader, txt_loader, device, progress=False):
     text_pids = torch.cat([none, *(pids for pids, _ in captions)])
     text = encode_captions(model, [ids for _, ids in captions], device)
     image_pids, image = [none], [no_features(model, device)]
-    shown = bar(len(img_loader), "images", progress)  # round the loader it would hold the last batch
+    shown = progress_bar(len(img_loader), "images", progress)  # round the loader it would hold the last batch
     for batch in img_loader:
         image_pids.append(batch[0])
         image.append(F.normalize(model.encode_image(to_device(batch[1], device)), dim=1))
@@ -67,13 +68,6 @@ def encode_captions(model, batches, device):
         parts.append(F.normalize(model.encode_text(part), dim=1))
     text = torch.cat(parts)
     return torch.empty_like(text).index_copy_(0, order.to(text.device), text)
-
-
-def bar(steps, what, progress):
-    from tqdm import tqdm
-
-    hidden = None if progress and not process_index() else True  # None: where there is no terminal
-    return tqdm(total=steps, desc=what, leave=False, disable=hidden)
 
 
 def evaluate(features, i2t=False, max_rank=10):

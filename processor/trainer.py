@@ -10,9 +10,10 @@ import torch
 from processor.micro_batch import backward_in_parts
 from solver import frac_unmoved, sampled_weights
 from utils.batch import Batch
-from utils.dist import from_all, process_index, unwrapped
+from utils.dist import from_all, unwrapped
 from utils.errors import InputError
 from utils.losses import REPORTED, is_loss, total_loss
+from utils.progress import progress_bar
 
 logger = logging.getLogger("IRRA.train")
 
@@ -44,7 +45,8 @@ def train_one_epoch(model, loader, optimizer, device, epoch, steps=None):
     watch = how.watch or FiniteWatch(model, optimizer, epoch, look_period(device, how.log_period))
     last, began, step = how.start + len(loader), time.time(), how.start
     samples = how.batch_size
-    bar = progress_bar(last - step, epoch, how.batch_size)
+    # images a second and the time that remains in this epoch
+    bar = progress_bar(last - step, f"epoch {epoch}", unit="img", unit_scale=how.batch_size or 1)
     for batch in loader:  # neither counted nor with the bar round it: both would hold the last batch
         step, batch = step + 1, Batch.of(batch)
         samples = batch.samples
@@ -113,15 +115,6 @@ def clip_gradients(model, max_norm):
     scale = (max_norm / (torch.stack(norms).norm() + 1e-6)).clamp(max=1)
     for gradient in gradients:
         gradient.copy_(gradient.float() * scale)
-
-
-def progress_bar(steps, epoch, batch_size):
-    """On a terminal: images a second and the time that remains in this epoch."""
-    from tqdm import tqdm
-
-    hidden = None if process_index() == 0 else True  # None: where there is no terminal
-    scale = batch_size or 1
-    return tqdm(total=steps, desc=f"epoch {epoch}", unit="img", unit_scale=scale, leave=False, disable=hidden)
 
 
 class Meters:

@@ -31,6 +31,7 @@ from utils.data_sets import ignored_name
 from utils.errors import InputError
 from utils.extras import extra
 from utils.files import lock, write_whole
+from utils.progress import progress_bar
 
 TABLE, LAYOUT = "table.json", 2
 SAVE_PAUSE = 60  # seconds between two savings of what has been encoded
@@ -666,12 +667,8 @@ def split_pictures(args):
 def encode_below(encoders, index, paths, args, progress):
     """Encoders.encode_files with paths relative to the index's gallery, what it does not know yet by content,
     and a progress bar."""
-    from tqdm import tqdm
-
     full = {os.path.join(index.gallery, path): path for path in paths}
-    with tqdm(
-        total=len(paths), desc="pictures", unit="img", leave=False, disable=None if progress else True
-    ) as bar:
+    with progress_bar(len(paths), "pictures", progress, unit="img") as bar:
         unknown = (
             os.path.join(index.gallery, path) for path in index.unknown(paths, args.num_workers, bar.update)
         )
