@@ -7,14 +7,14 @@ import tempfile
 from pathlib import Path
 
 from utils.errors import printable, reports_errors, stop_like_an_interrupt
-from utils.tool_options import demo_args
+from utils.tool_options import search_args
 
 PREFIX = "irra-page-"  # of folders for uploaded pictures, followed by the number of the process
 
 
 @reports_errors
 def main(argv=None):
-    args = demo_args(argv)
+    args = search_args(argv, "demo")
     stop_like_an_interrupt()  # visitors' pictures do not stay
     remove_pictures_of_dead_pages()
     with tempfile.TemporaryDirectory(prefix=f"{PREFIX}{os.getpid()}-") as folder:

@@ -6,7 +6,7 @@ A type's `word` is what --help calls its value (NAME where it has none); its `na
 import difflib
 import os
 import time
-from argparse import ArgumentParser, ArgumentTypeError, HelpFormatter
+from argparse import ArgumentParser, ArgumentTypeError, HelpFormatter, Namespace
 from functools import partial
 
 from utils.errors import printable
@@ -93,6 +93,13 @@ class Parser(ArgumentParser):
             what = "unknown option" if word.startswith("-") else "unexpected word"
             self.error(f"{what} {word}{nearest(word, self._option_string_actions)}")
         return args
+
+    def typed(self, argv=None):
+        """{name: value} of what stands on the command line itself, whatever its value."""
+        nothing = object()
+        absent = Namespace(**dict.fromkeys((action.dest for action in self._actions), nothing))
+        found = vars(self.parse_args(argv, absent))
+        return {name: value for name, value in found.items() if value is not nothing}
 
     def options(self):
         return {a.dest: a for a in self._actions if a.dest not in ("help", "config_file")}

@@ -6,7 +6,7 @@ The names that an option may take stand here; a test holds them against the tabl
 
 import math
 import re
-from argparse import SUPPRESS, ArgumentTypeError
+from argparse import SUPPRESS, ArgumentTypeError, Namespace
 from pathlib import Path
 
 from utils.config_file import read_options
@@ -298,34 +298,23 @@ def _for_argparse(default, kind, text):
 
 def get_args(argv=None):
     """The options of train.py. A bad one ends the program with one sentence and status 2."""
-    parser, options = parser_of("train"), {}
-    args = parser.parse_args(argv)
+    parser = parser_of("train")
+    options, typed = vars(parser.parse_args([])), parser.typed(argv)
     try:
-        if args.config_file is not None:
-            options = read_options(args.config_file, parser)
-            if "output_dir" in options:
-                options["output_dir"] = output_dir_in(options["output_dir"])
-            parser.set_defaults(**options)
-            args = parser.parse_args(argv)
-        before = {name: options.get(name) for name in ("annotations", "images")}
-        typed = _typed(argv, "dataset_name", *before)
-        vars(args).update(options_over(before, {name: vars(args)[name] for name in typed}))
-        if _typed(argv, "pretrain_choice") and not _typed(argv, "activation"):
-            args.activation = parser_of("train").get_default("activation")  # a config's is of its own weights
+        if typed.get("config_file") is not None:
+            of_file = read_options(typed["config_file"], parser)
+            if "output_dir" in of_file:
+                of_file["output_dir"] = output_dir_in(of_file["output_dir"])
+            options.update(of_file)
+        if "pretrain_choice" in typed:
+            options["activation"] = parser.get_default("activation")  # a config's is of its own weights
+        args = Namespace(**options_over(options, typed))
         if isinstance(args.clip_architecture, list):
             args.clip_architecture = dict(args.clip_architecture)
         reconcile(args)
     except InputError as error:
         parser.exit(2, f"error: {error}\n")
     return args
-
-
-def _typed(argv, *names):
-    """Those of the options that stand on the command line itself, whatever their value."""
-    probe = Parser(argument_default=SUPPRESS)
-    for name in names:
-        probe.add_argument(f"--{name}")
-    return list(vars(probe.parse_known_args(argv)[0]))
 
 
 def reconcile(args):

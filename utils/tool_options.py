@@ -7,6 +7,7 @@ from utils.options import parser_of, tool_args
 
 
 def search_args(argv=None, program="search"):
+    """Those of demo.py too."""
     parser = parser_of(program)
     args = tool_args(parser, argv)
     if args.num_workers == 0:  # here they are threads that read pictures
@@ -19,10 +20,6 @@ def search_args(argv=None, program="search"):
         what = "that is a file" if Path(args.gallery).exists() else "no such folder"
         raise InputError(f"--gallery {args.gallery}: {what}")
     return args
-
-
-def demo_args(argv=None):
-    return search_args(argv, "demo")
 
 
 def visualize_args(argv=None):
