@@ -10,6 +10,7 @@ from typing import NamedTuple
 from datasets.records import SUFFIXES, read_records, read_records_by_path
 from utils.data_sets import DATA_SETS, DataSet, check_data_options, name_of
 from utils.errors import InputError
+from utils.files import neighbours
 
 logger = logging.getLogger("IRRA.dataset")
 SOURCES = DATA_SETS  # the name that forks import
@@ -75,20 +76,10 @@ def source_of(args, split=None):
     path = Path(args.annotations)
     images = Path(args.images) if args.images else path.parent
     if not path.is_file():
-        raise InputError(f"no annotation file at --annotations {path}{_neighbours(path)}")
+        raise InputError(f"no annotation file at --annotations {path}{neighbours(path, SUFFIXES)}")
     if not images.is_dir():
         raise InputError(f"no folder --images {images}: the image paths in {path} start there")
     return Source(name_of(args), path, images, split=split)
-
-
-def _neighbours(path):
-    """What somebody who mistyped a file's name needs to see."""
-    if path.is_dir():
-        return " (that is a folder)"
-    if not path.parent.is_dir():
-        return f" (there is no folder {path.parent})"
-    names = sorted(file.name for file in path.parent.iterdir() if file.suffix.lower() in SUFFIXES)
-    return f" (that folder holds {', '.join(names[:5])})" if names else ""
 
 
 def named_source(dataset_name, root_dir):

@@ -5,6 +5,7 @@ from argparse import ArgumentTypeError
 from pathlib import Path
 
 from utils.errors import InputError
+from utils.files import neighbours
 from utils.option_types import nearest
 
 SWITCH = {"yes": True, "on": True, "no": False, "off": False}  # besides true and false
@@ -59,7 +60,7 @@ def read_yaml(path):
     try:
         options = yaml.load(path.read_text(encoding="utf-8-sig"), plain_loader())
     except FileNotFoundError:
-        raise InputError(f"no config file at {path}{_neighbours(path)}") from None
+        raise InputError(f"no config file at {path}{neighbours(path, (path.suffix,))}") from None
     except (OSError, UnicodeDecodeError) as error:
         why = getattr(error, "strerror", None) or "it is not text"
         raise InputError(f"{path} cannot be read: {why}") from None
@@ -75,14 +76,6 @@ def read_yaml(path):
     if not isinstance(options, dict) or not all(isinstance(key, str) for key in options):
         raise InputError(f"{path} is not a file of options: it must hold lines like `batch_size: 64`")
     return options
-
-
-def _neighbours(path):
-    """' (that folder holds a.yaml, b.yaml)': what somebody who mistyped a file name needs to see."""
-    if not path.parent.is_dir():
-        return f" (there is no folder {path.parent})"
-    names = sorted(p.name for p in path.parent.iterdir() if p.suffix == path.suffix)
-    return f" (that folder holds {', '.join(names[:5])})" if names else ""
 
 
 def read_options(path, parser, forgive=None):

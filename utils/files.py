@@ -70,6 +70,16 @@ def whole_file(path, needed=None):
         remove(beside)
 
 
+def neighbours(path, suffixes):
+    """' (that folder holds a.yaml, b.yaml)': what somebody who mistyped a file's name needs to see."""
+    if path.is_dir():
+        return " (that is a folder)"
+    if not path.parent.is_dir():
+        return f" (there is no folder {path.parent})"
+    names = sorted(file.name for file in path.parent.iterdir() if file.suffix.lower() in suffixes)
+    return f" (that folder holds {', '.join(names[:5])})" if names else ""
+
+
 def make_folder(path, option):
     """Make a folder, and those above it, where it is not there; option: the flag that names it."""
     try:
