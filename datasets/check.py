@@ -174,7 +174,7 @@ ODD = {  # pictures that other programs show differently
 }
 
 
-def check_pictures(splits, progress=True):
+def check_pictures(splits):
     """Decode every image; find unreadable ones, the same picture under two names in different splits, and
     those that other programs show differently."""
     from tqdm import tqdm
@@ -194,13 +194,7 @@ def check_pictures(splits, progress=True):
     owner = {path: name for name, split in splits.by_name.items() for path in split.image_paths}
     unreadable, pictures, odd = [], defaultdict(list), {"turned": [], "deep": []}
     with ThreadPoolExecutor() as pool:
-        looked = tqdm(
-            pool.map(look, owner),
-            total=len(owner),
-            desc="decoding",
-            unit="img",
-            disable=None if progress else True,
-        )
+        looked = tqdm(pool.map(look, owner), total=len(owner), desc="decoding", unit="img", disable=None)
         for path, digest, error in looked:
             if error:
                 unreadable.append(error)

@@ -117,9 +117,14 @@ def _foreign(model, vision, text):
                 continue
             said = SAYS.get(f"{key}={value}") or SAYS.get(key)
             return said or f"its config says {key}: {value}, another arithmetic than CLIP's"
-    if text.get("vocab_size", 49408) != 49408:
-        return f"it has another vocabulary ({text['vocab_size']} words), and the tokeniser has CLIP's 49408"
-    return None
+    return _other_vocabulary(text)
+
+
+def _other_vocabulary(text):
+    words = text.get("vocab_size", 49408)
+    if words == 49408:
+        return None
+    return f"it has another vocabulary ({words} words), and the tokeniser has CLIP's 49408"
 
 
 def _width_of(width, heads):
@@ -149,10 +154,7 @@ def of_transformers(said):
     epsilons = {part.get("layer_norm_eps", 1e-5) for part in (text, vision)} - {1e-5}
     if epsilons:
         foreign = f"its norms have an eps of {epsilons.pop()}, not CLIP's 1e-05"
-    if text.get("vocab_size", 49408) != 49408:
-        foreign = (
-            f"it has another vocabulary ({text['vocab_size']} words), and the tokeniser has CLIP's 49408"
-        )
+    foreign = _other_vocabulary(text) or foreign
     width, words = vision.get("hidden_size", 768), text.get("hidden_size", 512)
     facts = {
         "activation": acts.pop(),

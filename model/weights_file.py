@@ -21,14 +21,9 @@ from utils.errors import InputError, first_line
 POSITIONS_GRID = "image_positions"  # in the header of an exported safetensors file: "24x8", rows x columns
 
 
-def read_weights(path):
-    """{name: tensor} as a file of any kind has them: safetensors, a state dict, what holds one, an archive
-    of TorchScript such as OpenAI's, or the index of a model in several files. Raises InputError."""
-    return named_tensors(read_file(path), path)
-
-
 def read_file(path):
-    """What lies in a file, as torch.load gives it."""
+    """What lies in a file of any kind, as torch.load gives it: safetensors, a state dict, what holds one, an
+    archive of TorchScript such as OpenAI's, or the index of a model in several files. Raises InputError."""
     path = Path(path)
     if not path.is_file():
         raise InputError(f"no file of weights at {path}")

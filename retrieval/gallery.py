@@ -584,7 +584,7 @@ def renamed(old, folder, say):
     return old
 
 
-def open_gallery(encoders, args, say, progress=True):
+def open_gallery(encoders, args, say):
     """The up-to-date index of the gallery that the options name. say: takes a line about what was done."""
     away = {}
     if args.split is None:
@@ -614,7 +614,7 @@ def open_gallery(encoders, args, say, progress=True):
             index.folder = None
         change = index.update(
             found,
-            lambda paths: encode_below(encoders, index, paths, args, progress),
+            lambda paths: encode_below(encoders, index, paths, args),
             args.index_type,
             say,
             away,
@@ -664,11 +664,11 @@ def split_pictures(args):
     return source.images, stamps_of(source.images, paths)
 
 
-def encode_below(encoders, index, paths, args, progress):
+def encode_below(encoders, index, paths, args):
     """Encoders.encode_files with paths relative to the index's gallery, what it does not know yet by content,
     and a progress bar."""
     full = {os.path.join(index.gallery, path): path for path in paths}
-    with progress_bar(len(paths), "pictures", progress, unit="img") as bar:
+    with progress_bar(len(paths), "pictures", unit="img") as bar:
         unknown = (
             os.path.join(index.gallery, path) for path in index.unknown(paths, args.num_workers, bar.update)
         )

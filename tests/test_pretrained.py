@@ -18,7 +18,7 @@ from torch import nn
 from model import build_model, pretrained
 from model.fetch import CHECKPOINTS, download
 from model.pretrained import load_clip, resize_positions
-from model.weights_file import read_weights
+from model.weights_file import named_tensors, read_file
 from tests.recipe import POCKET, clip_weights, tiny_args
 from utils.errors import InputError
 from utils.options import CLIP_MODELS
@@ -29,6 +29,11 @@ pytestmark = pytest.mark.filterwarnings(
 
 TABLE = {"RN50": "RN50", "RN101": "RN101", "RN50x4": "RN50x4", "RN50x16": "RN50x16", "RN50x64": "RN50x64"}
 TABLE |= {"ViT-B/32": "ViT-B-32", "ViT-B/16": "ViT-B-16", "ViT-L/14": "ViT-L-14"}
+
+
+def read_weights(path):
+    """{name: tensor} of a file of weights."""
+    return named_tensors(read_file(path), path)
 
 
 @pytest.fixture(scope="module")

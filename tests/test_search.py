@@ -602,7 +602,7 @@ def opened(home, encoders, tmp_path):
     def call(folder, *words):
         lines = []
         words = ["--config_file", run, "--device", "cpu", "--gallery", folder, "--encode_batch", 4, *words]
-        index = open_gallery(encoders, search_args([*map(str, words)]), lines.append, progress=False)
+        index = open_gallery(encoders, search_args([*map(str, words)]), lines.append)
         return index, lines
 
     return call
