@@ -106,14 +106,10 @@ def chance(features, repeats=20, seed=0):
 
 
 def log_table(rows):
-    logger.info(f"\n{table(rows)}")
-
-
-def table(rows):
-    """The published log's table. rows: {task: {R1: …, …}}."""
+    """As the published log has it. rows: {task: {R1: …, …}}."""
     from prettytable import PrettyTable
 
     table = PrettyTable(["task", *FIGURES])
     for task, row in rows.items():
         table.add_row([task, *(f"{row[name]:.3f}" for name in FIGURES)])
-    return table
+    logger.info(f"\n{table}")

@@ -102,7 +102,7 @@ class Page:
             raise InputError("search first, then choose a picture and a word")
         path, name = result.pictures[place], shown(result.names[place])
         try:
-            stamp = stamp_of(path)
+            stamp = stamp_at(path)
             picture = small_copy(path, stamp)
             if number is None:
                 return picture, name
@@ -125,7 +125,7 @@ class Page:
             raise InputError(
                 f"that folder holds {len(files)} files; at most {self.max_pictures} are taken here"
             )
-        found = {path: stamp_of(path) for path in files if os.path.exists(path)}
+        found = {path: stamp_at(path) for path in files if os.path.exists(path)}
         empty = GalleryIndex(None, "", self.encoders.fingerprint, self.encoders.width)
         index = copy.deepcopy(own) if own else empty
         index.update(found, self.encoders.encode_files)
@@ -137,7 +137,8 @@ class Page:
         return index, f"your {plural(len(index), 'picture')} {verb} searched{left_out}"
 
 
-def stamp_of(path):
+def stamp_at(path):
+    """A file's Stamp, of size and time alone."""
     try:
         state = os.stat(path)
     except OSError as error:
@@ -155,7 +156,7 @@ def small_copy(path, stamp):
 
 def small_copy_or_none(path):
     try:
-        return small_copy(path, stamp_of(path))
+        return small_copy(path, stamp_at(path))
     except InputError:
         return None
 

@@ -534,13 +534,13 @@ def photo(path, size=(2400, 1600), seed=0, **save):
 @pytest.mark.parametrize("size", [(2400, 1600), (1600, 2400), (6000, 300), (150, 300)])
 def test_a_small_copy_is_the_large_picture_made_small(tmp_path, size, turn):
     from retrieval.encoders import open_picture
-    from retrieval.page import BOX, small_copy, stamp_of
+    from retrieval.page import BOX, small_copy, stamp_at
 
     exif = Image.Exif()
     exif[0x0112] = turn
     path = photo(tmp_path / "a.jpg", size, exif=exif, quality=95)
     full = ImageOps.contain(open_picture(path), BOX)
-    small = small_copy(path, stamp_of(path))
+    small = small_copy(path, stamp_at(path))
     assert abs(small.width - full.width) <= 1 and abs(small.height - full.height) <= 1
     difference = np.abs(np.asarray(small.resize(full.size), float) - np.asarray(full, float))
     assert difference.mean() < 2
@@ -561,7 +561,7 @@ def test_a_picture_of_one_line_does_not_end_a_search(encoders, tmp_path):
 
 
 def test_a_search_keeps_small_copies_until_their_files_change(encoders, tmp_path):
-    from retrieval.page import BOX, KEPT, Page, small_copy, stamp_of
+    from retrieval.page import BOX, KEPT, Page, small_copy, stamp_at
 
     paths = [photo(tmp_path / f"{n}.jpg", seed=n) for n in range(3)]
     page = Page(encoders, None, 5, 10)
@@ -577,7 +577,7 @@ def test_a_search_keeps_small_copies_until_their_files_change(encoders, tmp_path
     assert [caption for _, caption in after] == [caption for _, caption in before]
     assert all(a.tobytes() == b.tobytes() for (a, _), (b, _) in zip(after, before, strict=True))
     photo(result.pictures[0], (300, 900), seed=9)
-    assert small_copy(result.pictures[0], stamp_of(result.pictures[0])).size == (128, 384)
+    assert small_copy(result.pictures[0], stamp_at(result.pictures[0])).size == (128, 384)
     _, left, remark = page.search("a woman", own)
     assert len(left) == 2 and "1 picture gone or changed since" in remark  # its features are another one's
     assert small_copy.cache_info().maxsize == KEPT and 3 * KEPT * BOX[0] * BOX[1] < 500e6
@@ -585,11 +585,11 @@ def test_a_search_keeps_small_copies_until_their_files_change(encoders, tmp_path
 
 def test_the_model_sees_a_large_photo_as_it_was_indexed(encoders, tmp_path):
     from retrieval.encoders import open_picture
-    from retrieval.page import Page, as_the_model_sees, small_copy, stamp_of
+    from retrieval.page import Page, as_the_model_sees, small_copy, stamp_at
     from retrieval.relevance import heat, word_maps
 
     path = photo(tmp_path / "a.jpg")
-    stamp = stamp_of(path)
+    stamp = stamp_at(path)
     page = Page(encoders, None, 5, 10)
     own, _ = page.upload([path])
     seen = as_the_model_sees(path, stamp, encoders.img_size)
