@@ -392,10 +392,7 @@ def describe_data(dataset, root_dir):
         splits = read_splits(dataset, root_dir, images_must_exist=False)
     except InputError:  # the runs may have been made elsewhere
         return None
-    counts = {
-        name: [len(set(split.image_pids)), len(split.image_pids), len(split.captions)]
-        for name, split in splits.by_name.items()
-    }
+    counts = {name: list(split.counts) for name, split in splits.by_name.items()}
     return {"sha256": hashlib.sha256(splits.source.path.read_bytes()).hexdigest(), **counts}
 
 

@@ -43,6 +43,11 @@ class EvalSplit(NamedTuple):
     caption_pids: list
     captions: list
 
+    @property
+    def counts(self):
+        """(persons, images, captions)"""
+        return len(set(self.image_pids)), len(self.image_pids), len(self.captions)
+
 
 class Splits(NamedTuple):
     name: str
@@ -268,7 +273,7 @@ def statistics_table(splits):
 
     table = PrettyTable(["subset", "ids", "images", "captions"])
     for subset, split in splits.by_name.items():
-        table.add_row([subset, len(set(split.image_pids)), len(split.image_pids), len(split.captions)])
+        table.add_row([subset, *split.counts])
     return table
 
 

@@ -37,7 +37,7 @@ def check_counts(splits):
     row = splits.source.row
     if row is None or row.published is None:
         return []
-    found = {name: _counts(split) for name, split in splits.by_name.items()}
+    found = {name: split.counts for name, split in splits.by_name.items()}
     differing = [
         f"{name} {found[name]}, published {row.published[name]}"
         for name in found
@@ -52,10 +52,6 @@ def check_counts(splits):
     return [
         Finding(f"ids, images, captions are not the published ones: {'; '.join(differing)}{cause}", False)
     ]
-
-
-def _counts(split):
-    return len(set(split.image_pids)), len(split.image_pids), len(split.captions)
 
 
 def check_images_once(splits):
