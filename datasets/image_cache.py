@@ -2,7 +2,7 @@
 
 A kept image is what decoding and resizing gave, uint8 [3, H, W]. On disk they lie one behind the other in one
 file, DIR/<data set>_<H>x<W>.pixels, after an index of path, file size and time of change of each image: an
-image that changed is decoded anew, a file that is cut short, of another kind or another Pillow's written so.
+image that changed is decoded anew; all are where the file is cut short, of another kind or another Pillow's.
 """
 
 import json
