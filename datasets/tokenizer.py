@@ -16,6 +16,7 @@ import torch
 from utils.errors import InputError
 
 MASK, SOT, EOT = 49405, 49406, 49407
+SPECIAL = ("<|mask|>", "<|startoftext|>", "<|endoftext|>")  # their pieces
 MERGES = 49152 - 256 - 2
 VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"  # OpenAI's; shipped inside the package open_clip_torch
 
@@ -38,24 +39,29 @@ def bytes_to_unicode():
     return {byte: chr(byte) for byte in visible} | {byte: chr(256 + n) for n, byte in enumerate(hidden)}
 
 
+@lru_cache(maxsize=1)  # a tenth of a second and more: each split and each caption's tokenizer shares it
+def read_vocabulary(path):
+    """{merge: rank}, {piece: id} and {id: piece} of a file of merges; not to be changed."""
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        lines = file.read().split("\n")[1 : MERGES + 1]
+    merges = [tuple(line.split()) for line in lines]
+    characters = list(bytes_to_unicode().values())
+    # the last merge makes "jekyll</w>", whose place `<|mask|>` takes: the word stays two pieces
+    # (published: it is merged and then has no id, a KeyError)
+    pieces = characters + [c + "</w>" for c in characters] + ["".join(merge) for merge in merges[:-1]]
+    vocabulary = [*pieces, *SPECIAL]
+    ranks = {merge: rank for rank, merge in enumerate(merges[:-1])}
+    return ranks, {piece: i for i, piece in enumerate(vocabulary)}, dict(enumerate(vocabulary))
+
+
 class SimpleTokenizer:
     """encode(text) -> ids without SOT and EOT; decode(ids) -> text."""
 
     def __init__(self, bpe_path=None):
-        with gzip.open(bpe_path or vocabulary_file(), "rt", encoding="utf-8") as file:
-            lines = file.read().split("\n")[1 : MERGES + 1]
-        merges = [tuple(line.split()) for line in lines]
+        self.merge_rank, self.encoder, self.decoder = read_vocabulary(bpe_path or vocabulary_file())
         self.byte_encoder = bytes_to_unicode()
         self.byte_decoder = {character: byte for byte, character in self.byte_encoder.items()}
-        characters = list(self.byte_encoder.values())
-        vocabulary = characters + [c + "</w>" for c in characters] + ["".join(merge) for merge in merges]
-        # the last merge makes "jekyll</w>", whose place `<|mask|>` takes: the word stays two pieces
-        # (published: it is merged and then has no id, a KeyError)
-        self.merge_rank = {merge: rank for rank, merge in enumerate(merges[:-1])}
-        vocabulary[-1:] = ["<|mask|>", "<|startoftext|>", "<|endoftext|>"]
-        self.encoder = {piece: i for i, piece in enumerate(vocabulary)}
-        self.decoder = {i: piece for piece, i in self.encoder.items()}
-        self.cache = {special: (special,) for special in vocabulary[-3:]}
+        self.cache = {special: (special,) for special in SPECIAL}
         self.pattern = regex.compile(
             r"<\|startoftext\|>|<\|mask\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d"
             r"|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+",

@@ -1,6 +1,5 @@
 """A trained run as two functions: sentences to features, pictures to features."""
 
-import functools
 import hashlib
 import math
 from concurrent.futures import ThreadPoolExecutor
@@ -29,7 +28,7 @@ class Encoders:
         self.model, self.device = model.eval(), device
         self.img_size, self.text_length = tuple(img_size), text_length
         self.fingerprint = fingerprint  # as fingerprint_of gives it
-        self.tokenizer = tokenizer()
+        self.tokenizer = SimpleTokenizer()
         self.width = model.width
 
     def token_count(self, sentence):
@@ -85,11 +84,6 @@ class Encoders:
             return self.pixels(path)
         except InputError as error:
             return error
-
-
-@functools.cache
-def tokenizer():
-    return SimpleTokenizer()  # a tenth of a second and more: one serves all
 
 
 def open_run(args):

@@ -1,5 +1,6 @@
 """CLIP's tokeniser and the masking against published ids, open_clip's tokeniser and Python's `random`."""
 
+import gzip
 import json
 import math
 import random
@@ -50,6 +51,15 @@ def test_captions_encoded_together_are_the_same_as_one_by_one(tokenizer):
     together = tokenize_all(captions, 64)
     assert torch.equal(together, torch.stack([tokenize(caption, tokenizer, 64) for caption in captions]))
     assert tokenize_all([], 64).shape == (0, 64)
+
+
+def test_the_vocabulary_is_read_once_and_another_file_has_its_own(tokenizer, tmp_path):
+    assert SimpleTokenizer().encoder is tokenizer.encoder
+    path = tmp_path / "merges.gz"
+    path.write_bytes(gzip.compress(b"#version\nh e\nhe y</w>\na b"))  # the last one's place is <|mask|>'s
+    other = SimpleTokenizer(path)
+    assert len(other.encoder) == 2 * 256 + 2 + 3 and other.encode("hey") == [513]
+    assert SimpleTokenizer().encode("hey") == tokenizer.encode("hey") != [513]
 
 
 def test_vocabulary_keeps_its_size_and_the_last_three_places_are_special(tokenizer):
