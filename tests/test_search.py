@@ -520,20 +520,55 @@ def test_a_file_that_could_not_be_read_is_tried_again_and_no_picture_is_not(
     assert "6 pictures" in err and "1 encoded" in err and "1 unreadable as before" in err
 
 
+STOPS = [signal.SIGTERM, signal.SIGHUP, signal.SIGINT]
+
+
+def signalled_after_three(number, image_features):
+    """Encoders.image_features, which is called a fourth time only to send its own process a signal."""
+    count = []
+
+    def signalled(self, pictures):
+        count.append(1)
+        if len(count) == 4:
+            signal.raise_signal(number)  # to this thread: at once, however busy the others are
+        return image_features(self, pictures)
+
+    return signalled
+
+
+@pytest.fixture
+def signals_of_a_program():
+    """Signals do as in a program that begins, and afterwards what they did before."""
+    earlier = {number: signal.getsignal(number) for number in STOPS}
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    yield
+    for number, handler in earlier.items():
+        signal.signal(number, handler)
+
+
 @needs_faiss
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT], ids=lambda n: n.name)
-def test_a_signal_keeps_what_has_been_encoded(number, home, gallery, tmp_path):
+@pytest.mark.parametrize("number", STOPS, ids=lambda n: n.name)
+def test_a_signal_keeps_what_has_been_encoded(
+    number, signals_of_a_program, search, gallery, tmp_path, monkeypatch
+):
     """Batches of one picture; the signal comes from the program itself, after the third."""
+    from retrieval.encoders import Encoders
+
+    monkeypatch.setattr(Encoders, "image_features", signalled_after_three(number, Encoders.image_features))
+    status, _, err = search("--gallery", gallery, "--encode_batch", "1")
+    assert status == 130 and "Traceback" not in err
+    table = json.loads((tmp_path / "index" / "table.json").read_text())
+    assert len(table["paths"]) == 3
+
+
+@needs_faiss
+@pytest.mark.parametrize("number", STOPS, ids=lambda n: n.name)
+def test_a_program_that_a_signal_ends_keeps_what_has_been_encoded(number, home, gallery, tmp_path):
     code = f"""
-import signal, sys
-from retrieval import encoders
-real, count = encoders.Encoders.image_features, []
-def image_features(self, pictures):
-    count.append(1)
-    if len(count) == 4:
-        signal.raise_signal({int(number)})  # to this thread: at once, however busy the others are
-    return real(self, pictures)
-encoders.Encoders.image_features = image_features
+import sys
+from retrieval.encoders import Encoders
+from tests.test_search import signalled_after_three
+Encoders.image_features = signalled_after_three({int(number)}, Encoders.image_features)
 import search
 sys.exit(search.main(sys.argv[1:]))
 """
