@@ -62,12 +62,14 @@ SLOW = {  # what --fast leaves out, by what takes it long: a file, or file::begi
     ),
     "the model at full size": ("test_model_reference.py::test_full_size",),
     "each combination of losses and each way to train, in each precision": (
+        "test_micro_batch.py::test_parts_of_a_batch_give_the_losses_and_gradients_of_two_or_three",
         "test_pretended.py::test_every_combination_of_losses",
         "test_pretended.py::test_every_way_to_train",
     ),
     "downloads that are tried again": ("test_hub.py::test_a_download_that_breaks_off",),
     "compilers": (
         "test_exactness.py::test_compiled_encoders",
+        "test_methods.py::test_compiled_encoders",
         "test_surroundings.py::test_a_machine_without_a_compiler",
         "test_exactness.py::test_what_torch_compile_generates",
         "test_export.py::test_onnx",
