@@ -10,6 +10,8 @@ import pytest
 
 # before PyTorch is loaded: on busy cores, threads that spin while they wait make the tests ten times slower
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: threads of each would fight for them
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # a shell without job control starts what it puts in the background with SIGINT ignored, nohup with SIGHUP
 # ignored; the programs that tests start and then stop would inherit that
