@@ -3,6 +3,7 @@
 The demo, the tests and the benchmarks use it, so that they need nothing from outside:
 
     python -m datasets.synthetic --format CUHK-PEDES --ids 200 --root data_synthetic
+    python -m datasets.synthetic --hard small --noise 0.2 --root data_hard          see synthetic_hard.py
 
 A person is five phrases (head, top, bottom, shoes, bag). Any two persons of a data set differ in at least two
 of them and a sentence leaves out at most one, so every sentence fits one person only.
@@ -32,6 +33,10 @@ FORMATS = {  # annotation file, key of the image path, first id, captions an ima
     for name, row in DATA_SETS.items()
 }
 SPLITS = ("train", "val", "test")
+HARD = {  # sizes of hard sets: see synthetic_hard.py
+    "small": {"ids": 800, "val_ids": 100, "test_ids": 300, "images_per_id": 3, "size": [96, 40]},
+    "cuhk": {"ids": 11_003, "val_ids": 1000, "test_ids": 1000, "images_per_id": 3},
+}
 CUHK_FOLDERS = ("cam_a", "cam_b", "CUHK01", "CUHK03", "Market", "test_query", "train_query")
 MAX_IDS = 30_000  # of a split: a fraction of the persons there are, so that new ones are found at once
 
@@ -205,8 +210,9 @@ def darker(colour, factor=0.7):
     return tuple(int(v * factor) for v in colour) if sum(colour) > 120 else tuple(v + 42 for v in colour)
 
 
-def draw(identity, view, rng, size):
-    """The PIL image, (height, width) = size, of a person in one of VIEWS; all else in it is up to rng."""
+def draw(identity, view, rng, size, obstruct=None):
+    """The PIL image, (height, width) = size, of a person in one of VIEWS; all else in it is up to rng.
+    obstruct(image, rng): draws what stands in front, instead of at times an obstacle."""
     height, width = size
     smooth = 2  # drawn at twice the size, for smooth edges
     image = Image.new("RGB", (smooth * width, smooth * height))
@@ -215,7 +221,9 @@ def draw(identity, view, rng, size):
     sole, centre = smooth * height * rng.uniform(0.95, 0.985), smooth * width * rng.uniform(0.45, 0.55)
     flip = {"left": -1, "right": 1}.get(view[0]) or rng.choice((-1, 1))
     draw_person(Brush(image, view[0], scale, centre, sole - scale, flip), identity, view[1], rng)
-    if rng.random() < 0.15:
+    if obstruct:
+        obstruct(image, rng)
+    elif rng.random() < 0.15:
         draw_obstacle(image, rng)
     return photograph(image.reduce(smooth), rng)
 
@@ -449,11 +457,19 @@ def make_dataset(
     """
     counts = {"train": train_ids, "val": 0 if format == "ICFG-PEDES" else val_ids, "test": test_ids}
     check_arguments(format, counts, images_per_id, size)
-    folder = Path(root) / format
-    annotation, stamp = folder / FORMATS[format][0], folder / "synthetic.json"
-    arguments = json.dumps(
-        {"version": VERSION, "ids": counts, "images": images_per_id, "seed": seed, "size": size}
-    )
+    arguments = {"version": VERSION, "ids": counts, "images": images_per_id, "seed": seed, "size": size}
+
+    def draw_records(imgs):
+        return draw_all(imgs, format, counts, images_per_id, seed, size, progress)
+
+    return made(Path(root) / format, arguments, draw_records)
+
+
+def made(folder, arguments, draw_records):
+    """The folder, of the name of a format, with what the arguments stand for: the images that
+    draw_records(imgs) draws, and the records that it returns."""
+    annotation, stamp = folder / FORMATS[folder.name][0], folder / "synthetic.json"
+    arguments = json.dumps(arguments)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not stamp.exists() and any(folder.iterdir()):
@@ -466,8 +482,7 @@ def make_dataset(
         write_whole(stamp, arguments)
         if (folder / "imgs").exists():
             shutil.rmtree(folder / "imgs")
-        records = draw_all(folder / "imgs", format, counts, images_per_id, seed, size, progress)
-        write_whole(annotation, json.dumps(records, indent=1))
+        write_whole(annotation, json.dumps(draw_records(folder / "imgs"), indent=1))
     except OSError as error:
         raise InputError(f"{folder} cannot be written: {error.strerror or error}") from error
     return folder
@@ -498,15 +513,19 @@ def draw_all(imgs, format, counts, images_per_id, seed, size, progress):
                     rng = Random(f"{seed}/{split}/{index}/{number}")
                     view, words = rng.choice(VIEWS), Random(f"{seed}/{split}/{index}/{number}/words")
                     captions = [describe(identity, view, words) for _ in range(captions_per_image)]
-                    height = rng.randint(160, 224)
-                    varied = height, round(height * rng.uniform(0.38, 0.46))
                     name = image_name(format, pid, number)
-                    (imgs / name).parent.mkdir(parents=True, exist_ok=True)
-                    draw(identity, view, rng, size or varied).save(imgs / name, quality=rng.randint(75, 95))
+                    draw_file(imgs / name, identity, view, rng, size)
                     records.append({"split": split, "captions": captions, path_key: name, "id": pid})
                     bar.update()
                 pid += 1
     return records
+
+
+def draw_file(path, identity, view, rng, size, obstruct=None):
+    height = rng.randint(160, 224)
+    varied = height, round(height * rng.uniform(0.38, 0.46))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draw(identity, view, rng, size or varied, obstruct).save(path, quality=rng.randint(75, 95))
 
 
 def image_name(format, pid, number):
@@ -532,6 +551,9 @@ def main(argv=None):
     add = parser.add_argument
     add("--format", default=DEFAULT, choices=list(FORMATS), help="the data set whose files to imitate")
     add("--root", default="data_synthetic", help="the folder in which to make the folder <format>")
+    sizes = f"{' or '.join(HARD)}: persons who differ in one attribute; --ids … too change what it is made of"
+    add("--hard", choices=list(HARD), help=sizes)
+    add("--noise", type=float, help="with --hard: share of the training captions that describe somebody else")
     add("--ids", type=int, default=200, help="identities to train on")
     add("--val_ids", type=int, default=20, help="not used for ICFG-PEDES, which has no val split")
     add("--test_ids", type=int, default=50)
@@ -539,14 +561,29 @@ def main(argv=None):
     add("--seed", type=int, default=0)
     add("--size", type=int, nargs=2, metavar=("H", "W"), help="of every image; varied when not given")
     args = parser.parse_args(argv)
+    if args.noise is not None and not args.hard:
+        raise InputError("--noise goes with --hard; train.py's --noisy_rate exchanges captions of any set")
+    if args.hard:
+        parser.set_defaults(**HARD[args.hard])
+        args = parser.parse_args(argv)
     counts = args.ids, args.val_ids, args.test_ids, args.images_per_id
-    folder = make_dataset(args.root, args.format, *counts, args.seed, args.size, sys.stderr.isatty())
+    where, progress = (args.root, args.format, *counts, args.seed, args.size), sys.stderr.isatty()
+    if args.hard:
+        from datasets.synthetic_hard import make_hard_dataset  # it draws with what stands here
+
+        folder = make_hard_dataset(*where, args.noise or 0.0, progress)
+    else:
+        folder = make_dataset(*where, progress)
     records = json.loads((folder / FORMATS[args.format][0]).read_text())
     captions = sum(len(record["captions"]) for record in records)
     people = len({record["id"] for record in records})
     print(
         f"{printable(str(folder))} holds {people} persons in {len(records)} images with {captions} sentences."
     )
+    if args.hard:
+        from datasets.synthetic_hard import about
+
+        print(about(records))
 
 
 if __name__ == "__main__":
