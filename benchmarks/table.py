@@ -15,6 +15,7 @@ which holds no paths and no names.
 import argparse
 import hashlib
 import json
+import math
 import os
 import re
 import shlex
@@ -43,6 +44,8 @@ class Row(NamedTuple):
     words: str = ""  # what is typed besides; {number}: of the data set, from 0
     source: str = ""  # of the published figures
     published: tuple = ()  # for each of DATA_SETS: Rank-1, Rank-5, Rank-10, mAP, mINP; None: not given
+    below: str = ""  # where below --root_dir its data sets are; {seed}: of the run
+    last: str = "last"  # the checkpoint of the last epoch that is tested
 
 
 IRRA, RDE, NAM = "arXiv 2303.12501", "arXiv 2308.09911", "arXiv 2405.04940"
@@ -120,16 +123,13 @@ class Run(NamedTuple):
 # ---- what is there, and what is to be done ----
 
 
-def runs_in(output_dir):
+def runs_in(output_dir, rows=ROWS):
     """{Run: folder} of what can be gone on with or is finished; the newest where there are several."""
-    found, files = (
-        {},
-        [*Path(output_dir).glob("*/*/last.pth"), *Path(output_dir).glob("*/*/results_last.json")],
-    )
-    for file in sorted(files):
+    found, output_dir = {}, Path(output_dir)
+    for file in sorted([*output_dir.glob("*/*/last.pth"), *output_dir.glob("*/*/results*.json")]):
         folder = file.parent
         named = re.fullmatch(r"(.+)_seed(\d+)(_val)?", name_in(folder) or "")
-        if named and named[1] in ROWS and folder.parent.name in DATA_SETS:
+        if named and named[1] in rows and folder.parent.name in DATA_SETS:
             found[Run(named[1], folder.parent.name, int(named[2]), bool(named[3]))] = folder
     return found
 
@@ -143,23 +143,37 @@ def results(folder, name="results"):
     return found if table_report.are_figures(found) else None
 
 
-def is_finished(folder):
-    best, last = results(folder), results(folder, "results_last")
+def is_finished(folder, row):
+    best, last = results(folder), results(folder, f"results_{row.last}")
     try:
         return bool(best and last) and last["epoch"] == read_run_options(folder / "configs.yaml").num_epoch
     except InputError:  # who asks for this run is told
         return False
 
 
-def recipe(run):
-    row = ROWS[run.row]
+def recipe(run, row):
     words = row.words.format(number=list(DATA_SETS).index(run.dataset)).split()
     return ["--config_file", str(ROOT / f"configs/{row.config}.yaml"), *words]
 
 
+def root_of(run, args):
+    """The folder that holds a run's data sets."""
+    below = args.known[run.row].below.format(seed=run.seed)
+    return str(Path(args.root_dir, below)) if below else args.root_dir
+
+
 def train_words(run, args):
-    where = ["--dataset_name", run.dataset, "--root_dir", args.root_dir, "--output_dir", args.output_dir]
-    words = [*recipe(run), *args.words, *where, "--name", run.name, "--seed", str(run.seed)]
+    root = root_of(run, args)
+    where = ["--dataset_name", run.dataset, "--root_dir", root, "--output_dir", args.output_dir]
+    words = [
+        *recipe(run, args.known[run.row]),
+        *args.words,
+        *where,
+        "--name",
+        run.name,
+        "--seed",
+        str(run.seed),
+    ]
     return words + ["--val_dataset", "val"] * run.val
 
 
@@ -173,7 +187,7 @@ def differing(options, others):
 
 def commands(run, args, folder=None):
     """What is still to run, as words for Python. Raises InputError where the run that is there is another."""
-    words = train_words(run, args)
+    words, root, row = train_words(run, args), root_of(run, args), args.known[run.row]
     if folder:
         other = differing(vars(read_run_options(folder / "configs.yaml")), vars(get_args(words)))
         if other:
@@ -181,18 +195,18 @@ def commands(run, args, folder=None):
                 f"{folder} was made with {table_report.shown(other)}, which is not what is asked for now: "
                 "give another --output_dir, or move that folder away"
             )
-        if is_finished(folder):
+        if is_finished(folder, row):
             return []
     if folder and (folder / "last.pth").exists():
         words += ["--resume", "--resume_ckpt_file", str(folder)]
     else:
         folder = Path(args.output_dir) / run.dataset / f"{PATTERN}{run.name}"
-    last = ["--checkpoint", str(folder / "last.pth")]
-    return [[str(ROOT / "train.py"), *words], test_words(folder, args), test_words(folder, args, *last)]
+    last = ["--checkpoint", str(folder / f"{row.last}.pth")]
+    return [[str(ROOT / "train.py"), *words], test_words(folder, root), test_words(folder, root, *last)]
 
 
-def test_words(folder, args, *more):
-    return [str(ROOT / "test.py"), "--config_file", str(folder), "--i2t", "--root_dir", args.root_dir, *more]
+def test_words(folder, root, *more):
+    return [str(ROOT / "test.py"), "--config_file", str(folder), "--i2t", "--root_dir", root, *more]
 
 
 def cross_commands(run, args, folder):
@@ -200,7 +214,7 @@ def cross_commands(run, args, folder):
     best = results(folder)
     others = [name for name in args.datasets if name != run.dataset]
     return [
-        test_words(folder, args, "--dataset_name", other)
+        test_words(folder, root_of(run, args), "--dataset_name", other)
         for other in others
         if (results(folder, f"results_{other}_test") or {}).get("epoch") != best["epoch"]
     ]
@@ -208,13 +222,14 @@ def cross_commands(run, args, folder):
 
 def plan(args):
     """{Run: what gives its commands}, in the order of data sets, rows, seeds."""
-    there = runs_in(args.output_dir)
+    there = runs_in(args.output_dir, args.known)
     kinds = (False, True) if args.val else (False,)
     asked = [Run(*of, seed, val) for of in args.pairs for seed in dict.fromkeys(args.seeds) for val in kinds]
     asked = [run for run in asked if not (run.val and run.dataset in NO_VAL)]
     if not args.cross:
         return {run: lambda run=run: commands(run, args, there.get(run)) for run in asked}
-    finished = [run for run in asked if run in there and not run.val and is_finished(there[run])]
+    there = {run: there[run] for run in asked if run in there and not run.val}
+    finished = [run for run in there if is_finished(there[run], args.known[run.row])]
     if not finished:
         raise InputError(f"--cross: {args.output_dir} holds no finished run of what is asked for")
     return {run: lambda run=run: cross_commands(run, args, there[run]) for run in finished}
@@ -242,17 +257,23 @@ class Stopping(Exception):
     """The table is being interrupted."""
 
 
-class Programs:
-    """Programs that run beside one another, each on a device of its own, and end together."""
+TOOK = "benchmarks.table: seconds of CPU: "  # in a run's log, before the number
 
-    def __init__(self, gpus):
-        self.gpus, self.running, self.stopping, self.lock = SimpleQueue(), set(), False, threading.Lock()
+
+class Programs:
+    """Programs that run beside one another, each on a device of its own, and end together.
+    environment: of each of them, what it has besides."""
+
+    def __init__(self, gpus, **environment):
+        self.environment = {"PYTHONUNBUFFERED": "1", **environment}
+        self.gpus, self.running, self.stopping = SimpleQueue(), set(), False
+        self.lock, self.reaping = threading.Lock(), threading.Lock()
         for gpu in gpus:
             self.gpus.put(gpu)
 
     def run(self, words, log, gpu):
         """Raises InputError with the last thing that a program said which did not end well."""
-        env = {**os.environ, "PYTHONUNBUFFERED": "1"}
+        env = {**os.environ, **self.environment}
         if gpu is not None:
             env["CUDA_VISIBLE_DEVICES"] = gpu
         with open(log, "ab") as file:
@@ -264,16 +285,28 @@ class Programs:
                 # a terminal's Ctrl-C does not reach it: it is told once, since twice would lose something
                 process = subprocess.Popen([sys.executable, *words], env=env, start_new_session=True, **quiet)
                 self.running.add(process)
-        status = process.wait()
+        status, seconds = self.end_of(process)
+        said = log.read_bytes()[before:].decode("utf-8", "replace").split("\n")
         with self.lock:
             self.running.discard(process)
+        with open(log, "a", encoding="utf-8") as file:
+            file.write(f"{TOOK}{seconds:.1f}\n")
         if self.stopping:
             raise Stopping
         if status:
-            said = log.read_bytes()[before:].decode("utf-8", "replace").split("\n")
             last = next((line.strip() for line in reversed(said) if line.strip()), "nothing")
             ended = f"was ended by signal {-status}" if status < 0 else f"ended with status {status}"
             raise InputError(f"{Path(words[0]).name} {ended}: {last.removeprefix('error: ')} (see {log})")
+
+    def end_of(self, process):
+        """(status, seconds of CPU) of a process: what those of all that have ended grow by with this one."""
+        try:
+            os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        except (AttributeError, ChildProcessError):  # not every system has it; or it has ended in stop()
+            return process.wait(), math.nan
+        with self.reaping:
+            before, status, after = os.times(), process.wait(), os.times()
+        return status, sum(after[2:4]) - sum(before[2:4])
 
     def stop(self):
         with self.lock:
@@ -296,18 +329,22 @@ def gpus_for(jobs):
     return list(names)[:jobs] if number else [None] * jobs
 
 
-def run_all(args):
+def log_of(run, args):
+    return Path(args.output_dir) / run.dataset / f"{run.name}.txt"
+
+
+def run_all(args, programs):
     """Run what is missing; returns a sentence for each run that failed."""
-    programs, failed = Programs(gpus_for(args.jobs)), []
+    failed = []
 
     def execute(run, commands_of):
         gpu = programs.gpus.get()
         try:
             for number, words in enumerate(todo := commands_of(), start=1):
                 if any(PATTERN in word for word in words):
-                    folder = runs_in(args.output_dir)[run].name
+                    folder = runs_in(args.output_dir, args.known)[run].name
                     words = [word.replace(f"{PATTERN}{run.name}", folder) for word in words]
-                log = Path(args.output_dir) / run.dataset / f"{run.name}.txt"
+                log = log_of(run, args)
                 make_folder(log.parent, "--output_dir")
                 print(f"{run}: {Path(words[0]).name} ({number} of {len(todo)}; {log})", flush=True)
                 programs.run(words, log, gpu)
@@ -338,24 +375,36 @@ def collect(args, kept):
     stay those of the time when a run was first seen finished."""
     kept = {table_report.key_of(run): run for run in kept}
     records, data = [], {}
-    for run, folder in runs_in(args.output_dir).items():
-        if not is_finished(folder):
+    for run, folder in runs_in(args.output_dir, args.known).items():
+        row = args.known[run.row]
+        if not is_finished(folder, row):
             continue
-        record = record_of(run, folder)
+        record = {**record_of(run, folder, row), "seconds": seconds_of(log_of(run, args))}
         old = kept.get(table_report.key_of(record))
         if old and all(old[key] == record[key] for key in ("options", "best", "last")):
             facts = {key: old[key] for key in ("data", "machine", "versions")}
         else:
-            if run.dataset not in data:
-                data[run.dataset] = describe_data(run.dataset, args.root_dir)
-            facts = {"data": data[run.dataset], **describe_machine()}
+            place = run.dataset, root_of(run, args)
+            if place not in data:
+                data[place] = describe_data(*place)
+            facts = {"data": data[place], **describe_machine()}
         records.append({**record, **facts})
     return records
 
 
-def record_of(run, folder):
-    options = differing(vars(read_run_options(folder / "configs.yaml")), vars(get_args(recipe(run))))
-    best, last = results(folder), results(folder, "results_last")
+def seconds_of(log):
+    """Of CPU, all threads together, of all the programs that made a run; None where that is not known."""
+    try:
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:  # made by hand, or elsewhere
+        return None
+    seconds = sum(float(line.removeprefix(TOOK)) for line in lines if line.startswith(TOOK))
+    return round(seconds, 1) if seconds > 0 else None  # NaN is not
+
+
+def record_of(run, folder, row):
+    options = differing(vars(read_run_options(folder / "configs.yaml")), vars(get_args(recipe(run, row))))
+    best, last = results(folder), results(folder, f"results_{row.last}")
     others = {other: results(folder, f"results_{other}_test") for other in DATA_SETS if other != run.dataset}
     return {
         "row": run.row,
@@ -440,14 +489,19 @@ def read_words(argv):
     add("--merge", nargs="+", metavar="FILE", help="results files, table.json; run nothing")
     cut = argv.index("--") if "--" in argv else len(argv)
     args = parser.parse_args(argv[:cut])
-    args.words = argv[cut + 1 :]
+    args.words, args.known = argv[cut + 1 :], ROWS
     args.pairs = [(row, dataset) for dataset in args.datasets for row in args.rows]
+    check_words(args)
+    return args
+
+
+def check_words(args):
+    """A mistyped word is found before anything runs."""
     for word in args.words:
         if word.startswith("--") and (name := word[2:].partition("=")[0]) in SET_HERE:
             raise InputError(f"--{name} cannot stand after --: it is set for each run by the options before")
-    for row, dataset in args.pairs:  # a mistyped word is found before anything runs
+    for row, dataset in args.pairs:
         get_args(train_words(Run(row, dataset, 1), args))
-    return args
 
 
 @reports_errors
@@ -466,7 +520,7 @@ def main(argv=None):
     make_folder(args.output_dir, "--output_dir")
     file = Path(args.output_dir) / "table.json"
     kept = table_report.read_results(file) if file.exists() else []
-    failed = run_all(args)
+    failed = run_all(args, Programs(gpus_for(args.jobs)))
     table_report.write(collect(args, kept), ROWS, args.output_dir, "table", args.pairs)
     for sentence in failed:
         print(f"failed: {printable(sentence)}", file=sys.stderr)

@@ -30,7 +30,9 @@ KEYS = {  # of a run in it, and of what type
 
 
 def results_file(runs):
-    return json.dumps({"results of": "benchmarks.table", "version": VERSION, "runs": runs}, indent=1) + "\n"
+    """A line for each run, so that a comparison of two files shows which runs differ."""
+    head = json.dumps({"results of": "benchmarks.table", "version": VERSION})[:-1]
+    return f'{head}, "runs": [\n' + ",\n".join(map(json.dumps, runs)) + "\n]}\n"
 
 
 def read_results(path):
