@@ -1,0 +1,209 @@
+"""Compare methods on hard drawn sets (datasets/synthetic_hard.py), on two cores: docs/results.md.
+
+python -m benchmarks.drawn --rows all --seeds 1-5 --jobs 2     what is missing, and the table
+python -m benchmarks.drawn --rows irra,rde --dry               the commands only, to be pasted
+python -m benchmarks.drawn --write                             docs/results.md and its figures, of these runs
+python -m benchmarks.drawn --check                             whether docs/results.md is what they give
+python -m benchmarks.drawn --rows irra -- --num_epoch 2        what follows -- goes to every training
+
+A seed is that of a training and of a drawing: with another seed the persons are others too, so that what is
+found of a method over seeds is not of one set of persons. Rows of one seed and one share of wrong captions
+have the same set. A run has one thread; it is trained, tested, recognised and gone on with as in
+benchmarks.table.
+"""
+
+import argparse
+import json
+import sys
+import zlib
+from pathlib import Path
+
+from benchmarks import drawn_report, table, table_report
+from benchmarks.harness import RESULTS
+from benchmarks.table import Row, Run
+from datasets.synthetic import HARD
+from datasets.synthetic_hard import VERSION, make_hard_dataset
+from utils.data_sets import DEFAULT
+from utils.errors import InputError, printable, reports_errors, stop_like_an_interrupt
+from utils.files import make_folder, write_whole
+from utils.option_types import Parser, number_list, path
+from utils.options import count, get_args
+
+REPOSITORY = Path(__file__).parent.parent
+FIGURES, PAGE = RESULTS / "drawn.json", REPOSITORY / "docs" / "results.md"
+SIZES = HARD["small"]
+METHODS = {  # what is typed after --config_file configs/drawn.yaml
+    "clip": "--loss_names itc",
+    "cmpm": "--loss_names cmpm",
+    "sdm": "--loss_names sdm",
+    "sdm_id": "--loss_names sdm+id",
+    "sdm_mlm": "--loss_names sdm+mlm",
+    "sdm_mlm_clean": "--loss_names sdm+mlm --clean_captions",
+    "irra": "--loss_names sdm+mlm+id",
+    "irra_clean": "--loss_names sdm+mlm+id --clean_captions",
+    "irra_ema": "--loss_names sdm+mlm+id --ema 0.99",
+    "tal": "--loss_names tal --tau 0.1",
+    "rde_no_division": "--loss_names tal --tau 0.1 --token_selection",
+    "rde": "--loss_names tal --tau 0.1 --token_selection --division",
+    "fmfa": "--loss_names asdm+id+mlm+efa",
+    "tbps": "--loss_names nitc+ritc --soft_label 0.5",
+}
+NOISE = {  # share of wrong training captions: the rows that are run with it
+    0.0: METHODS,
+    0.2: ("clip", "sdm", "irra", "rde_no_division", "rde"),
+    0.5: ("clip", "sdm", "irra", "rde_no_division", "rde"),
+}
+
+
+def name_of(method, noise):
+    return f"{method}_noise_{noise}" if noise else method
+
+
+def row_of(method, noise):
+    last = "best_ema" if "--ema" in METHODS[method] else "last"
+    return Row("drawn", METHODS[method], below=f"noise_{noise}_seed_{{seed}}", last=last)
+
+
+ROWS = {name_of(method, noise): row_of(method, noise) for noise in NOISE for method in NOISE[noise]}
+NOISE_OF = {name_of(method, noise): noise for noise in NOISE for method in NOISE[noise]}
+
+
+def recipe_of(name):
+    """A number for all that a row's figures depend on and that stands in this repository."""
+    words = table.recipe(Run(name, DEFAULT, 1), ROWS[name])
+    options, usual = vars(get_args(words)), vars(get_args([]))
+    typed = {key: of for key, of in options.items() if of != usual[key] and key not in table.NO_MATTER}
+    drawn = {"drawing": VERSION, "noise": NOISE_OF[name], **SIZES}
+    return f"{zlib.crc32(json.dumps([typed, drawn], sort_keys=True).encode()):08x}"
+
+
+# ---- the sets ----
+
+
+def missing(args):
+    """The runs that are not finished; those that cannot be are told of when it is their turn."""
+    found = []
+    for run, commands_of in table.plan(args).items():
+        try:
+            found += [run] if commands_of() else []
+        except InputError:
+            pass
+    return found
+
+
+def drawing(run, args):
+    """What is typed to draw the set of a run."""
+    root, noise = table.root_of(run, args), str(NOISE_OF[run.row])
+    return ["--hard", "small", "--noise", noise, "--seed", str(run.seed), "--root", root]
+
+
+def draw_sets(args):
+    for root, run in {table.root_of(run, args): run for run in missing(args)}.items():
+        make_folder(root, "--root_dir")
+        ids = (SIZES[key] for key in ("ids", "val_ids", "test_ids", "images_per_id"))
+        folder = make_hard_dataset(root, run.dataset, *ids, run.seed, SIZES["size"], NOISE_OF[run.row])
+        print(f"drawn: {folder}", flush=True)
+
+
+def list_commands(args):
+    sets = {table.root_of(run, args): run for run in missing(args)}
+    for run in sets.values():
+        print(table.shown_command(["-m", "datasets.synthetic", *drawing(run, args)]))
+    table.list_commands(args)
+
+
+# ---- the figures ----
+
+
+def collected(args):
+    """The finished runs in OUTPUT_DIR, kept there too, with the recipes that they have."""
+    file = Path(args.output_dir) / "table.json"
+    kept = table_report.read_results(file) if file.exists() else []
+    runs = table.collect(args, kept)
+    if runs:
+        write_whole(file, table_report.results_file(runs))
+    return [{**run, "recipe": recipe_of(run["row"])} for run in runs]
+
+
+def check_sets(runs, args):
+    """A set that was drawn anew, otherwise, is not the one that was trained on."""
+    for run in runs:
+        of = Run(run["row"], run["dataset"], run["seed"])
+        now = table.describe_data(run["dataset"], table.root_of(of, args))
+        if now and run["data"] and now["sha256"] != run["data"]["sha256"]:
+            raise InputError(
+                f"{of}: its set was drawn anew, otherwise: give another --output_dir, or move the run away"
+            )
+
+
+def write(args):
+    """Put the runs in OUTPUT_DIR whose options are their row's into the repository."""
+    runs = [run for run in collected(args) if not run["options"]]
+    if not runs:
+        raise InputError(f"{args.output_dir} holds no finished run of a row with the row's own options")
+    check_sets(runs, args)
+    write_whole(FIGURES, table_report.results_file(runs))
+    write_whole(PAGE, drawn_report.page(runs, ROWS, NOISE_OF))
+    print(f"written: {FIGURES.relative_to(REPOSITORY)}, {PAGE.relative_to(REPOSITORY)} ({len(runs)} runs)")
+
+
+def check():
+    """Raises InputError where docs/results.md is not what the figures that are kept give."""
+    runs = table_report.read_results(FIGURES)
+    for run in runs:
+        if run["row"] not in ROWS or run.get("recipe") != recipe_of(run["row"]):
+            raise InputError(
+                f"{FIGURES}: {run['row']}, seed {run['seed']}, was made with another recipe than stands in "
+                "configs/drawn.yaml and benchmarks/drawn.py now: run it again, then --write"
+            )
+    if PAGE.read_text(encoding="utf-8") != drawn_report.page(runs, ROWS, NOISE_OF):
+        raise InputError(f"{PAGE} is not what {FIGURES} gives: --write makes it")
+    print(f"{PAGE.relative_to(REPOSITORY)} is what {len(runs)} runs give")
+
+
+# ---- the command ----
+
+
+def read_words(argv):
+    parser = Parser(prog="benchmarks.drawn", usage="python -m %(prog)s [option ...]", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    add = parser.add_argument
+    add("-h", "--help", action="help", help="this list")
+    add("--rows", type=table.name_list(ROWS), default="all", help=f"all, or of: {', '.join(ROWS)} [all]")
+    add("--seeds", type=number_list, default="1-5", help="e.g. 1,2,3 or 1-5 [1-5]")
+    add("--root_dir", type=path, default="data/drawn", help="where the sets are drawn [data/drawn]")
+    add("--output_dir", type=path, default="logs/drawn", help="where runs are kept [logs/drawn]")
+    add("--jobs", type=count, default=1, help="runs at a time, each with one thread [1]")
+    add("--dry", action="store_true", help="list the commands that are missing, run nothing")
+    add("--write", action="store_true", help="run nothing: write docs/results.md of what is in OUTPUT_DIR")
+    add("--check", action="store_true", help="run nothing: say whether docs/results.md is as --write made it")
+    cut = argv.index("--") if "--" in argv else len(argv)
+    args = parser.parse_args(argv[:cut])
+    args.words, args.known, args.val, args.cross = argv[cut + 1 :], ROWS, False, False
+    args.pairs = [(row, DEFAULT) for row in args.rows]
+    table.check_words(args)
+    return args
+
+
+@reports_errors
+def main(argv=None):
+    args = read_words(list(sys.argv[1:] if argv is None else argv))
+    if args.check:
+        return check()
+    if args.dry:
+        return list_commands(args)
+    if args.write:
+        return write(args)
+    stop_like_an_interrupt()
+    make_folder(args.output_dir, "--output_dir")
+    draw_sets(args)
+    failed = table.run_all(args, table.Programs([None] * args.jobs, OMP_NUM_THREADS="1"))
+    runs = [run for run in collected(args) if not run["options"]]
+    print(drawn_report.tables(runs, ROWS, NOISE_OF))
+    for sentence in failed:
+        print(f"failed: {printable(sentence)}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,242 @@
+"""`python -m benchmarks.drawn`: its paired test, its page, a tiny table that is interrupted and goes on."""
+
+import json
+import math
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from benchmarks import drawn, drawn_report, table, table_report
+from benchmarks.drawn_report import T95, difference, paired
+from benchmarks.table import Run
+from tests.test_table import TINY, record
+from utils.errors import InputError
+
+ROOT = Path(__file__).parent.parent
+SIZES = {"ids": 6, "val_ids": 0, "test_ids": 4, "images_per_id": 2, "size": [64, 32]}
+
+
+# ---- the paired test ----
+
+
+def test_a_paired_difference_is_that_of_an_example_by_hand():
+    """Differences 2, 1, 3, 6, 3: mean 3, squares of what is left 1, 4, 0, 9, 0: variance 14/4, standard error
+    √(3.5/5) = 0.83666, t of 4 degrees of freedom 2.776: 3 ± 2.3226."""
+    mean, half = paired([12.0, 14.0, 13.0, 18.0, 11.0], [10.0, 13.0, 10.0, 12.0, 8.0])
+    assert mean == pytest.approx(3) and half == pytest.approx(2.3226, abs=1e-4)
+
+
+def test_what_all_seeds_share_widens_no_interval():
+    easy, hard = [10.0, 50.0, 90.0], [9.0, 49.0, 89.0]
+    assert paired(easy, hard) == (1.0, 0.0)
+    assert paired([3.0], [1.0]) == (2.0, None)
+
+
+@pytest.mark.parametrize("degrees", range(1, len(T95) + 1))
+def test_a_quantile_leaves_2_5_percent_on_either_side(degrees):
+    """By the density of Student's t, added up between 0 and the quantile."""
+    scale = math.gamma((degrees + 1) / 2) / (math.sqrt(degrees * math.pi) * math.gamma(degrees / 2))
+    steps, width = 20_000, T95[degrees - 1] / 20_000
+    middles = ((n + 0.5) * width for n in range(steps))
+    inside = sum(scale * (1 + x * x / degrees) ** (-(degrees + 1) / 2) for x in middles) * width
+    assert inside == pytest.approx(0.475, abs=1e-4)
+
+
+def runs_of(row, *figures, first_seed=1, **more):
+    """Runs of a row with these Rank-1 of the last epoch."""
+    seeds = range(first_seed, first_seed + len(figures))
+    return [record(seed, R1, row, recipe="", **more) for seed, R1 in zip(seeds, figures, strict=True)]
+
+
+def test_seeds_that_only_one_of_two_rows_has_do_not_count():
+    ours, theirs = runs_of("irra", 5.0, 7.0, 6.0), runs_of("clip", 4.0, 5.0, 99.0, first_seed=2)
+    assert difference(ours, theirs, "R1") == paired([7.0, 6.0], [4.0, 5.0])
+    assert difference(ours, runs_of("clip", 1.0, first_seed=9), "R1") is None
+
+
+# ---- the page ----
+
+
+def test_the_page_tells_what_is_better_what_is_worse_and_what_cannot_be_told():
+    runs = runs_of("clip", 10.0, 11.0, 12.0) + runs_of("irra", 15.0, 16.5, 17.0, seconds=100.0)
+    runs += runs_of("cmpm", 5.0, 6.5, 7.0) + runs_of("tbps", 10.0, 15.0, 8.0)
+    text = drawn_report.page(runs, drawn.ROWS, drawn.NOISE_OF)
+    assert "- Rank-1 against CLIP: better: irra; worse: cmpm; no difference shown: tbps.\n" in text
+    (line,) = [line for line in text.splitlines() if line.startswith("| irra |")]
+    mean, half = paired([15.0, 16.5, 17.0], [10.0, 11.0, 12.0])
+    assert line.split("|")[2:4] == [" `--loss_names sdm+mlm+id` ", " 16.17 ± 1.04 "]
+    assert f" {mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}] |" in line and "| 100 | 3 |" in line
+    assert "Not run: sdm, sdm_id" in text
+
+
+def test_a_row_with_wrong_captions_is_held_against_baselines_with_as_many():
+    runs = runs_of("clip", 50.0, 51.0) + runs_of("clip_noise_0.2", 30.0, 32.0)
+    runs += runs_of("irra_noise_0.2", 33.0, 36.0)
+    text = drawn_report.page(runs, drawn.ROWS, drawn.NOISE_OF)
+    section = text.split("## 20% of the training captions wrong")[1].split("\n## ")[0]
+    mean, half = paired([33.0, 36.0], [30.0, 32.0])
+    assert f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]" in section and "| clip |" not in section
+
+
+def test_the_page_in_docs_is_what_the_kept_runs_give(capsys):
+    assert drawn.main(["--check"]) == 0, capsys.readouterr().err
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch):
+    """A page and its figures, of four runs, that tests may spoil."""
+    monkeypatch.setattr(drawn, "REPOSITORY", tmp_path)
+    monkeypatch.setattr(drawn, "FIGURES", tmp_path / "drawn.json")
+    monkeypatch.setattr(drawn, "PAGE", tmp_path / "results.md")
+    runs = runs_of("clip", 10.0, 11.0) + runs_of("irra", 12.0, 14.0)
+    runs = [{**run, "recipe": drawn.recipe_of(run["row"])} for run in runs]
+    drawn.FIGURES.write_text(table_report.results_file(runs))
+    drawn.PAGE.write_text(drawn_report.page(runs, drawn.ROWS, drawn.NOISE_OF))
+    return tmp_path
+
+
+def test_a_figure_that_was_typed_is_found(repository, capsys):
+    assert drawn.main(["--check"]) == 0
+    drawn.PAGE.write_text(drawn.PAGE.read_text().replace("13.00", "13.10"))
+    assert drawn.main(["--check"]) == 2
+    assert "--write makes it" in capsys.readouterr().err
+
+
+def test_figures_of_another_recipe_than_stands_there_are_found(repository, monkeypatch, capsys):
+    monkeypatch.setitem(drawn.ROWS, "irra", drawn.ROWS["irra"]._replace(words="--loss_names sdm+id"))
+    assert drawn.main(["--check"]) == 2
+    err = capsys.readouterr().err
+    assert "irra, seed 1, was made with another recipe" in err and err.count("\n") == 1
+
+
+def test_a_recipe_is_known_by_its_options_and_by_its_set(monkeypatch):
+    found = {name: drawn.recipe_of(name) for name in drawn.ROWS}
+    assert len(set(found.values())) == len(found)
+    monkeypatch.setitem(drawn.SIZES, "ids", 7)
+    assert not set(found.values()) & {drawn.recipe_of(name) for name in found}
+
+
+# ---- running ----
+
+
+@pytest.mark.parametrize("method", drawn.METHODS)
+def test_each_method_starts_on_a_hard_set_and_takes_a_step(method, tmp_path, monkeypatch, train_script):
+    monkeypatch.setattr(drawn, "SIZES", SIZES)
+    words = ["--rows", method, "--seeds", "1", "--root_dir", str(tmp_path / "data")]
+    args = drawn.read_words([*words, "--output_dir", str(tmp_path / "logs"), "--", *TINY, "--num_epoch", "1"])
+    drawn.draw_sets(args)
+    assert train_script.main(table.train_words(Run(method, "CUHK-PEDES", 1), args)) == 0
+
+
+def test_the_baselines_are_rows_of_every_share_of_wrong_captions():
+    for noise in drawn.NOISE:
+        names = {drawn.name_of(method, noise) for method in drawn_report.BASELINES}
+        assert names <= {name for name, of in drawn.NOISE_OF.items() if of == noise}
+
+
+def test_drawing_by_the_listed_command_is_what_the_runner_would_draw(tmp_path, monkeypatch, capsys):
+    from datasets import synthetic
+
+    sizes = {"ids": 4, "val_ids": 2, "test_ids": 2, "images_per_id": 1, "size": [64, 32]}
+    monkeypatch.setattr(drawn, "SIZES", sizes)
+    monkeypatch.setitem(synthetic.HARD, "small", sizes)
+    words = ["--rows", "irra_noise_0.2", "--seeds", "3", "--root_dir", str(tmp_path / "data")]
+    words += ["--output_dir", str(tmp_path / "logs")]
+    assert drawn.main([*words, "--dry"]) == 0
+    python, *command = shlex.split(capsys.readouterr().out.splitlines()[0])
+    assert (python, command[:2]) == ("python", ["-m", "datasets.synthetic"])
+    assert synthetic.main(command[2:]) == 0
+    (picture, *_) = (tmp_path / "data").rglob("*.jpg")
+    picture.write_bytes(b"mark")
+    drawn.draw_sets(drawn.read_words(words))
+    assert picture.read_bytes() == b"mark"  # it was taken as it is
+
+
+class Drawn:
+    """A table of two rows that is interrupted, goes on, is finished, and is written down."""
+
+    def __init__(self, folder):
+        self.output = folder / "logs"
+        where = ["--root_dir", str(folder / "data"), "--output_dir", str(self.output)]
+        self.words = ["--rows", "clip,irra_ema", "--seeds", "1", *where]
+        self.extra = ["--", *TINY, "--num_epoch", "6"]
+        process = subprocess.Popen(self.program("--jobs", "2"), cwd=ROOT, stdout=subprocess.DEVNULL)
+        limit = time.monotonic() + 120
+        while not list(self.output.glob("*/*/last.pth")) and process.poll() is None:
+            assert time.monotonic() < limit
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        self.interrupted = process.wait(60)
+        self.left = [path.name for path in self.output.glob("*/*/results*.json")]
+        self.second, self.third = (self.run("--jobs", "2") for _ in range(2))
+
+    def program(self, *more):
+        start = f"from benchmarks import drawn; drawn.SIZES = {SIZES}; raise SystemExit(drawn.main())"
+        return [sys.executable, "-c", start, *self.words, *more, *self.extra]
+
+    def run(self, *more):
+        return subprocess.run(self.program(*more), cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    return Drawn(tmp_path_factory.mktemp("drawn"))
+
+
+def test_an_interrupted_table_goes_on_and_does_nothing_twice(made):
+    assert made.interrupted == 130 and len(made.left) < 4
+    assert made.second.returncode == made.third.returncode == 0, made.second.stderr
+    assert "train.py (1 of 3;" in made.second.stdout and "test.py (" not in made.third.stdout
+    folders = table.runs_in(made.output, drawn.ROWS)
+    assert folders.keys() == {Run(row, "CUHK-PEDES", 1) for row in ("clip", "irra_ema")}
+    assert len(list((made.output / "CUHK-PEDES").glob("*/"))) == 2
+    logs = [(folder / "train_log.txt").read_text() for folder in folders.values()]
+    assert any("resumed from" in log for log in logs)
+
+
+def test_the_average_is_what_is_measured_of_the_row_that_averages(made):
+    for run in table_report.read_results(made.output / "table.json"):
+        folder = table.runs_in(made.output, drawn.ROWS)[Run(run["row"], "CUHK-PEDES", 1)]
+        name = {"clip": "results_last", "irra_ema": "results_best_ema"}[run["row"]]
+        found = json.loads((folder / f"{name}.json").read_text())
+        assert found["epoch"] == 6 and run["last"] == {key: found[key] for key in run["last"]}
+
+
+def test_the_seconds_of_cpu_are_those_of_all_programs_of_a_run(made):
+    for run in table_report.read_results(made.output / "table.json"):
+        log = (made.output / "CUHK-PEDES" / f"{run['row']}_seed1.txt").read_text()
+        parts = [float(line.split(": ")[-1]) for line in log.splitlines() if line.startswith(table.TOOK)]
+        assert len(parts) >= 3 and run["seconds"] == pytest.approx(sum(parts), abs=0.06) and min(parts) > 0
+
+
+def test_runs_with_options_of_their_own_are_not_written_down(made, repository, capsys):
+    words = ["--root_dir", made.words[5], "--output_dir", made.words[7]]
+    before = drawn.FIGURES.read_text()
+    assert drawn.main([*words, "--write"]) == 2
+    assert "no finished run of a row with the row's own options" in capsys.readouterr().err
+    assert drawn.FIGURES.read_text() == before
+
+
+def test_what_is_written_down_is_what_was_run_and_passes_the_check(made, repository, monkeypatch, capsys):
+    monkeypatch.setattr(
+        table, "differing", lambda options, others: {}
+    )  # as if the tiny recipe were the row's
+    words = ["--root_dir", made.words[5], "--output_dir", made.words[7]]
+    assert drawn.main([*words, "--write"]) == 0 and drawn.main(["--check"]) == 0
+    runs = table_report.read_results(drawn.FIGURES)
+    assert [run["row"] for run in runs] == ["clip", "irra_ema"]
+    assert f"{runs[0]['last']['t2i']['R1']:.2f}" in drawn.PAGE.read_text()
+
+
+def test_a_set_that_was_drawn_anew_is_found(made):
+    args = drawn.read_words(made.words)
+    runs = table_report.read_results(made.output / "table.json")
+    drawn.check_sets(runs, args)
+    runs[0]["data"]["sha256"] = "0" * 64
+    with pytest.raises(InputError, match="drawn anew, otherwise"):
+        drawn.check_sets(runs, args)
