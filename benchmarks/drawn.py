@@ -156,7 +156,7 @@ def check():
                 f"{FIGURES}: {run['row']}, seed {run['seed']}, was made with another recipe than stands in "
                 "configs/drawn.yaml and benchmarks/drawn.py now: run it again, then --write"
             )
-    if PAGE.read_text(encoding="utf-8") != drawn_report.page(runs, ROWS, NOISE_OF):
+    if not PAGE.exists() or PAGE.read_text(encoding="utf-8") != drawn_report.page(runs, ROWS, NOISE_OF):
         raise InputError(f"{PAGE} is not what {FIGURES} gives: --write makes it")
     print(f"{PAGE.relative_to(REPOSITORY)} is what {len(runs)} runs give")
 

@@ -81,9 +81,9 @@ ABOUT = """What they say: whether a method brings something to a tiny CLIP that 
 of them behind something (datasets/synthetic_hard.py). What they do not say: what it brings to CLIP's
 weights on photographs; the published figures of that are in the README.
 
-The truth of a drawn set is known. Each test sentence fits one person of the test split only; about half of
-the training sentences fit several persons. Wrong captions are in the training split only, and describe
-another person than the image shows.
+The truth of a drawn set is known. Each test sentence fits one person of the test split only; training
+sentences may fit several, and `python -m datasets.synthetic --hard small` says how many do. Wrong captions
+are in the training split only, and describe another person than the image shows.
 
 A seed is that of a training and of a drawing, so that persons vary over seeds too; rows of one seed have
 the same set. Figures are of the last epoch, text to image, in percent: mean ± standard deviation over

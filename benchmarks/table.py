@@ -163,18 +163,9 @@ def root_of(run, args):
 
 
 def train_words(run, args):
-    root = root_of(run, args)
-    where = ["--dataset_name", run.dataset, "--root_dir", root, "--output_dir", args.output_dir]
-    words = [
-        *recipe(run, args.known[run.row]),
-        *args.words,
-        *where,
-        "--name",
-        run.name,
-        "--seed",
-        str(run.seed),
-    ]
-    return words + ["--val_dataset", "val"] * run.val
+    where = ["--dataset_name", run.dataset, "--root_dir", root_of(run, args), "--output_dir", args.output_dir]
+    where += ["--name", run.name, "--seed", str(run.seed)]
+    return [*recipe(run, args.known[run.row]), *args.words, *where, *["--val_dataset", "val"] * run.val]
 
 
 def differing(options, others):
@@ -379,16 +370,17 @@ def collect(args, kept):
         row = args.known[run.row]
         if not is_finished(folder, row):
             continue
-        record = {**record_of(run, folder, row), "seconds": seconds_of(log_of(run, args))}
-        old = kept.get(table_report.key_of(record))
+        record = record_of(run, folder, row)
+        old, seconds = kept.get(table_report.key_of(record)), seconds_of(log_of(run, args))
         if old and all(old[key] == record[key] for key in ("options", "best", "last")):
             facts = {key: old[key] for key in ("data", "machine", "versions")}
+            seconds = seconds or old.get("seconds")
         else:
             place = run.dataset, root_of(run, args)
             if place not in data:
                 data[place] = describe_data(*place)
             facts = {"data": data[place], **describe_machine()}
-        records.append({**record, **facts})
+        records.append({**record, "seconds": seconds, **facts})
     return records
 
 

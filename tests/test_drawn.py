@@ -105,6 +105,8 @@ def test_a_figure_that_was_typed_is_found(repository, capsys):
     drawn.PAGE.write_text(drawn.PAGE.read_text().replace("13.00", "13.10"))
     assert drawn.main(["--check"]) == 2
     assert "--write makes it" in capsys.readouterr().err
+    drawn.PAGE.unlink()
+    assert drawn.main(["--check"]) == 2
 
 
 def test_figures_of_another_recipe_than_stands_there_are_found(repository, monkeypatch, capsys):
