@@ -569,9 +569,9 @@ def main(argv=None):
     counts = args.ids, args.val_ids, args.test_ids, args.images_per_id
     where, progress = (args.root, args.format, *counts, args.seed, args.size), sys.stderr.isatty()
     if args.hard:
-        from datasets.synthetic_hard import make_hard_dataset  # it draws with what stands here
+        from datasets import synthetic_hard  # which draws with what stands here
 
-        folder = make_hard_dataset(*where, args.noise or 0.0, progress)
+        folder = synthetic_hard.make_hard_dataset(*where, args.noise or 0.0, progress)
     else:
         folder = make_dataset(*where, progress)
     records = json.loads((folder / FORMATS[args.format][0]).read_text())
@@ -581,9 +581,7 @@ def main(argv=None):
         f"{printable(str(folder))} holds {people} persons in {len(records)} images with {captions} sentences."
     )
     if args.hard:
-        from datasets.synthetic_hard import about
-
-        print(about(records))
+        print(synthetic_hard.about(records))
 
 
 if __name__ == "__main__":
