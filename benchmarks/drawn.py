@@ -198,7 +198,7 @@ def main(argv=None):
     make_folder(args.output_dir, "--output_dir")
     draw_sets(args)
     failed = table.run_all(args, table.Programs([None] * args.jobs, OMP_NUM_THREADS="1"))
-    runs = [run for run in collected(args) if not run["options"]]
+    runs = [run for run in collected(args) if bool(run["options"]) == bool(args.words)]
     print(drawn_report.tables(runs, ROWS, NOISE_OF))
     for sentence in failed:
         print(f"failed: {printable(sentence)}", file=sys.stderr)

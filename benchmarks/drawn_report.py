@@ -103,7 +103,7 @@ def tables(runs, rows, noise_of):
             parts += [table(measured, rows, names), verdicts(measured, names)]
         if empty := [name for name, group in groups.items() if not group]:
             parts.append(f"Not run: {', '.join(empty)}.")
-    return "\n\n".join([*parts, *([about_machines(runs)] if runs else [])])
+    return "\n\n".join(part for part in [*parts, about_machines(runs)] if part)
 
 
 def baselines_of(names):

@@ -194,6 +194,7 @@ def test_an_interrupted_table_goes_on_and_does_nothing_twice(made):
     assert made.interrupted == 130 and len(made.left) < 4
     assert made.second.returncode == made.third.returncode == 0, made.second.stderr
     assert "train.py (1 of 3;" in made.second.stdout and "test.py (" not in made.third.stdout
+    assert "\n| clip |" in made.third.stdout and "\n| irra_ema |" in made.third.stdout
     folders = table.runs_in(made.output, drawn.ROWS)
     assert folders.keys() == {Run(row, "CUHK-PEDES", 1) for row in ("clip", "irra_ema")}
     assert len(list((made.output / "CUHK-PEDES").glob("*/"))) == 2
