@@ -27,7 +27,7 @@ from utils.data_sets import DEFAULT
 from utils.errors import InputError, printable, reports_errors, stop_like_an_interrupt
 from utils.files import make_folder, write_whole
 from utils.option_types import Parser, number_list, path
-from utils.options import count, get_args
+from utils.options import from_1, get_args
 
 REPOSITORY = Path(__file__).parent.parent
 FIGURES, PAGE = RESULTS / "drawn.json", REPOSITORY / "docs" / "results.md"
@@ -173,7 +173,7 @@ def read_words(argv):
     add("--seeds", type=number_list, default="1-5", help="e.g. 1,2,3 or 1-5 [1-5]")
     add("--root_dir", type=path, default="data/drawn", help="where the sets are drawn [data/drawn]")
     add("--output_dir", type=path, default="logs/drawn", help="where runs are kept [logs/drawn]")
-    add("--jobs", type=count, default=1, help="runs at a time, each with one thread [1]")
+    add("--jobs", type=from_1, default=1, help="runs at a time, each with one thread [1]")
     add("--dry", action="store_true", help="list the commands that are missing, run nothing")
     add("--write", action="store_true", help="run nothing: write docs/results.md of what is in OUTPUT_DIR")
     add("--check", action="store_true", help="run nothing: say whether docs/results.md is as --write made it")

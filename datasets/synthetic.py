@@ -34,7 +34,7 @@ FORMATS = {  # annotation file, key of the image path, first id, captions an ima
 }
 SPLITS = ("train", "val", "test")
 HARD = {  # sizes of hard sets: see synthetic_hard.py
-    "small": {"ids": 800, "val_ids": 100, "test_ids": 300, "images_per_id": 3, "size": [96, 40]},
+    "small": {"ids": 800, "val_ids": 100, "test_ids": 300, "images_per_id": 3, "size": [128, 48]},
     "cuhk": {"ids": 11_003, "val_ids": 1000, "test_ids": 1000, "images_per_id": 3},
 }
 CUHK_FOLDERS = ("cam_a", "cam_b", "CUHK01", "CUHK03", "Market", "test_query", "train_query")
