@@ -41,7 +41,7 @@ def words(args, folder):
     if notice := cut_notice(encoders, sentence):
         print(printable(notice))
     path = folder / f"words_{Path(args.image).stem}.png"
-    save_picture(draw_word_maps(picture, word_maps(encoders, sentence, picture)), path)
+    save_picture(draw_word_maps(picture, word_maps(encoders, sentence, picture, args.words_by)), path)
     return [path]
 
 

@@ -1,5 +1,7 @@
 """A trained run as two functions: sentences to features, pictures to features."""
 
+import copy
+import functools
 import hashlib
 import math
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +32,13 @@ class Encoders:
         self.fingerprint = fingerprint  # as fingerprint_of gives it
         self.tokenizer = SimpleTokenizer()
         self.width = model.width
+
+    @functools.cached_property
+    def exact(self):
+        """CLIP's two encoders in fp32, so that no small gradient becomes zero; a copy if they are fp16."""
+        clip = self.model.base_model
+        whole = all(parameter.dtype == torch.float32 for parameter in clip.parameters())
+        return clip if whole else copy.deepcopy(clip).float()
 
     def token_count(self, sentence):
         """Tokens of a sentence with the two at its ends; more than text_length are cut."""

@@ -59,7 +59,6 @@ class Page:
     def __init__(self, encoders, index, top_k, max_pictures, duplicates=False):
         self.encoders, self.index, self.top_k, self.max_pictures = encoders, index, top_k, max_pictures
         self.duplicates = duplicates
-        self.sees_words = hasattr(encoders.model, "cross_attn")
 
     def search(self, sentence, own):
         """(Result, [(thumbnail, caption), …], remark)."""
@@ -91,8 +90,6 @@ class Page:
 
     def words(self, result):
         """[(word, its number), …]: what can be clicked."""
-        if not self.sees_words:
-            return []
         words = words_of(result.sentence, self.encoders.tokenizer, self.encoders.text_length)
         return [(shown(word), number) for number, (word, _) in enumerate(words)]
 
@@ -109,10 +106,10 @@ class Page:
             seen = as_the_model_sees(path, stamp, self.encoders.img_size)
         except InputError:  # which names the folder too, and that is nobody's business here
             raise InputError(f"{name} can no longer be read: search again") from None
-        maps = word_maps(self.encoders, result.sentence, seen)
-        if not 0 <= number < len(maps):
+        if not 0 <= number < len(self.words(result)):
             raise InputError("that word is not of this sentence: choose one again")
-        return heat(picture, maps[number].map, THUMBNAIL[1]), name
+        (word,) = word_maps(self.encoders, result.sentence, seen, numbers=[number])
+        return heat(picture, word.map, THUMBNAIL[1]), name
 
     def upload(self, files, own=None):
         """An index of a visitor's own pictures, in memory only, and what is searched now.
@@ -184,7 +181,7 @@ def build(page, title, examples=(), max_upload=20):
             )
             button = gr.Button("Search", variant="primary", scale=1, elem_id="search")
         gr.Examples([[shown(text)] for text in (examples or EXAMPLES)], [sentence], label="Examples")
-        answer = lay_out_answer(gr, page.sees_words)
+        answer = lay_out_answer(gr)
         with gr.Accordion("Search your own pictures", open=False):
             gr.Markdown(
                 f"A folder of at most {page.max_pictures} pictures, {max_upload} MB each. They are kept in "
@@ -198,7 +195,7 @@ def build(page, title, examples=(), max_upload=20):
     return blocks
 
 
-def lay_out_answer(gr, sees_words):
+def lay_out_answer(gr):
     """What a search fills: (gallery, remark, words, picture, file)."""
     remark = gr.Markdown(elem_id="remark", elem_classes="hint")
     with gr.Row():
@@ -216,12 +213,8 @@ def lay_out_answer(gr, sees_words):
             picture = gr.Image(
                 label="Where the word looks", interactive=False, buttons=[], height=400, elem_id="look"
             )
-            words = gr.Radio(
-                choices=[], label="Choose a picture, then a word", visible=sees_words, elem_id="words"
-            )
+            words = gr.Radio(choices=[], label="Choose a picture, then a word", elem_id="words")
             file = gr.Textbox(label="File", interactive=False, elem_id="file")
-            if not sees_words:
-                gr.Markdown("This model was trained without mlm: it cannot tell where its words look.")
     return gallery, remark, words, picture, file
 
 

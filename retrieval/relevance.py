@@ -1,4 +1,5 @@
-"""Where the words of a sentence look in an image: the attention of the interaction module."""
+"""Where the words of a sentence look in an image: by what they add to the similarity of the two, or by the
+attention of the interaction module."""
 
 import math
 from typing import NamedTuple
@@ -7,9 +8,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch.overrides import TorchFunctionMode
 
 from datasets.tokenizer import clean, tokenize
 from datasets.transforms import normalise, resize, resized
+from model.irra import at_eot, pooled
 from retrieval.contact_sheet import PAPER, font_of, shortened, write
 from utils.errors import InputError
 
@@ -50,37 +53,108 @@ def attention_weights(attn, query, key):
     return (q @ k.transpose(2, 3) / width**0.5).softmax(dim=-1).mean(dim=1)
 
 
-@torch.inference_mode()
-def word_maps(encoders, sentence, picture):
-    """[WordMap, …] of a sentence over a PIL picture: for each word the cross-attention weights of its tokens
-    over the image tokens, mean over heads, sum over the word's tokens, the class token left out.
+def word_maps(encoders, sentence, picture, by="relevance", numbers=None):
+    """[WordMap, …] of a sentence over a PIL picture, class token left out.
 
-    Raises InputError for a model without the interaction module.
+    by: of WAYS. numbers: of the words that are wanted, from 0; None: all. Raises InputError where a model has
+    no interaction module and its attention is asked for.
     """
+    words = words_of(sentence, encoders.tokenizer, encoders.text_length)
+    words = words if numbers is None else [words[number] for number in numbers]
+    pixels = normalise(resize(picture, encoders.img_size)[None].to(encoders.device))
+    seen = WAYS[by](encoders, sentence, pixels, [positions for _, positions in words])
+    maps = []
+    for (word, _), row in zip(words, seen, strict=True):
+        row = row[1:].cpu().numpy()
+        if not row.any():  # a word that adds nothing: one after a typed <|endoftext|>
+            row = np.ones_like(row)
+        maps.append(WordMap(word, (row / row.sum()).reshape(grid_of(encoders))))
+    return maps
+
+
+@torch.inference_mode()
+def by_attention(encoders, sentence, pixels, words):
+    """[(N,), …] for words, which are lists of positions: the cross-attention weights of their tokens over the
+    image tokens, mean over heads, sum over a word's tokens."""
     model = encoders.model
     if not hasattr(model, "cross_attn"):
         raise InputError(
-            "where the words look cannot be told: this run was trained without mlm among its losses and "
-            "has no interaction module"
+            "the cross attention of the words cannot be shown: this run was trained without mlm among its "
+            "losses and has no interaction module; --words_by relevance needs none"
         )
     ids = tokenize(sentence, encoders.tokenizer, encoders.text_length)[None].to(encoders.device)
-    pixels = normalise(resize(picture, encoders.img_size)[None].to(encoders.device))
     with model.autocast(encoders.device):
         text = model.base_model.encode_text(ids)  # (1, L, D)
         image = model.base_model.encode_image(pixels)  # (1, N, D)
-        weights = attention_weights(model.cross_attn, model.ln_pre_t(text), model.ln_pre_i(image))[
-            0
-        ]  # (L, N)
-    maps = []
-    for word, positions in words_of(sentence, encoders.tokenizer, encoders.text_length):
-        seen = weights[positions].sum(dim=0)[1:].cpu().numpy()
-        maps.append(WordMap(word, (seen / seen.sum()).reshape(grid_of(encoders))))
-    return maps
+        text, image = model.ln_pre_t(text), model.ln_pre_i(image)
+        (weights,) = attention_weights(model.cross_attn, text, image)  # (L, N)
+    return [weights[positions].sum(dim=0) for positions in words]
+
+
+def by_relevance(encoders, sentence, pixels, words):
+    """[(N,), …] for words: of what each adds to the similarity, how much comes from each image token.
+
+    The relevance of Chefer et al. (arXiv 2103.15679) for the class token, through the image encoder's
+    attention. What a word adds: the cosine with the sentence minus that with the sentence without the word.
+    """
+    clip = encoders.exact
+    (ids,) = encoders.tokens(sentence)
+    with torch.no_grad():
+        sentences = torch.stack([ids, *(without(ids, positions) for positions in words)])
+        text = F.normalize(at_eot(clip.encode_text(sentences), sentences), dim=1)
+        added = text[:1] - text[1:]  # (W, D)
+    with torch.enable_grad(), OpenAttention() as seen:
+        tokens = clip.encode_image(pixels.requires_grad_(), class_only=True)
+        scores = added @ F.normalize(pooled(tokens), dim=1)[0]  # (W,)
+    # word by word: a backward pass for all at once would hold the layers as often as there are words
+    slopes = (torch.autograd.grad(score, seen.weights, retain_graph=True) for score in scores)
+    return [relevance(seen.weights, of_word) for of_word in slopes]
+
+
+WAYS = {"relevance": by_relevance, "attention": by_attention}  # WORDS_BY of utils.options
+
+
+def without(ids, positions):
+    """(L,) ids without those at these positions, padded with 0. Positions beyond L are none."""
+    kept = [token for position, token in enumerate(ids.tolist()) if position not in positions]
+    return F.pad(ids.new_tensor(kept), (0, len(ids) - len(kept)))
+
+
+class OpenAttention(TorchFunctionMode):
+    """Computes attention (not a causal one) in the open while it is on, and keeps each layer's weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.weights = []  # (B, heads, Q, K) each, in the order of the layers
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        query, key, value = args
+        self.weights.append((query @ key.transpose(2, 3) / query.shape[3] ** 0.5).softmax(dim=3))
+        return self.weights[-1] @ value
+
+
+@torch.no_grad()
+def relevance(weights, slopes):
+    """The class token's row of (1 + Ā_n) … (1 + Ā_1): (N,). Ā: max(0, slope · weight), mean over heads.
+
+    weights, slopes: of an image, (1, heads, N, N) a layer; of the last one the first row is enough.
+    """
+    pairs = zip(weights, slopes, strict=True)
+    *layers, last = [(weight * slope)[0].clamp(min=0).mean(dim=0) for weight, slope in pairs]
+    row = last[0].clone()
+    row[0] += 1
+    for layer in reversed(layers):
+        row = row + row @ layer
+    return row
 
 
 def grid_of(encoders):
     """(rows, columns) of image tokens."""
     visual = encoders.model.base_model.visual
+    if hasattr(visual, "attnpool"):
+        return tuple(side // 32 for side in encoders.img_size)
     sides = zip(encoders.img_size, visual.conv1.kernel_size, visual.conv1.stride, strict=True)
     return tuple((side - patch) // stride + 1 for side, patch, stride in sides)
 

@@ -198,7 +198,7 @@ def test_maps_are_the_cross_attention_that_pytorch_computes(home, encoders):
     from retrieval.relevance import word_maps
 
     path, sentence = image_of(home), "a man with a multicoloured rucksack"
-    maps = word_maps(encoders, sentence, open_picture(path))
+    maps = word_maps(encoders, sentence, open_picture(path), "attention")
     model = encoders.model
     ids = torch.zeros(1, 77, dtype=torch.long)
     ids[:, : encoders.tokens(sentence).shape[1]] = encoders.tokens(sentence)
@@ -215,6 +215,100 @@ def test_maps_are_the_cross_attention_that_pytorch_computes(home, encoders):
         assert np.allclose(found.flatten(), expected / expected.sum(), atol=1e-6)
         assert math.isclose(found.sum(), 1, rel_tol=1e-5)
         start += number
+
+
+def rolled_out_by_hand(clip, pixels, direction):
+    """(N,): the class token's row of Chefer et al.'s whole matrix, from the encoder written out once more."""
+    visual, kept = clip.visual, []
+    x = visual.conv1(pixels).flatten(2).transpose(1, 2)[0]
+    x = visual.ln_pre(torch.cat([visual.class_embedding[None], x]) + visual.positional_embedding)  # (N, W)
+    for block in visual.transformer.resblocks:
+        attn, y = block.attn, block.ln_1(x)
+        q, k, v = (y @ attn.in_proj_weight.T + attn.in_proj_bias).chunk(3, dim=1)
+        heads = zip(*(part.chunk(attn.num_heads, dim=1) for part in (q, k, v)), strict=True)
+        weights, outputs = [], []
+        for q, k, v in heads:
+            weights.append((q @ k.T / q.shape[1] ** 0.5).softmax(dim=1))
+            weights[-1].retain_grad()
+            outputs.append(weights[-1] @ v)
+        kept.append(weights)
+        x = x + attn.out_proj(torch.cat(outputs, dim=1))
+        x = x + block.mlp(block.ln_2(x))
+    feature = visual.ln_post(x)[0] @ visual.proj
+    (feature @ direction / feature.norm()).backward()
+    rolled = torch.eye(len(x))
+    for weights in kept:
+        positive = [(weight.grad * weight.detach()).clamp(min=0) for weight in weights]
+        rolled = rolled + sum(positive) / len(positive) @ rolled
+    clip.zero_grad()
+    return rolled[0]
+
+
+def test_relevance_is_the_rollout_of_what_a_word_adds_to_the_similarity(home, encoders):
+    from datasets.transforms import normalise
+    from retrieval.encoders import open_picture
+    from retrieval.relevance import word_maps
+
+    path, words = image_of(home), "a man with a multicoloured rucksack".split()
+    pixels = normalise(encoders.pixels(path)[None])
+    maps = word_maps(encoders, " ".join(words), open_picture(path))
+    assert [word for word, _ in maps] == words
+    for number, (_, found) in enumerate(maps):
+        shorter = " ".join(words[:number] + words[number + 1 :])
+        whole, rest = torch.from_numpy(encoders.text_features([" ".join(words), shorter]))
+        row = rolled_out_by_hand(encoders.model.base_model, pixels, whole - rest)[1:].numpy()
+        assert np.allclose(found.flatten(), row / row.sum(), rtol=1e-3, atol=1e-5)
+        assert not np.allclose(found, 1 / found.size, rtol=0.1)
+    (fourth,) = word_maps(encoders, " ".join(words), open_picture(path), numbers=[4])
+    assert fourth.word == "multicoloured" and np.allclose(fourth.map, maps[4].map, atol=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_relevance_in_half_precision_is_that_of_the_same_weights_in_fp32(home, precision):
+    from model.build import in_precision
+    from retrieval.encoders import Encoders, open_picture
+    from retrieval.relevance import word_maps
+    from tests.recipe import tiny_model
+
+    def encoders_of(model):
+        return Encoders(model, (96, 32), 77, torch.device("cpu"), "")
+
+    half = in_precision(tiny_model("sdm+mlm+id"), precision)
+    whole = tiny_model("sdm+mlm+id")
+    with torch.no_grad():
+        for weight, rounded in zip(whole.parameters(), half.parameters(), strict=True):
+            weight.copy_(rounded)
+    picture, sentence = open_picture(image_of(home)), "a man in a red coat"
+    pairs = (word_maps(encoders_of(model), sentence, picture) for model in (half, whole))
+    for found, expected in zip(*pairs, strict=True):
+        assert np.array_equal(found.map, expected.map)
+    assert any(weight.dtype == torch.float16 for weight in half.parameters()) == (precision == "fp16")
+
+
+def test_a_word_that_is_not_read_looks_everywhere_alike(home, encoders):
+    from retrieval.encoders import open_picture
+    from retrieval.relevance import word_maps
+
+    maps = word_maps(encoders, "a man <|endoftext|> coat", open_picture(image_of(home)))
+    assert [word for word, _ in maps] == ["a", "man", "<|endoftext|>", "coat"]
+    assert np.allclose(maps[3].map, 1 / maps[3].map.size) and not np.allclose(maps[1].map, maps[3].map)
+
+
+def test_relevance_needs_no_interaction_module_and_goes_with_every_image_encoder(home, tmp_path):
+    from model import build_model
+    from retrieval.encoders import Encoders, open_picture
+    from retrieval.relevance import word_maps
+    from tests import recipe
+
+    sizes = dict(embed_dim=64, grid=2, width=8, layers=(1, 2, 1, 1), text_width=64, text_layers=1)
+    torch.save(recipe.resnet_weights(**sizes), tmp_path / "resnet.pt")
+    resnet = build_model(recipe.tiny_args("sdm", pretrain_choice=tmp_path / "resnet.pt"), 3)
+    selected = build_model(recipe.tiny_args("tal", token_selection=True), 3)
+    strided = recipe.tiny_model("sdm", stride_size=8)
+    for model, grid in ((resnet, (3, 1)), (selected, (6, 2)), (strided, (11, 3))):
+        encoders = Encoders(model, (96, 32), 77, torch.device("cpu"), "")
+        for _, found in word_maps(encoders, "a man in a red coat", open_picture(image_of(home))):
+            assert found.shape == grid and math.isclose(found.sum(), 1, rel_tol=1e-5) and found.min() >= 0
 
 
 def test_a_heat_map_is_light_where_the_weight_is(home):
@@ -238,15 +332,26 @@ def test_a_heat_map_is_as_small_as_its_box_whatever_the_pictures_shape(size, dra
     assert heat(Image.new("RGB", size), np.ones((6, 2)), 384).size == drawn
 
 
-def test_words_over_an_image_are_drawn(visualize, home):
-    status, written, _ = visualize("--words", "a woman in a red coat", "--image", image_of(home))
-    assert status == 0 and Image.open(written[0]).size[0] > 300
+def test_words_over_an_image_are_drawn_in_each_way(visualize, home):
+    from retrieval.relevance import WAYS
+    from utils.options import WORDS_BY
+
+    assert set(WAYS) == set(WORDS_BY)
+    pictures = set()
+    for way in WORDS_BY:
+        words = "--words", "a woman in a red coat", "--image", image_of(home), "--words_by", way
+        status, written, _ = visualize(*words)
+        assert status == 0 and Image.open(written[0]).size[0] > 300
+        pictures.add(Image.open(written[0]).tobytes())
+    assert len(pictures) == len(WORDS_BY)
 
 
 def test_a_model_without_the_interaction_module_says_so(visualize, home, tmp_path):
     run = make_run(tmp_path, "sdm+id")
-    status, _, err = visualize("--words", "a woman", "--image", image_of(home), run=run)
+    words = "--words", "a woman", "--image", image_of(home)
+    status, _, err = visualize(*words, "--words_by", "attention", run=run)
     assert status == 2 and "without mlm" in err and len(err.strip().splitlines()) == 1
+    assert visualize(*words, run=run)[0] == 0  # by relevance
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ SCHEDULES = ("step", "exp", "poly", "cosine", "linear")
 ACTIVATIONS = ("auto", "quick_gelu", "gelu")
 PRECISIONS = ("fp16", "bf16", "fp32")
 INDEX_TYPES = ("flat", "ivf", "hnsw")
+WORDS_BY = ("relevance", "attention")
 FORMATS = ("safetensors", "onnx", "open_clip", "transformers")
 CLIP_MODELS = (*RESNETS, "ViT-B/32", "ViT-B/16", "ViT-L/14")
 ARCHITECTURE = (
@@ -182,7 +183,8 @@ OPTIONS = {
 "sentences and pictures": [
     ("--query", {"search": []}, "TEXT", "a sentence: who is looked for; several can be given"),
     ("--query_file", {"search": None}, "FILE", "a text file, one sentence a line"),
-    ("--words", {"visualize": None}, "SENTENCE", "where its words look in --image (of a model with mlm)"),
+    ("--words", {"visualize": None}, "SENTENCE", "where its words look in --image"),
+    ("--words_by", {"visualize": WORDS_BY[0]}, one_of(*WORDS_BY), "attention needs a model with mlm"),
     ("--image", {"search": [], "visualize": None}, "FILE", "picture: find similar persons, or see --words"),
     ("--example", {"demo": []}, "TEXT", "a sentence offered for a click; several can be given")],
 "queries of a split, one picture each": [
