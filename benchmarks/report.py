@@ -51,6 +51,13 @@ FIGURES = {  # a name for marks: the figure in benchmarks/results
     "file": "file, index of 1000000 vectors",
     "answer": "answer over 10000 pictures, ViT-B/16, time",
     "answer search": "of it the search of 10000 vectors, CPU time",
+    "words": "words of the whole sentence, weight on what they name",
+    "words head": "words of the head, weight on what they name",
+    "words top": "words of the top, weight on what they name",
+    "words bottom": "words of the bottom, weight on what they name",
+    "words shoes": "words of the shoes, weight on what they name",
+    "words bag": "words of the bag, weight on what they name",
+    "other words": "words of other parts, weight on the same",
     "demo split": "demo, test split",
     "demo training": "demo, training",
 }

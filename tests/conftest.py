@@ -83,7 +83,10 @@ SLOW = {  # what --fast leaves out, by what takes it long: a file, or file::begi
         "test_exactness.py::test_what_torch_compile_generates",
         "test_export.py::test_onnx",
     ),
-    "the benchmarks, the dry run of the one for a GPU above all": ("test_benchmarks.py",),
+    "the benchmarks, the dry run of the one for a GPU above all": (
+        "test_benchmarks.py",
+        "test_words.py::test_each_kind_of_word_has_a_line",
+    ),
     "other programs' libraries, loaded by a process each or asked at several image sizes": (
         "test_export.py::test_the_example_of_each_card",
         "test_export.py::test_transformers_gives_the_same_features_at_any_image_size",
