@@ -6,10 +6,11 @@ python -m benchmarks.drawn --write                             docs/results.md a
 python -m benchmarks.drawn --check                             whether docs/results.md is what they give
 python -m benchmarks.drawn --rows irra -- --num_epoch 2        what follows -- goes to every training
 
-A seed is that of a training and of a drawing: with another seed the persons are others too, so that what is
-found of a method over seeds is not of one set of persons. Rows of one seed and one share of wrong captions
-have the same set. A run has one thread; it is trained, tested, recognised and gone on with as in
-benchmarks.table.
+Each training starts from the same small CLIP, which is trained first, on other drawn persons, as IRRA's
+starts from OpenAI's. A seed is that of a training and of a drawing: with another seed the persons are others
+too, so that what is found of a method over seeds is not of one set of persons. Rows of one seed and one
+share of wrong captions have the same set. A run has one thread; it is trained, tested, recognised and gone
+on with as in benchmarks.table.
 """
 
 import argparse
@@ -21,17 +22,21 @@ from pathlib import Path
 from benchmarks import drawn_report, table, table_report
 from benchmarks.harness import RESULTS
 from benchmarks.table import Row, Run
-from datasets.synthetic import HARD
+from datasets.synthetic import HARD, make_dataset
+from datasets.synthetic import VERSION as EASY_VERSION
 from datasets.synthetic_hard import VERSION, make_hard_dataset
 from utils.data_sets import DEFAULT
 from utils.errors import InputError, printable, reports_errors, stop_like_an_interrupt
-from utils.files import make_folder, write_whole
+from utils.files import link_or_copy, make_folder, write_whole
 from utils.option_types import Parser, number_list, path
 from utils.options import from_1, get_args
 
 REPOSITORY = Path(__file__).parent.parent
 FIGURES, PAGE = RESULTS / "drawn.json", REPOSITORY / "docs" / "results.md"
 SIZES = HARD["small"]
+CLIP = "small_clip"  # the row of what all others start from
+CLIP_ROWS = {CLIP: Row(CLIP, below=CLIP)}
+CLIP_SIZES = {"train_ids": 3200, "val_ids": 0, "test_ids": 100, "images_per_id": 1}
 METHODS = {  # what is typed after --config_file configs/drawn.yaml
     "clip": "--loss_names itc",
     "cmpm": "--loss_names cmpm",
@@ -70,11 +75,16 @@ NOISE_OF = {name_of(method, noise): noise for noise in NOISE for method in NOISE
 
 def recipe_of(name):
     """A number for all that a row's figures depend on and that stands in this repository."""
-    words = table.recipe(Run(name, DEFAULT, 1), ROWS[name])
-    options, usual = vars(get_args(words)), vars(get_args([]))
-    typed = {key: of for key, of in options.items() if of != usual[key] and key not in table.NO_MATTER}
     drawn = {"drawing": VERSION, "noise": NOISE_OF[name], **SIZES}
-    return f"{zlib.crc32(json.dumps([typed, drawn], sort_keys=True).encode()):08x}"
+    start = typed_of(CLIP, CLIP_ROWS[CLIP]), {"drawing": EASY_VERSION, **CLIP_SIZES}
+    found = json.dumps([typed_of(name, ROWS[name]), drawn, start], sort_keys=True)
+    return f"{zlib.crc32(found.encode()):08x}"
+
+
+def typed_of(name, row):
+    """The options of a row that figures depend on, where they are not the usual ones."""
+    options, usual = vars(get_args(table.recipe(Run(name, DEFAULT, 1), row))), vars(get_args([]))
+    return {key: of for key, of in options.items() if of != usual[key] and key not in table.NO_MATTER}
 
 
 # ---- the sets ----
@@ -105,7 +115,44 @@ def draw_sets(args):
         print(f"drawn: {folder}", flush=True)
 
 
+def of_clip(args):
+    """args, for the one run that all others start from."""
+    own = {"known": CLIP_ROWS, "pairs": [(CLIP, DEFAULT)], "seeds": [1], "words": [], "jobs": 1}
+    return argparse.Namespace(**{**vars(args), **own})
+
+
+def clip_of(args):
+    """Where configs/drawn.yaml has it from; None where what follows -- names other weights."""
+    asked = get_args(table.train_words(Run(args.rows[0], DEFAULT, args.seeds[0]), args)).pretrain_choice
+    usual = get_args(table.recipe(Run(CLIP, DEFAULT, 1), next(iter(ROWS.values())))).pretrain_choice
+    return Path(usual) if asked == usual else None
+
+
+def make_clip(args, programs):
+    """Train it where it is not there yet; returns a sentence if that failed."""
+    file, own = clip_of(args), of_clip(args)
+    if not file:
+        return []
+    (run,) = table.plan(own)
+    root = table.root_of(run, own)
+    if missing(own):
+        make_folder(root, "--root_dir")
+        make_dataset(root, run.dataset, **CLIP_SIZES)
+        if failed := table.run_all(own, programs):
+            return failed
+    make_folder(file.parent, "--root_dir")
+    link_or_copy(table.runs_in(own.output_dir, CLIP_ROWS)[run] / "last.pth", file)
+    return []
+
+
 def list_commands(args):
+    if clip_of(args) and (runs := missing(of_clip(args))):
+        sizes = (f"--{'ids' if key == 'train_ids' else key} {number}" for key, number in CLIP_SIZES.items())
+        root = table.root_of(runs[0], of_clip(args))
+        print(table.shown_command(["-m", "datasets.synthetic", *" ".join(sizes).split(), "--root", root]))
+        table.list_commands(of_clip(args))
+        trained = Path(args.output_dir, DEFAULT, table.PATTERN + runs[0].name, "last.pth")
+        print(f"cp {trained} {clip_of(args)}")
     sets = {table.root_of(run, args): run for run in missing(args)}
     for run in sets.values():
         print(table.shown_command(["-m", "datasets.synthetic", *drawing(run, args)]))
@@ -197,7 +244,8 @@ def main(argv=None):
     stop_like_an_interrupt()
     make_folder(args.output_dir, "--output_dir")
     draw_sets(args)
-    failed = table.run_all(args, table.Programs([None] * args.jobs, OMP_NUM_THREADS="1"))
+    programs = table.Programs([None] * args.jobs, OMP_NUM_THREADS="1")
+    failed = make_clip(args, programs) or table.run_all(args, programs)
     runs = [run for run in collected(args) if bool(run["options"]) == bool(args.words)]
     print(drawn_report.tables(runs, ROWS, NOISE_OF))
     for sentence in failed:
