@@ -78,8 +78,8 @@ python -m benchmarks.drawn --check                            # whether the page
 
 ABOUT = """What they say: whether a method brings something to a small CLIP, trained on 3200 other drawn
 persons before (configs/small_clip.yaml), on drawn pedestrians in groups of two to four who differ in one
-attribute only, half of them behind something (datasets/synthetic_hard.py). What they do not say: what it brings to
-CLIP's weights on photographs; the published figures of that are in the README.
+attribute only, half of them behind something (datasets/synthetic_hard.py). What they do not say: what it
+brings to CLIP's weights on photographs; the published figures of that are in the README.
 
 The truth of a drawn set is known. Each test sentence fits one person of the test split only; training
 sentences may fit several, and `python -m datasets.synthetic --hard small` says how many do. Wrong captions
