@@ -146,6 +146,12 @@ class Training:
         self.done.update({"best_R1": -1.0, "best_epoch": 0, "seed": args.seed})
         if args.division:
             self.done["label_hat"] = torch.empty(0, dtype=torch.uint8)  # the weights of this epoch's samples
+        self.words = None
+        if args.mask_by_similarity:
+            from processor.similarity import WordSimilarities
+
+            self.words = WordSimilarities(parts["model"], self.train_loader, device, args.micro_batch)
+            self.done["word_similarities"] = torch.empty(2, 0, 0)
         self.ema = parts.get("ema")
         if self.ema:
             self.done.update({"best_ema_R1": -1.0, "best_ema_epoch": 0})
@@ -178,6 +184,8 @@ class Training:
 
         args, done = self.args, self.done
         self.parts["model"].epochs_done = done["epoch"]
+        if self.words is not None and not done["samples"]:
+            self.words.begin_epoch()
         self.divide(model, epoch)
         self.train_loader.set_epoch(epoch, samples=done["samples"])
         last, samples = done["iteration"] + len(self.train_loader), self.train_loader.samples_of_epoch()
@@ -199,9 +207,8 @@ class Training:
             before_step=before_step,
             after_step=lambda step, meters: self.after_step(step, meters, watch),
         )
-        averages = train_one_epoch(
-            model, self.train_loader, self.parts["optimizer"], self.device, epoch, steps
-        )
+        batches = self.train_loader if self.words is None else self.words
+        averages = train_one_epoch(model, batches, self.parts["optimizer"], self.device, epoch, steps)
         before_step(last)  # its rate is shown, also where the run was stopped after it and none is left here
         return averages
 
@@ -283,12 +290,16 @@ class Training:
         run.keep_numbered(epoch, self.args.keep)
 
     def save(self, **within_epoch):
+        if self.words is not None:
+            self.done["word_similarities"] = self.words.state()
         self.run.save("last.pth", self.parts, **{**self.done, **within_epoch})
 
     def resume(self, state, checkpoint):
         """Go on from a checkpoint's state; False where nothing is left to do."""
         args, done, log = self.args, self.done, self.run.log
         done.update(restore(self.parts, done, state, checkpoint))
+        if self.words is not None:
+            self.words.load(done["word_similarities"])
         if self.ema and "ema" not in state:
             log.info(f"{checkpoint} holds no averaged weights: the average begins with its weights")
         if done["epoch"] >= args.num_epoch and not done["to_evaluate"]:

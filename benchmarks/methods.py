@@ -1,4 +1,4 @@
-"""What RDE's second embedding costs: a training step against IRRA's sdm+id, and encoding for evaluation.
+"""What the methods beside IRRA cost: a training step against IRRA's sdm+id, and encoding for evaluation.
 
 python -m benchmarks.methods                                      CPU
 python -m benchmarks.methods --device cuda --batch_size 64        on a GPU
@@ -20,6 +20,7 @@ from utils.options import get_args
 ARMS = {  # what is typed; the first is the baseline
     "sdm+id": "--loss_names sdm+id",
     "tal and selected tokens": "--loss_names tal --token_selection",
+    "sdm and similarities of words": "--loss_names sdm --mask_by_similarity",
 }
 
 
@@ -42,13 +43,25 @@ def main(argv=None):
         torch.manual_seed(0)
         model = build_model(chosen, PERSONS)
         batch = batch_of(args.batch_size, chosen.img_size)
-        steps[name] = OurStep(model.train(), build_optimizer(chosen, model), batch, device)
+        step = OurStep(model.train(), build_optimizer(chosen, model), batch, device)
+        steps[name] = after_similarities(step) if chosen.mask_by_similarity else step
         encodings[name] = encoding_of(model, batch, device)
     what = f"batch {args.batch_size}, {args.precision}{', tiny model' if args.tiny else ''}"
     for kind, arms in (("training step", steps), ("encoding pictures and captions", encodings)):
         measured = interleaved(arms, args.repeats, 1, device)
         for seconds, clock in zip(measured, ("time", "CPU time"), strict=True):
             record(f"{kind}, {what}, {clock}", seconds, "s", baseline="sdm+id", device=device)
+
+
+def after_similarities(step):
+    """The step, after the pass that --mask_by_similarity takes before it."""
+    images, ids = (to_device(step.batch[name], step.device) for name in ("images", "caption_ids"))
+
+    def both():
+        step.model.word_similarities(images, ids)
+        step()
+
+    return both
 
 
 def encoding_of(model, batch, device):

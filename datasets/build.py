@@ -12,6 +12,7 @@ from datasets.annotations import log_statistics, read_splits, source_of
 from datasets.image_cache import open_images
 from datasets.image_text import CaptionChanges, CaptionDataset, ImageDataset, Images, PairDataset, finish
 from datasets.sampler import BatchShares, IdentityOrder, RandomOrder, Share, mixed
+from datasets.tokenizer import START_SIMILARITY
 from utils.batch import Batch
 from utils.data_sets import ignored_name
 from utils.dist import process_sum, world_size
@@ -27,13 +28,16 @@ class TrainLoader(DataLoader):
     """Gives utils.batch.Batch, its images on the device, its ids on the host. Under torchrun each is this
     process's share, and its batch_size says how many samples all have together."""
 
-    def __init__(self, *args, device, divided=False, moved=0.0, **kwargs):
-        """divided: batches say which samples they hold, for processor.division. moved: the fraction of
-        captions that are another sample's on purpose."""
+    def __init__(self, *args, device, numbered=False, moved=0.0, **kwargs):
+        """numbered: batches say which samples they hold, for processor.division and processor.similarity.
+        moved: the fraction of captions that are another sample's on purpose."""
         super().__init__(*args, **kwargs)
-        self._device, self.left_out, self._divided = device, {}, divided
+        self._device, self.left_out, self._numbered = device, {}, numbered
         self.moved = moved
         self.weights = None  # [N] of the training samples, for the losses
+        # [N, L] of each word of their captions, where they are masked by that
+        by_similarity, ids = self.dataset.changes.by_similarity, self.dataset.caption_ids
+        self.similarities = torch.full(ids.shape, START_SIMILARITY) if by_similarity else None
 
     def __iter__(self):
         for size, batch in zip(self.batch_sampler.sizes(), super().__iter__(), strict=True):
@@ -48,7 +52,11 @@ class TrainLoader(DataLoader):
                 batch["batch_size"] = size
             if self.weights is not None:
                 batch["label_hat"] = self.weights[batch["indices"]]
-            if not self._divided:
+            if self.similarities is not None:
+                epoch = self.batch_sampler.order.epoch
+                known = (batch["caption_ids"], batch["indices"], epoch)
+                batch.update(self.dataset.masked_by(self.similarities, *known))
+            if not self._numbered:
                 del batch["indices"]
             images = finish(batch.pop("images"), self._device, boxes)
             yield Batch(images=images, **batch)
@@ -142,7 +150,9 @@ def train_loader(args, splits, device, images):
         )
     samples, second_captions, moved = exchanged(splits, args.noisy_rate, args.noisy_file, args.seed)
     masking = (args.masked_token_rate, args.masked_token_unchanged_rate) if args.MLM else None
-    changes = CaptionChanges(masking, args.clean_captions, args.text_aug, args.text_drop)
+    changes = CaptionChanges(
+        masking, args.mask_by_similarity, args.clean_captions, args.text_aug, args.text_drop
+    )
     dataset = PairDataset(
         samples, images, args.text_length, args.seed, args.img_aug, changes, second_captions
     )
@@ -166,7 +176,7 @@ def train_loader(args, splits, device, images):
         batch_sampler=BatchShares(sampler, args.batch_size),
         collate_fn=as_it_is,
         device=device,
-        divided=args.division,
+        numbered=args.division or args.mask_by_similarity,
         moved=moved,
         persistent_workers=args.num_workers > 0,  # the epoch comes with each key: workers need not start anew
         **workers(args, device),

@@ -13,6 +13,7 @@ from datasets.tokenizer import (
     augment_tokens,
     drop_words,
     mask_tokens,
+    similarity_mask,
     tokenize,
     tokenize_all,
 )
@@ -55,6 +56,9 @@ class CaptionChanges(NamedTuple):
     """What becomes of a training caption, each time anew."""
 
     masking: tuple | None = None  # (mask_rate, unchanged_rate); None: there are no masked ids
+    by_similarity: bool = (
+        False  # they are not drawn with the batch but by masked_by, of what is known of words
+    )
     clean: bool = False  # caption_ids stay unmasked; else they are the masked ids, as published
     augment: bool = False  # by tokenizer.augment_tokens
     drop: float = 0.0  # tokenizer.drop_words' probability, before that
@@ -94,7 +98,7 @@ class PairDataset(Dataset):
             pixels = found[sample.image_path]
             crop_padded(pixels.flip(-1).numpy() if flip else pixels.numpy(), top, left, images[row].numpy())
             boxes.append(box)
-            if self.changes.masking:
+            if self.changes.masking and not self.changes.by_similarity:
                 generator.manual_seed(mixed(self.seed, epoch, index, 1))
                 noise[row].uniform_(generator=generator)
             if self.changes.drop:
@@ -113,13 +117,25 @@ class PairDataset(Dataset):
             "boxes": torch.tensor(boxes, dtype=torch.long).reshape(-1, 4),
             "left_out": left_out,
         }
-        if masking := self.changes.masking:
-            batch["mlm_ids"], batch["mlm_labels"] = mask_tokens(batch["caption_ids"], noise, *masking)
-            if not self.changes.clean:
-                batch["caption_ids"] = batch["mlm_ids"].clone()  # the published masking works in place
+        if self.changes.masking and not self.changes.by_similarity:
+            batch.update(self.masked(caption_ids, *mask_tokens(caption_ids, noise, *self.changes.masking)))
         if self.second_captions:
             batch.update(self.drawn_second(keys))
         return batch
+
+    def masked(self, ids, mlm_ids, mlm_labels):
+        """{name: (B, L)} of what a batch has of masked captions. ids: (B, L) the captions as they were."""
+        caption_ids = ids if self.changes.clean else mlm_ids.clone()  # the published masking works in place
+        return {"caption_ids": caption_ids, "mlm_ids": mlm_ids, "mlm_labels": mlm_labels}
+
+    def masked_by(self, similarities, ids, indices, epoch):
+        """`masked`, of captions whose words tokenizer.similarity_mask masks. similarities: (N, L) of all the
+        training captions. ids: (B, L), captions. indices: (B,) which they are."""
+        mlm_ids, mlm_labels = torch.empty_like(ids), torch.empty_like(ids)
+        for row, index in enumerate(indices.tolist()):
+            rng, known = random.Random(mixed(self.seed, epoch, index, 5)), similarities[index]
+            mlm_ids[row], mlm_labels[row] = similarity_mask(ids[row], known, rng, *self.changes.masking)
+        return self.masked(ids, mlm_ids, mlm_labels)
 
     def drawn_second(self, keys):
         """{name: (B, …)} of what a batch has of second captions, drawn from a stream of their own as in RDA

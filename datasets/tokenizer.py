@@ -17,6 +17,7 @@ from utils.errors import InputError
 
 MASK, SOT, EOT = 49405, 49406, 49407
 SPECIAL = ("<|mask|>", "<|startoftext|>", "<|endoftext|>")  # their pieces
+START_SIMILARITY = 0.85  # of a word and its image, before any is known: a rate of 0.15 for each word
 MERGES = 49152 - 256 - 2
 VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"  # OpenAI's; shipped inside the package open_clip_torch
 
@@ -158,7 +159,7 @@ def drop_words(caption, probability, rng):
     return " ".join(kept or [rng.choice(words)])
 
 
-def similarity_mask(ids, similarities, rng):
+def similarity_mask(ids, similarities, rng, mask_rate=0.8, unchanged_rate=0.1):
     """NAM's masking (arXiv 2405.04940): mask_tokens with a rate for each word, lower where it resembles the
     image, 0.15 in the mean. Returns (masked ids, labels) [L].
 
@@ -174,9 +175,9 @@ def similarity_mask(ids, similarities, rng):
     for place, (token, rate) in enumerate(zip(ids.tolist(), rates.tolist(), strict=True)):
         if 0 < token < MASK and (drawn := rng.random()) < rate:
             labels[place] = token
-            if drawn / rate < 0.8:
+            if drawn / rate < mask_rate:
                 masked[place] = MASK
-            elif drawn / rate < 0.9:
+            elif drawn / rate < 1 - unchanged_rate:
                 masked[place] = rng.choice(range(1, MASK))
     if not labels.any():
         labels[1], masked[1] = ids[1], MASK

@@ -137,15 +137,19 @@ class Transformer(nn.Module):
         )
         self.checkpointing = False  # --grad_checkpointing: keep a block's input only, compute the rest again
 
-    def forward(self, x, pick=None, at=None, most=None):
-        """pick, at, most: see ResidualAttentionBlock; they act in the last block."""
-        for block in self.resblocks[:-1]:
+    def forward(self, x, pick=None, at=None, most=None, skip=0):
+        """pick, at, most: see ResidualAttentionBlock; they act in the last block. skip: how many blocks are
+        left out at the end."""
+        blocks = self.resblocks[: max(len(self.resblocks) - skip, 0)]
+        if not len(blocks):
+            return x
+        for block in blocks[:-1]:
             x = (
                 checkpoint(block, x, use_reentrant=False, preserve_rng_state=False)  # nothing is drawn in it
                 if self.checkpointing and self.training
                 else block(x)
             )
-        return self.resblocks[-1](x, pick, at, most)
+        return blocks[-1](x, pick, at, most)
 
 
 def class_token(x):
@@ -172,10 +176,10 @@ class VisionTransformer(nn.Module):
         self.transformer = Transformer(width, layers, heads, activation=activation)
         self.ln_post = LayerNorm(width)
 
-    def forward(self, images, class_only=False, attention=False, most=None):
+    def forward(self, images, class_only=False, attention=False, most=None, skip=0):
         """images: (B, 3, H, W), normalised. Returns every token (B, N, D), or (B, 1, D) with class_only; with
         attention also the class token's attention_row in the last block, with `most` of those that count
-        most for it alone."""
+        most for it alone. skip: see Transformer."""
         x = self.conv1(images.to(self.conv1.weight.dtype))  # (B, width, rows, columns)
         x = x.flatten(2).transpose(1, 2)  # (B, N - 1, width)
         B = x.shape[0]  # not len(x), which ONNX export would fix
@@ -183,7 +187,7 @@ class VisionTransformer(nn.Module):
         x = torch.cat([class_embedding, x], dim=1) + self.positional_embedding.to(x.dtype)
         x = self.ln_pre(x)
         at = torch.zeros(x.shape[0], dtype=torch.long, device=x.device) if attention else None
-        x = self.transformer(x, class_token if class_only else None, at, most)
+        x = self.transformer(x, class_token if class_only else None, at, most, skip)
         x, row = x if attention else (x, None)
         x = self.ln_post(x) @ self.proj
         return (x, row) if attention else x
@@ -217,20 +221,20 @@ class CLIP(nn.Module):
     def dtype(self):
         return self.visual.conv1.weight.dtype
 
-    def encode_image(self, images, class_only=False, **attention):
+    def encode_image(self, images, class_only=False, **how):
         """(B, 3, H, W) to every token (B, N, D), or its first (B, 1, D); a ResNet gives one pooled (B, D).
-        attention: VisionTransformer's `attention` and `most`."""
-        return self.visual(images, class_only, **attention)
+        how: VisionTransformer's `attention`, `most` and `skip`."""
+        return self.visual(images, class_only, **how)
 
-    def encode_text(self, ids, at=None):
+    def encode_text(self, ids, at=None, skip=0):
         """(B, L) to every position (B, L, D); L may be shorter than the positions there are. With at (B,)
-        also that position's attention_row in the last block."""
-        return self.encode_words(self.token_embedding(ids), at)
+        also that position's attention_row in the last block. skip: see Transformer."""
+        return self.encode_words(self.token_embedding(ids), at, skip)
 
-    def encode_words(self, x, at=None):
+    def encode_words(self, x, at=None, skip=0):
         """encode_text after the look-up of words, which torch.compile is kept from: (B, L, width)."""
         x = x.to(self.dtype) + self.positional_embedding[: x.shape[1]].to(self.dtype)
-        x = self.transformer(x, at=at)
+        x = self.transformer(x, at=at, skip=skip)
         x, row = x if at is not None else (x, None)
         x = self.ln_final(x) @ self.text_projection
         return x if at is None else (x, row)

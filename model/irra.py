@@ -158,6 +158,16 @@ class IRRA(nn.Module):
             tokens, row = encode_image(images, class_only=False, attention=True, most=most)
             return pooled(tokens), tokens, row
 
+    @torch.no_grad()
+    def word_similarities(self, images, ids):
+        """(B, L): each word's largest cosine with a patch of its image, of what all but the last two blocks
+        give, projected as what the last gives is; as in NAM's pretraining (arXiv 2405.04940)."""
+        with self.autocast(images.device):
+            patches = self.base_model.encode_image(images, skip=2)[:, 1:]
+            words = self.base_model.encode_text(ids, skip=2)
+        patches, words = (F.normalize(at_least_fp32(x), dim=2) for x in (patches, words))
+        return (words @ patches.transpose(1, 2)).amax(dim=2)
+
     def selected_patches(self):
         return self.visul_emb_layer.number_of(self.base_model.visual)
 

@@ -17,6 +17,7 @@ from datasets import build_dataloader
 from model import build_model, objectives
 from processor.division import divide
 from processor.evaluator import encode, evaluate
+from processor.similarity import WordSimilarities
 from processor.trainer import Steps, train_one_epoch
 from solver import build_lr_scheduler, build_optimizer
 from tests.children import CONTEXT, ROOT
@@ -126,7 +127,7 @@ def rank_of_this():
 
 def train_some(argv, epochs):
     """Train as train.py does, without its files: what each step reported, the weights before and after, and
-    how many samples of each batch this process had."""
+    how many samples of each batch this process had, and what --mask_by_similarity keeps."""
     args = get_args(argv)
     with process_group(CPU):
         return _train_some(args, epochs)
@@ -147,15 +148,19 @@ def _train_some(args, epochs):
     optimizer = build_optimizer(args, plain)
     scheduler = build_lr_scheduler(args, optimizer)
     model = replicate(plain, CPU, args.micro_batch)
-    reports, batches = [], Counted(loader)
+    words = WordSimilarities(plain, loader, CPU, args.micro_batch) if args.mask_by_similarity else None
+    reports, batches = [], Counted(loader if words is None else words)
     for epoch in range(1, epochs + 1):
+        if words is not None:
+            words.begin_epoch()
         loader.set_epoch(epoch)
         after_step = StepReports(reports)
         train_one_epoch(
             model, batches, optimizer, CPU, epoch, Steps(after_step=after_step, micro_batch=args.micro_batch)
         )
         scheduler.step()
-    return {"reports": reports, "start": start, "weights": plain.state_dict(), "sizes": batches.sizes}
+    found = {"reports": reports, "start": start, "weights": plain.state_dict(), "sizes": batches.sizes}
+    return {**found, "similarities": None if words is None else words.state()}
 
 
 class Counted:

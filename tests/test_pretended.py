@@ -2,6 +2,7 @@
 the right type, the host waiting at log time only, no memory that grows, a CPU's numbers bit for bit."""
 
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,9 +10,11 @@ import torch
 from benchmarks.pretended import DEVICE, Pretended, WrongDevice
 from benchmarks.step import batch_of
 from datasets.image_text import finish
+from datasets.tokenizer import START_SIMILARITY
 from datasets.transforms import erase, normalise
 from model import build_model
 from processor.evaluator import encode, evaluate
+from processor.similarity import WordSimilarities
 from processor.trainer import FiniteWatch, NotFinite, Steps, train_one_epoch
 from retrieval.encoders import Encoders
 from solver import build_optimizer
@@ -97,6 +100,34 @@ def assert_equal(on_cpu, there):
 
 
 # ---- training ----
+
+
+class Masking(Loader):
+    """With what --mask_by_similarity asks of a loader: which captions there are, and which a batch holds."""
+
+    def __init__(self, device, number):
+        super().__init__(device, number)
+        self.dataset = SimpleNamespace(caption_ids=torch.cat([b["caption_ids"] for b in batches(number)]))
+
+    def __iter__(self):
+        for place, batch in enumerate(super().__iter__()):
+            yield {**batch, "indices": torch.arange(6) + 6 * place}
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_similarities_of_words_are_found_there_without_waiting(precision):
+    found = []
+    for device in (CPU, DEVICE):
+        with Pretended() if device is DEVICE else nullcontext() as gpu:
+            model, _ = build(device, precision)
+            words = WordSimilarities(model, Masking(device, 3), device)
+            if gpu:
+                gpu.waits.clear()
+            assert len(list(words)) == 3
+            assert not gpu or not gpu.waits
+            words.begin_epoch()
+            found.append(words.loader.similarities)
+    assert torch.equal(*found) and (found[0] != START_SIMILARITY).all()
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

@@ -1,6 +1,5 @@
-"""TBPS-CLIP (arXiv 2308.10045) and NAM's masking (arXiv 2405.04940), held against figures of their published
-code (tests/reference/methods; github.com/Flame-Chasers/TBPS-CLIP at ba090bc, WentaoTan/MLLM4Text-ReID at
-8f19e67), and the temperature that is learnt."""
+"""TBPS-CLIP (arXiv 2308.10045), held against figures of its published code (tests/reference/methods;
+github.com/Flame-Chasers/TBPS-CLIP at ba090bc), and the temperature that is learnt."""
 
 import functools
 import inspect
@@ -12,7 +11,7 @@ import pytest
 import torch
 
 from datasets import build_dataloader
-from datasets.tokenizer import MASK, drop_words, mask_tokens, similarity_mask
+from datasets.tokenizer import drop_words
 from model import build_model, objectives
 from model.build import build_trained_model
 from solver import build_lr_scheduler, build_optimizer
@@ -20,7 +19,7 @@ from tests import processes
 from tests.children import draw, only_run, words
 from tests.conftest import ROOT, load_script
 from tests.processes import together
-from tests.recipe import arrays, figures, off, pixels, refused_in_one_sentence, tiny_args
+from tests.recipe import figures, off, pixels, refused_in_one_sentence, tiny_args
 from tests.test_exactness import batch_of
 from tests.test_methods import assert_gradient
 from tests.tiny_run import missing
@@ -29,7 +28,6 @@ from utils.options import get_args, get_test_args
 from utils.tool_options import export_args
 
 TBPS, TEXT, SCHEDULE = (figures(f"methods/tbps_{name}") for name in ("losses", "text", "schedule"))
-NAM = arrays("methods/nam")
 PIDS = torch.tensor(TBPS["pids"])
 CASES = {case["case"]: case for case in TBPS["cases"]}
 SCALE = math.exp(TBPS["logit_scale_parameter"])
@@ -298,31 +296,6 @@ def test_what_is_left_out_is_a_function_of_seed_epoch_and_sample(data):
     for ids, whole in zip(first.tolist(), plain.tolist(), strict=True):
         rest = iter(whole)
         assert all(token in rest for token in ids if token)  # what is left, in its order
-
-
-def test_words_are_masked_by_similarity_as_published():
-    ids, out, labels = (NAM[f"mask_{name}"] for name in ("ids_in", "out", "labels"))
-    similarity = (pixels(162, (8, 77)) + 2) / 4
-    for seed, *expected in zip(figures("methods/nam")["mask"]["seeds"], out, labels, strict=True):
-        rng = random.Random(seed)
-        found = [similarity_mask(row, near, rng) for row, near in zip(ids, similarity, strict=True)]
-        for ours, published in zip(zip(*found, strict=True), expected, strict=True):
-            assert torch.equal(torch.stack(ours), published)
-
-
-def test_of_words_alike_as_many_are_masked_as_by_the_published_rate():
-    ids = torch.arange(1, 78).repeat(200, 1)
-    ids[:, 76] = 0
-    rng, near = random.Random(3), torch.full((77,), 0.85)
-    chosen = [float((similarity_mask(row, near, rng)[1] != 0).float().mean()) for row in ids]
-    _, labels = mask_tokens(ids, torch.rand(200, 2, 77, generator=torch.Generator().manual_seed(3)))
-    assert sum(chosen) / 200 == pytest.approx(float((labels != 0).float().mean()), abs=0.01)
-
-
-def test_a_caption_without_words_is_masked_at_its_first_place():
-    ids = torch.tensor([49406, 49407, 0, 0])
-    masked, labels = similarity_mask(ids, torch.full((4,), 0.85), random.Random(0))
-    assert masked.tolist() == [49406, MASK, 0, 0] and labels.tolist() == [0, 49407, 0, 0]
 
 
 # ---- the recipe ----

@@ -133,6 +133,7 @@ OPTIONS = {
     ("--tse_norm", {"train": "eval"}, one_of("eval", "train"), "its normalisation, as in RDE's paper"),
     ("--division", {"train": False}, bool, "leave out pairs that look wrong, each epoch anew (CCD)"),
     ("--MLM", {"train": False}, bool, "mask training captions; comes with mlm among the losses"),
+    ("--mask_by_similarity", {"train": False}, bool, "MLM masks what the image shows least (NAM)"),
     ("--clean_captions", {"train": False}, bool, "only mlm sees masked captions; published: every loss"),
     ("--cmt_depth", {"train": 4}, from_1, "blocks of the cross-modal transformer"),
     ("--masked_token_rate", {"train": 0.8}, fraction, "share of chosen tokens that become <|mask|>"),
@@ -323,7 +324,7 @@ def reconcile(args):
     """Bring options that depend on one another into agreement, or say why that cannot be."""
     check_data_options(args)
     check(args)
-    args.MLM = args.MLM or "mlm" in names_of(args)
+    args.MLM = args.MLM or args.mask_by_similarity or "mlm" in names_of(args)
     if args.masked_token_rate + args.masked_token_unchanged_rate > 1 + 1e-9:
         raise InputError("--masked_token_rate and --masked_token_unchanged_rate add up to more than 1")
     if args.sampler == "identity" and args.batch_size % args.num_instance:

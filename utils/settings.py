@@ -99,6 +99,8 @@ def check_losses(args, resnet):
         )
     if args.learn_temperature:
         check_learnt_temperature(args, losses)
+    if args.mask_by_similarity:
+        check_mask_by_similarity(args, resnet)
 
 
 def check_learnt_temperature(args, losses):
@@ -112,6 +114,20 @@ def check_learnt_temperature(args, losses):
         raise InputError(
             f"--temperature {args.temperature:g} with --learn_temperature: what is learnt stays at 0.01 or "
             "more, as in CLIP; start from 0.01"
+        )
+
+
+def check_mask_by_similarity(args, resnet):
+    if resnet:
+        raise InputError(
+            f"--mask_by_similarity needs image tokens, and {args.pretrain_choice} gives one pooled vector: "
+            "leave it out or choose a ViT"
+        )
+    changing = [name for name in ("text_aug", "text_drop") if vars(args)[name]]
+    if changing:
+        raise InputError(
+            f"--mask_by_similarity keeps a number for each word of a caption from epoch to epoch, and "
+            f"--{changing[0]} changes the words: leave one of them out"
         )
 
 
