@@ -10,7 +10,15 @@ from torch.utils.data import DataLoader
 
 from datasets.annotations import log_statistics, read_splits, source_of
 from datasets.image_cache import open_images
-from datasets.image_text import CaptionChanges, CaptionDataset, ImageDataset, Images, PairDataset, finish
+from datasets.image_text import (
+    CaptionChanges,
+    CaptionDataset,
+    ImageDataset,
+    Images,
+    PairDataset,
+    Views,
+    finish,
+)
 from datasets.sampler import BatchShares, IdentityOrder, RandomOrder, Share, mixed
 from datasets.tokenizer import START_SIMILARITY
 from utils.batch import Batch
@@ -18,10 +26,12 @@ from utils.data_sets import ignored_name
 from utils.dist import process_sum, world_size
 from utils.errors import InputError
 from utils.files import room_for_sockets
-from utils.losses import names_of
+from utils.losses import LOSSES, names_of
 from utils.settings import resolve
 
 logger = logging.getLogger("IRRA.dataset")
+# what a data set gives of its images, and the boxes that are to be erased there
+BOXES = {"images": "boxes", "second_images": "second_boxes", "strong_images": None}
 
 
 class TrainLoader(DataLoader):
@@ -41,7 +51,7 @@ class TrainLoader(DataLoader):
 
     def __iter__(self):
         for size, batch in zip(self.batch_sampler.sizes(), super().__iter__(), strict=True):
-            boxes, left_out = batch.pop("boxes"), batch.pop("left_out")
+            left_out = batch.pop("left_out")
             for path, reason in left_out.items():
                 if path not in self.left_out:
                     logger.warning(f"left out: {reason}")
@@ -58,8 +68,12 @@ class TrainLoader(DataLoader):
                 batch.update(self.dataset.masked_by(self.similarities, *known))
             if not self._numbered:
                 del batch["indices"]
-            images = finish(batch.pop("images"), self._device, boxes)
-            yield Batch(images=images, **batch)
+            images = {
+                name: finish(batch.pop(name), self._device, batch.pop(boxes, None))
+                for name, boxes in BOXES.items()
+                if name in batch
+            }
+            yield Batch(**images, **batch)
             del images  # not kept here while the next batch is made
 
     def close(self):
@@ -153,8 +167,9 @@ def train_loader(args, splits, device, images):
     changes = CaptionChanges(
         masking, args.mask_by_similarity, args.clean_captions, args.text_aug, args.text_drop
     )
+    views = Views(args.second_view, strong=any(LOSSES[name].of == "strong" for name in names_of(args)))
     dataset = PairDataset(
-        samples, images, args.text_length, args.seed, args.img_aug, changes, second_captions
+        samples, images, args.text_length, args.seed, args.img_aug, changes, second_captions, views
     )
     logger.info(f"using {args.sampler} sampler")
     if masking:

@@ -5,8 +5,10 @@ import random
 from typing import NamedTuple
 
 import torch
+from PIL import Image
 from torch.utils.data import Dataset, get_worker_info
 
+from datasets.augmentations import strong_view
 from datasets.sampler import mixed
 from datasets.tokenizer import (
     SimpleTokenizer,
@@ -64,14 +66,32 @@ class CaptionChanges(NamedTuple):
     drop: float = 0.0  # tokenizer.drop_words' probability, before that
 
 
+class Views(NamedTuple):
+    """How the images of a training batch are seen."""
+
+    second: bool = False  # each is drawn a second time
+    strong: bool = False  # and twice by augmentations.strong_view
+
+
 class PairDataset(Dataset):
     """Training pairs. Asked for a list of (epoch, index), it gives a batch; `finish` does the rest.
 
     samples: list of annotations.TrainSample. images: an Images. changes: a CaptionChanges. second_captions:
-    what a second caption of each sample is drawn of, as datasets.records has it; or empty.
+    what a second caption of each sample is drawn of, as datasets.records has it; or empty. views: a Views.
     """
 
-    def __init__(self, samples, images, text_length, seed, img_aug=False, changes=None, second_captions=()):
+    def __init__(
+        self,
+        samples,
+        images,
+        text_length,
+        seed,
+        img_aug=False,
+        changes=None,
+        second_captions=(),
+        views=None,
+    ):
+        self.views = views or Views()
         self.samples, self.images, self.seed, self.img_aug = samples, images, seed, img_aug
         self.changes, self.second_captions = changes or CaptionChanges(), second_captions
         self.tokenizer = SimpleTokenizer() if self.changes.drop or second_captions else None
@@ -93,11 +113,8 @@ class PairDataset(Dataset):
         boxes, noise = [], torch.empty(len(keys), 2, caption_ids.shape[1])
         for row, ((epoch, index), sample) in enumerate(zip(keys, samples, strict=True)):
             # image and mask draw from two streams: --img_aug does not change the masks
-            generator.manual_seed(mixed(self.seed, epoch, index, 0))
-            flip, top, left, box = draw_augmentation(*self.images.img_size, generator, self.img_aug)
-            pixels = found[sample.image_path]
-            crop_padded(pixels.flip(-1).numpy() if flip else pixels.numpy(), top, left, images[row].numpy())
-            boxes.append(box)
+            seed = mixed(self.seed, epoch, index, 0)
+            boxes.append(self.augmented(found[sample.image_path], seed, images[row]))
             if self.changes.masking and not self.changes.by_similarity:
                 generator.manual_seed(mixed(self.seed, epoch, index, 1))
                 noise[row].uniform_(generator=generator)
@@ -121,7 +138,35 @@ class PairDataset(Dataset):
             batch.update(self.masked(caption_ids, *mask_tokens(caption_ids, noise, *self.changes.masking)))
         if self.second_captions:
             batch.update(self.drawn_second(keys))
+        if self.views.second or self.views.strong:
+            batch.update(self.drawn_views(keys, [found[sample.image_path] for sample in samples]))
         return batch
+
+    def augmented(self, pixels, seed, out):
+        """Put an image as --img_aug asks into out, uint8 [3, H, W]; returns the box yet to be erased."""
+        generator = torch.Generator().manual_seed(seed)
+        flip, top, left, box = draw_augmentation(*self.images.img_size, generator, self.img_aug)
+        crop_padded(pixels.flip(-1).numpy() if flip else pixels.numpy(), top, left, out.numpy())
+        return box
+
+    def drawn_views(self, keys, pixels):
+        """{name: (B, …)} of what a batch has of other views of its images, each from a stream of its own."""
+        views, B = {}, len(keys)
+        seeds = [[mixed(self.seed, *key, stream) for stream in (6, 7, 8)] for key in keys]
+        if self.views.second:
+            views["second_images"] = images = self.images.room(B)
+            drawn = zip(pixels, seeds, images, strict=True)
+            boxes = [self.augmented(image, seed, out) for image, (seed, *_), out in drawn]
+            views["second_boxes"] = torch.tensor(boxes, dtype=torch.long).reshape(-1, 4)
+        if self.views.strong:
+            size = self.images.img_size
+            images = self.images.room(2 * B).view(B, 2, 3, *size)
+            for image, (_, *both), out in zip(pixels, seeds, images, strict=True):
+                picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+                for seed, view in zip(both, out, strict=True):
+                    view.copy_(strong_view(picture, size, seed))
+            views["strong_images"] = images
+        return views
 
     def masked(self, ids, mlm_ids, mlm_labels):
         """{name: (B, L)} of what a batch has of masked captions. ids: (B, L) the captions as they were."""

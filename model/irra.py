@@ -38,6 +38,7 @@ PARTS = {  # a parameter of a part without a row here has no learning rate: that
     "ln_pre_i": Part("mlm"),
     "ln_post": Part("mlm"),
     "mlm_head": Part("mlm"),
+    "simclr_mlp": Part("simclr", lr_factor=1.0),
     "visul_emb_layer": Part("tse", lr=1e-3, encodes=True),
     "texual_emb_layer": Part("tse", lr=1e-3, encodes=True),
     "logit_scale_log": Part(None, lr_factor=1.0, decays=False),  # of --learn_temperature
@@ -49,6 +50,7 @@ GIVEN = (  # what a loss may ask for by the name of an argument; see IRRA.compar
     *("image_features", "text_features", "pids", "logit_scale", "weights", "image_logits", "text_logits"),
     *("image_patches", "text_tokens", "image_selected", "text_selected", "compared"),
     *("second_features", "second_selected", "second_factor"),
+    *("view_features", "strong_views"),
     *("scores", "labels", "count"),  # of mlm
     "epochs_done",  # of the training, with a fraction
 )
@@ -100,6 +102,9 @@ class IRRA(nn.Module):
                 )
             )
         initialise_heads(self, D, cmt_depth)
+        if "simclr" in self.loss_names:
+            self.simclr_mlp = nn.Sequential(nn.Linear(D, 128), nn.ReLU(), nn.Linear(128, D))
+        self.uses_views = any(LOSSES[name].views for name in self.loss_names)
         self.selects = "tse" in self.loss_names
         self.compares_second = "second" in self.loss_names
         if self.selects:
@@ -186,7 +191,7 @@ class IRRA(nn.Module):
         """The one way from a planned batch, whole or a part, to what its losses compare: {name: (B, …)}.
 
         words: also the (n, V) scores and (n,) labels of its masked words; else None. second: also its second
-        captions, where the losses compare them.
+        captions, and its images' other views, where the losses compare them.
         """
         all_tokens = words or self.uses_tokens
         with self.autocast(batch.caption_ids.device):
@@ -207,6 +212,8 @@ class IRRA(nn.Module):
                 found["text_tokens"] = at_least_fp32(text_tokens)
             if second and self.compares_second:
                 found.update(self.second_features(batch))
+            if second:
+                found.update(self.features_of_views(batch))
             masked = None
             if words:
                 masked_tokens = text_tokens if shared else self.text_side(batch.mlm_ids)[1]
@@ -222,6 +229,17 @@ class IRRA(nn.Module):
         if not self.selects:
             return {"second_features": feature}
         return {"second_features": feature, "second_selected": self.texual_emb_layer(*selected, ids)}
+
+    def features_of_views(self, batch):
+        """What the losses compare of a batch's other views of its images: {name: (B, …)}."""
+        found = {}
+        if self.uses_views and batch.second_images is not None:
+            found["view_features"] = self.image_side(batch.second_images)[0]
+        if "simclr" in self.loss_names:
+            features = self.image_side(batch.strong_images.flatten(0, 1))[0]  # (2B, D)
+            features = self.simclr_mlp(features.to(self.simclr_mlp[0].weight.dtype))
+            found["strong_views"] = at_least_fp32(features).unflatten(0, (-1, 2))
+        return found
 
     def compile_encoders(self, **options):
         """Train with encoders that torch.compile makes; evaluation, whose sizes vary, goes without.
@@ -327,8 +345,9 @@ class IRRA(nn.Module):
         return given["indices"], torch.stack(losses)
 
     def sum_of_pairs(self, given, image_features, text_features):
-        """What the losses of two features alone give for these features."""
+        """What the losses of two features alone give for these features, which have no second view."""
         given = {**given, "image_features": image_features, "text_features": text_features}
+        given.pop("view_features", None)
         names = [name for name in self.loss_names if LOSSES[name].of == "features"]
         return sum(self.weighted(name, objectives.compute(name, given)) for name in names)
 

@@ -198,14 +198,26 @@ def compute_asdm(image_features, text_features, pids, logit_scale, strength=0.1,
     return one_direction(similarity) + one_direction(similarity.t())
 
 
-def compute_nitc(image_features, text_features, pids, logit_scale, soft_label, epochs_done, weights=None):
+def compute_nitc(
+    image_features,
+    text_features,
+    pids,
+    logit_scale,
+    soft_label,
+    epochs_done,
+    weights=None,
+    view_features=None,
+):
     """Normalised image-text contrastive loss (TBPS-CLIP, arXiv 2308.10045): each row's cross entropy with its
     matches, which share the label, and with the model's own similarities, without gradient.
 
     image_features, text_features: [B, D], not normalised. pids: [B]. soft_label: the similarities' share of
     the label. epochs_done: in the first epoch it grows to that from 0. weights: [B], of the samples' rows.
+    view_features: [B, D], of second views of the images: the loss is then the mean of both (MVS).
     """
-    losses = each_nitc(image_features, text_features, pids, logit_scale, soft_label, epochs_done)
+    views = [image_features] if view_features is None else [image_features, view_features]
+    given = (text_features, pids, logit_scale, soft_label, epochs_done)
+    losses = sum(each_nitc(view, *given) for view in views) / len(views)
     return losses.mean() if weights is None else weighted_mean(losses, weights)
 
 
@@ -246,6 +258,15 @@ def compute_citc(image_features, text_features):
     within = image @ image.t() - text @ text.t()
     across = image @ text.t() - text @ image.t()
     return (within.square().mean() + across.square().mean()) / 4
+
+
+def compute_simclr(strong_views, softness=0.1):
+    """NT-Xent (SimCLR, arXiv 2002.05709, as in TBPS-CLIP): among all views each is to find the other one of
+    its image. strong_views: [B, 2, D], not normalised. softness: its temperature."""
+    views = F.normalize(strong_views.transpose(0, 1).flatten(0, 1), dim=1)  # [2B, D]
+    logits = (views @ views.t() / softness).fill_diagonal_(-torch.inf)
+    B = len(strong_views)
+    return F.cross_entropy(logits, torch.arange(2 * B, device=logits.device).roll(B))
 
 
 def compute_efa(text_tokens, image_patches, text_margin=0.1, image_margin=0.9):

@@ -35,7 +35,9 @@ for _name, _row in LOSSES.items():
     if _row.switches:
         COMBINATIONS += [" --".join([names, *_row.switches]) for names in ("tal", "sdm+id+mlm+tal")]
     elif _name not in PUBLISHED:
-        COMBINATIONS += [_name, f"sdm+id+mlm+{_name}"]
+        alone = [] if _row.of == "strong" else [_name]
+        COMBINATIONS += [*alone, f"sdm+id+mlm+{_name}"]
+COMBINATIONS += ["nitc+ritc+citc+simclr --second_view"]
 COMBINATIONS += [f"{names} --learn_temperature" for names in ("sdm", "itc+asdm+nitc+ritc+mlm")]
 CLASSES = 37  # persons of the tiny model's classifier
 

@@ -150,12 +150,12 @@ def test_a_head_says_its_rate_where_it_is_defined(monkeypatch):
 
 
 def test_every_part_of_the_model_has_a_row_and_the_published_rule():
-    args = tiny_args("sdm+id+mlm", token_selection=True, learn_temperature=True)
+    args = tiny_args("sdm+id+mlm+simclr", token_selection=True, learn_temperature=True)
     model = build_model(args, 7)
     assert {name.split(".")[0] for name, _ in model.named_parameters()} == set(PARTS)
     args = get_args([])
     for name, _ in model.named_parameters():
-        if (row := PARTS[name.split(".")[0]]).lr is None and row.decays:
+        if (row := PARTS[name.split(".")[0]]).lr is None and row.lr_factor is None:
             assert lr_and_decay(name, args, PARTS) == lr_and_decay(name, args)
 
 

@@ -27,13 +27,13 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def batch_of(data):
-    """batch_of(*options): a batch of 11 captions as the loader gives it, with second ones."""
+    """batch_of(*options): a batch of 11 captions as the loader gives it, with all that losses may ask for."""
     batches = {}
 
     def of(*options):
         if options not in batches:
-            typed = ("--batch_size", str(B), "--second_caption", *options)
-            args = get_args(words(data, data, *typed, loss_names="sdm+mlm"))
+            typed = ("--batch_size", str(B), "--second_caption", "--second_view", *options)
+            args = get_args(words(data, data, *typed, loss_names="mlm+nitc+simclr"))
             batches[options] = next(iter(build_dataloader(args)[0]))
         return batches[options]
 

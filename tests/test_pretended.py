@@ -51,6 +51,8 @@ def batches(number, size=6, clean=False):
         batch["pids"] %= PERSONS
         batch["second_caption_ids"] = batch["caption_ids"].roll(1, dims=0)
         batch["second_factor"] = torch.full((size,), 0.4)
+        batch["second_images"] = batch["images"].flip(3)
+        batch["strong_images"] = torch.stack([batch["images"].flip(2), batch["images"] / 2], dim=1)
         if clean:
             masked = batch["mlm_labels"] != 0
             batch["caption_ids"] = torch.where(masked, batch["mlm_labels"], batch["caption_ids"])
@@ -68,7 +70,9 @@ class Loader:
 
     def __iter__(self):
         for batch in batches(self.number, **self.options):
-            yield {**batch, "images": batch["images"].to(self.device, non_blocking=True)}
+            pixels = {key: batch[key] for key in batch if key.endswith("images")}
+            moved = {key: value.to(self.device, non_blocking=True) for key, value in pixels.items()}
+            yield {**batch, **moved}
 
 
 def train(device, precision, loss_names="sdm+mlm+id", more=(), steps=2, clean=False, **options):

@@ -3,14 +3,20 @@ github.com/Flame-Chasers/TBPS-CLIP at ba090bc), and the temperature that is lear
 
 import functools
 import inspect
+import itertools
 import json
 import math
 import random
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from datasets import build_dataloader
+from datasets.augmentations import strong_view
+from datasets.image_text import finish
+from datasets.sampler import mixed
 from datasets.tokenizer import drop_words
 from model import build_model, objectives
 from model.build import build_trained_model
@@ -19,15 +25,17 @@ from tests import processes
 from tests.children import draw, only_run, words
 from tests.conftest import ROOT, load_script
 from tests.processes import together
-from tests.recipe import figures, off, pixels, refused_in_one_sentence, tiny_args
+from tests.recipe import bytes8, figures, fill, off, pixels, refused_in_one_sentence, tiny_args
 from tests.test_exactness import batch_of
 from tests.test_methods import assert_gradient
 from tests.tiny_run import missing
-from utils.losses import LOSSES, total_loss
+from utils.batch import Batch
+from utils.losses import LOSSES, is_loss, total_loss
 from utils.options import get_args, get_test_args
 from utils.tool_options import export_args
 
 TBPS, TEXT, SCHEDULE = (figures(f"methods/tbps_{name}") for name in ("losses", "text", "schedule"))
+AUGMENT, CPU = figures("methods/tbps_augment"), torch.device("cpu")
 PIDS = torch.tensor(TBPS["pids"])
 CASES = {case["case"]: case for case in TBPS["cases"]}
 SCALE = math.exp(TBPS["logit_scale_parameter"])
@@ -46,6 +54,25 @@ def features():
     return image.requires_grad_(), (0.15 * image + pixels(112, (12, 512))).detach().requires_grad_()
 
 
+OURS = {"image": "image_features", "text": "text_features", "aug1": "view_features"}
+
+
+def with_heads(model):
+    """With the figures' weights in its heads."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.startswith(("simclr_mlp", "classifier")):
+                parameter.copy_(fill(name, parameter.shape))
+    return model
+
+
+def wide(names):
+    """The options of a tiny model whose features have the figures' width, where heads need it."""
+    sizes = "embed_dim=512 vision_width=64 vision_layers=1 transformer_width=64 transformer_layers=1".split()
+    heads = "simclr" in names or "id" in names
+    return {"pretrain_choice": "random", "clip_architecture": sizes} if heads else {}
+
+
 def learnt(loss_names, **options):
     return build_model(tiny_args(loss_names, learn_temperature=True, **options), 37)
 
@@ -56,30 +83,44 @@ def learnt(loss_names, **options):
         ("nitc", "nitc only"),
         ("nitc", "nitc only, half soft"),
         ("nitc+ritc", "simplified: nitc + ritc"),
+        ("nitc", "nitc with two views"),
         ("nitc+citc", "nitc + citc"),
+        ("nitc+simclr", "nitc + ss"),
+        ("nitc+id", "nitc + id"),
+        ("nitc+ritc+citc+simclr", "all as published (nitc, two views, ritc, citc, ss)"),
     ],
 )
 def test_losses_and_their_gradients_are_the_published_ones(names, case):
     """Weighted as published without a word, and with the gradient of the temperature's parameter."""
     case = CASES[case]
-    model, (image, text) = learnt(names, soft_label=case["alpha"], temperature=1 / SCALE), features()
-    report = model.compare({"image_features": image, "text_features": text}, {"pids": PIDS})
-    for name, value in case["returned"].items():
+    model = with_heads(learnt(names, soft_label=case["alpha"], temperature=1 / SCALE, **wide(names)))
+    image, text = features()
+    found = {"image": image, "text": text}
+    if case["experiment"]["mvs_image"]:
+        found["aug1"] = (image + 0.3 * pixels(113, (12, 512))).detach().requires_grad_()
+    if case["experiment"]["ss"]:
+        for n in (1, 2):
+            view = image + 0.5 * pixels(113 + n, (12, 512))
+            found[f"aug_ss_{n}"] = view.detach().requires_grad_()
+    given = {OURS[name]: value for name, value in found.items() if name in OURS}
+    if case["experiment"]["ss"]:
+        strong = torch.stack([found["aug_ss_1"], found["aug_ss_2"]], dim=1)
+        given["strong_views"] = model.simclr_mlp(strong)
+    report = model.compare(given, {"pids": PIDS})
+    returned = {name.replace("ss_loss", "simclr_loss"): value for name, value in case["returned"].items()}
+    assert returned.keys() == {name for name in report if is_loss(name)}
+    for name, value in returned.items():
         assert report[name].item() == pytest.approx(value, rel=1e-5), name
     assert report["temperature"].item() == pytest.approx(1 / SCALE, rel=1e-6)
-    total_loss(report).backward()
+    total = total_loss(report)
+    assert total.item() == pytest.approx(case["total"], rel=1e-5)
+    total.backward()
     assert model.logit_scale_log.grad.item() == pytest.approx(case["logit_scale_grad"], rel=1e-5)
-    assert_gradient(image.grad, case["grad"]["image"], 3e-5, 3e-5)
-    assert_gradient(text.grad, case["grad"]["text"], 3e-5, 3e-5)
-
-
-def test_the_mean_of_nitc_over_two_views_is_the_published_one():
-    """A second view is not built; this is a third share of soft labels."""
-    image, text = features()
-    second = image + 0.3 * pixels(113, (12, 512))
-    views = [objectives.compute_nitc(view, text, PIDS, SCALE, 0.3, 9) for view in (image, second)]
-    expected = CASES["nitc with two views"]["returned"]["nitc_loss"]
-    assert sum(views).item() / 2 == pytest.approx(expected, rel=1e-5)
+    for name, expected in case["grad"].items():
+        assert_gradient(found[name].grad, expected, 3e-5, 3e-5)
+    parameters = dict(model.named_parameters())
+    for name, expected in case["head_grad"].items():
+        assert_gradient(parameters[name].grad, expected, 3e-5, 3e-5)
 
 
 @pytest.mark.parametrize("case", SCHEDULE["cases"], ids=lambda case: case["iterations_per_epoch"])
@@ -183,7 +224,8 @@ def test_in_half_precision_it_is_learnt_in_fp32(precision):
 
 
 def test_two_processes_learn_what_one_does_in_parts_too(data):
-    argv = words(data, data, "--learn_temperature", "--batch_size", "10", loss_names="nitc+ritc+citc")
+    options = ("--learn_temperature", "--second_view", "--batch_size", "10")
+    argv = words(data, data, *options, loss_names="nitc+ritc+citc+simclr")
     (alone,), two = (together(n, processes.train_some, argv, 2) for n in (1, 2))
     in_parts = together(2, processes.train_some, [*argv, "--micro_batch", "3"], 2)
     assert abs(alone["weights"]["logit_scale_log"] - alone["start"]["logit_scale_log"]) > 1e-3
@@ -258,6 +300,110 @@ def test_a_run_does_not_go_on_with_another_kind_of_temperature(more, data, tmp_p
     assert load_script("train").main([*resume, *there]) == 2
     err = capsys.readouterr().err
     assert f"in which logit_scale_log is {'missing' if more else 'there'}" in err and err.count("error:") == 1
+
+
+# ---- views of images ----
+
+
+@functools.cache
+def picture():
+    """The figures' picture, 96x64."""
+    coarse = np.kron(bytes8(190, (6, 4, 3)), np.ones((16, 16, 1), np.uint8)).astype(int)
+    return Image.fromarray(((3 * coarse + bytes8(500190, (96, 64, 3))) // 4).astype(np.uint8))
+
+
+def assert_published_pixels(pixels, expected):
+    """pixels: [3, H, W], in [0, 1]. The published code normalises by ImageNet's mean and deviation."""
+    mean, std = (torch.tensor(x)[:, None, None] for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    found = ((pixels - mean) / std).double()
+    assert list(found.shape) == expected["shape"]
+    assert float(found.sum()) == pytest.approx(expected["sum"], abs=1e-5 * float(found.abs().sum()))
+    assert float(found.norm()) == pytest.approx(expected["l2"], rel=1e-5)
+    assert off(found.flatten()[:4], expected["first4"]) < 1e-5
+
+
+@pytest.mark.parametrize("row", AUGMENT["rows"], ids=lambda row: row["seed"])
+def test_a_strong_view_is_the_published_one(row):
+    before = torch.get_rng_state()
+    found = strong_view(picture(), AUGMENT["size"], row["seed"])
+    assert_published_pixels(found / 255, row["self_supervised"])
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+VIEWS = ("second_images", "strong_images")
+
+
+def views_of(data, number, *more, loss_names="nitc+simclr"):
+    """{name: (N, …)} of an epoch's images in the order of the samples, and the loader."""
+    loader, *_ = build_dataloader(
+        get_args(words(data, data, "--division", "--second_view", *more, loss_names=loss_names))
+    )
+    loader.set_epoch(number)
+    batches = list(loader)
+    at = torch.cat([batch["indices"] for batch in batches]).argsort()
+    names = ("images", "caption_ids", *(name for name in VIEWS if name in batches[0]))
+    loader.close()
+    return {name: torch.cat([batch[name] for batch in batches])[at] for name in names}, loader
+
+
+def test_views_are_a_function_of_seed_epoch_and_sample(data):
+    first, _ = views_of(data, 1)
+    for more in (("--batch_size", "5"), ("--num_workers", "2")):
+        found, _ = views_of(data, 1, *more)
+        assert all(torch.equal(found[name], first[name]) for name in first)
+    other, _ = views_of(data, 2)
+    assert not any(torch.equal(other[name], first[name]) for name in first)
+
+
+def test_a_second_view_is_of_the_same_images_drawn_anew_and_the_rest_of_the_batch_stays(data):
+    both, loader = views_of(data, 1, loss_names="nitc")
+    assert "strong_images" not in both
+    plain, *_ = build_dataloader(get_args(words(data, data, "--division", loss_names="nitc")))
+    plain.set_epoch(1)
+    batches = list(plain)
+    at = torch.cat([batch["indices"] for batch in batches]).argsort()
+    for name in ("images", "caption_ids"):
+        assert torch.equal(both[name], torch.cat([batch[name] for batch in batches])[at])
+    differ = (both["images"] != both["second_images"]).flatten(1).any(1)
+    assert differ.float().mean() > 0.9
+    dataset = loader.dataset
+    image, seed = dataset.images.source[dataset.samples[7].image_path], mixed(dataset.seed, 1, 7, 6)
+    box = dataset.augmented(image, seed, out := torch.empty_like(image))
+    assert torch.equal(both["second_images"][7], finish(out[None], CPU, torch.tensor([box]))[0])
+
+
+def test_strong_views_are_two_of_each_image(data):
+    found, loader = views_of(data, 3)
+    dataset = loader.dataset
+    pixels = dataset.images.source[dataset.samples[5].image_path].permute(1, 2, 0).numpy()
+    seeds = [mixed(dataset.seed, 3, 5, stream) for stream in (7, 8)]
+    expected = torch.stack([strong_view(Image.fromarray(pixels), (64, 32), seed) for seed in seeds])
+    assert found["strong_images"].shape == (48, 2, 3, 64, 32)
+    assert torch.equal(found["strong_images"][5], finish(expected, CPU))
+
+
+def test_nt_xent_equals_plain_loops():
+    views, expected = pixels(31, (4, 2, 6)).double(), 0.0
+    for i, a in itertools.product(range(4), range(2)):
+        near = {
+            (j, b): math.exp(float(torch.cosine_similarity(views[i, a], views[j, b], dim=0)) / 0.1)
+            for j, b in itertools.product(range(4), range(2))
+            if (j, b) != (i, a)
+        }
+        expected -= math.log(near[i, 1 - a] / sum(near.values())) / 8
+    assert float(objectives.compute_simclr(views)) == pytest.approx(expected, rel=1e-6)
+
+
+def test_second_embeddings_and_the_division_have_no_second_view():
+    """Else the loss of selected tokens would be half that of the global feature of the view."""
+    model = build_model(tiny_args("nitc", token_selection=True), 37).eval()
+    batch = {**batch_of(0), "indices": torch.arange(4)}
+    seen = {**batch, "second_images": batch["images"].flip(3)}
+    with torch.no_grad():
+        plain, both = model(batch), model(seen)
+        assert both["nitc_loss"] != plain["nitc_loss"] and both["tse_loss"] == plain["tse_loss"]
+        each = [model.losses_of_samples(Batch.of(b).planned())[1] for b in (batch, seen)]
+    assert torch.equal(*each)
 
 
 # ---- captions ----
@@ -344,6 +490,9 @@ def test_the_recipe_trains(data, tmp_path):
         ("--loss_names nitc --soft_label 1.5", "--soft_label"),
         ("--loss_names citc --citc_loss_weight -1", "--citc_loss_weight"),
         ("--text_drop 1.1", "--text_drop"),
+        ("--second_view --loss_names sdm+simclr", "--second_view gives a second view"),
+        ("--loss_names simclr", "trains no text"),
+        ("--loss_names nitc+simclr --simclr_loss_weight -1", "--simclr_loss_weight"),
         ("--loss_names citc --division", "--division"),
     ],
 )

@@ -23,6 +23,8 @@ class Batch(Mapping):
     pids: torch.Tensor  # (B,) training person, 0 … K - 1
     images: torch.Tensor | None = None  # (B, 3, H, W) normalised floats, on the device
     caption_ids: torch.Tensor | None = None  # (B, L) what every loss but mlm sees: masked too, as published
+    second_images: torch.Tensor | None = None  # (B, 3, H, W) of --second_view: the same images, drawn anew
+    strong_images: torch.Tensor | None = None  # (B, 2, 3, H, W) two views of each, for simclr
     image_ids: torch.Tensor | None = None  # (B,) counts the training images
     mlm_ids: torch.Tensor | None = None  # (B, L) the masked caption
     mlm_labels: torch.Tensor | None = None  # (B, L) the token that was masked; 0 where none was

@@ -7,13 +7,14 @@ class Loss(NamedTuple):
     """A row of LOSSES. Its function is compute_<name> in model/objectives.py, which gets what its arguments
     without a default ask for by name: see IRRA.compare for what there is."""
 
-    of: str = "features"  # of image and text; "logits", "tokens", "selected" tokens, "second" captions;
-    # "words": of masked words alone, part by part of a batch
+    of: str = "features"  # of image and text; "logits", "tokens", "selected" tokens, "second" captions,
+    # "strong" views of the images; "words": of masked words alone, part by part of a batch
     weight: str | None = None  # the option that multiplies it
     options: tuple = ()  # those whose values it asks for by name
     switches: tuple = ()  # the options that together bring it, instead of --loss_names
     each: bool = False  # there is each_<name>, the loss of each sample, and it heeds the samples' weights
     tokens: bool = False  # it looks at image tokens, which a ResNet does not give
+    views: bool = False  # it takes a second view of the images, where --second_view gives one
     scaled: bool = False  # it multiplies cosines by the logit scale, which --learn_temperature learns
 
 
@@ -26,9 +27,10 @@ LOSSES = {  # in the order of log lines and plots
     "tal": Loss(options=("tau", "margin"), each=True),
     "trl": Loss(options=("tau", "margin"), each=True),
     "asdm": Loss(scaled=True),
-    "nitc": Loss(options=("soft_label",), each=True, scaled=True),
+    "nitc": Loss(options=("soft_label",), each=True, views=True, scaled=True),
     "ritc": Loss(each=True, scaled=True),
     "citc": Loss(weight="citc_loss_weight"),
+    "simclr": Loss(of="strong", weight="simclr_loss_weight"),
     "efa": Loss(of="tokens", tokens=True),
     "tse": Loss(of="selected", switches=("token_selection",), tokens=True),
     "second": Loss(of="second", switches=("second_caption",)),

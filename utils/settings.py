@@ -91,6 +91,17 @@ def check_losses(args, resnet):
                 f"--{switch} gives a second {second} to a loss of features, and --loss_names "
                 f"{args.loss_names} has none: add one of {', '.join(compared)}"
             )
+    if all(LOSSES[name].of == "strong" for name in losses):
+        raise InputError(
+            f"--loss_names {args.loss_names} compares images alone and trains no text: add a loss of both, "
+            "such as nitc"
+        )
+    viewing = [name for name, row in LOSSES.items() if row.views]
+    if args.second_view and not {*losses} & {*viewing}:
+        raise InputError(
+            f"--second_view gives a second view of each image to a loss that takes one, and --loss_names "
+            f"{args.loss_names} has none: add {', '.join(viewing)}"
+        )
     heeding = [name for name, row in LOSSES.items() if row.each]
     if args.division and not {*losses} & {*heeding}:
         raise InputError(
