@@ -5,6 +5,7 @@ import functools
 import random
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from PIL import ImageFilter
 
@@ -41,3 +42,27 @@ def strong_view(picture, size, seed):
             radius = random.Random(seed).uniform(0.1, 2.0)
             picture = picture.filter(ImageFilter.GaussianBlur(radius))
         return resize(flip(picture), size)
+
+
+@functools.cache
+def six_transforms(size):
+    """Of which two_of_six draws. size: (H, W)."""
+    from torchvision import transforms as T
+
+    return (
+        T.ColorJitter(0.1, 0.1, 0.1, 0),
+        T.RandomRotation(15),
+        T.RandomResizedCrop(size, (0.9, 1.0)),
+        T.RandomGrayscale(0.1),
+        T.RandomHorizontalFlip(0.5),
+        T.RandomErasing(0.5, scale=(0.10, 0.20), value=0),
+    )
+
+
+def two_of_six(pixels, seed):
+    """uint8 [3, H, W] to floats in [0, 1], through two of the six, drawn with replacement."""
+    six, pixels = six_transforms(tuple(pixels.shape[1:])), pixels.float() / 255
+    with seeded(seed):
+        for place in np.random.RandomState(seed % 2**32).randint(0, len(six), 2):
+            pixels = six[place](pixels)
+    return pixels

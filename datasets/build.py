@@ -167,7 +167,8 @@ def train_loader(args, splits, device, images):
     changes = CaptionChanges(
         masking, args.mask_by_similarity, args.clean_captions, args.text_aug, args.text_drop
     )
-    views = Views(args.second_view, strong=any(LOSSES[name].of == "strong" for name in names_of(args)))
+    strong = any(LOSSES[name].of == "strong" for name in names_of(args))
+    views = Views(args.second_view, strong, args.two_of_six)
     dataset = PairDataset(
         samples, images, args.text_length, args.seed, args.img_aug, changes, second_captions, views
     )

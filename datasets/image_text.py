@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset, get_worker_info
 
-from datasets.augmentations import strong_view
+from datasets.augmentations import strong_view, two_of_six
 from datasets.sampler import mixed
 from datasets.tokenizer import (
     SimpleTokenizer,
@@ -71,6 +71,7 @@ class Views(NamedTuple):
 
     second: bool = False  # each is drawn a second time
     strong: bool = False  # and twice by augmentations.strong_view
+    two_of_six: bool = False  # the first and the second by augmentations.two_of_six, instead of img_aug
 
 
 class PairDataset(Dataset):
@@ -143,7 +144,10 @@ class PairDataset(Dataset):
         return batch
 
     def augmented(self, pixels, seed, out):
-        """Put an image as --img_aug asks into out, uint8 [3, H, W]; returns the box yet to be erased."""
+        """Put an image, drawn anew, into out, uint8 [3, H, W]; returns the box that is yet to be erased."""
+        if self.views.two_of_six:
+            out.copy_((two_of_six(pixels, seed) * 255).round())
+            return 0, 0, 0, 0
         generator = torch.Generator().manual_seed(seed)
         flip, top, left, box = draw_augmentation(*self.images.img_size, generator, self.img_aug)
         crop_padded(pixels.flip(-1).numpy() if flip else pixels.numpy(), top, left, out.numpy())

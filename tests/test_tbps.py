@@ -7,17 +7,19 @@ import itertools
 import json
 import math
 import random
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from datasets import build_dataloader
-from datasets.augmentations import strong_view
+from datasets import augmentations, build_dataloader
+from datasets.augmentations import six_transforms, strong_view, two_of_six
 from datasets.image_text import finish
 from datasets.sampler import mixed
 from datasets.tokenizer import drop_words
+from datasets.transforms import STD, normalise, resize
 from model import build_model, objectives
 from model.build import build_trained_model
 from solver import build_lr_scheduler, build_optimizer
@@ -330,6 +332,40 @@ def test_a_strong_view_is_the_published_one(row):
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.parametrize("row", AUGMENT["rows"], ids=lambda row: row["seed"])
+def test_two_of_six_augmentations_are_the_published_ones(row):
+    pixels, before = resize(picture(), AUGMENT["size"]), torch.get_rng_state()
+    assert_published_pixels(two_of_six(pixels, row["seed"]), row["choose"])
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_two_are_drawn_with_replacement_as_often_as_published(monkeypatch):
+    drawn, published = [], AUGMENT["two_of_six_with_replacement"]
+    names = [type(one).__name__ for one in six_transforms((8, 8))]
+    six = [lambda pixels, name=name: drawn.append(name) or pixels for name in names]
+    monkeypatch.setattr(augmentations, "six_transforms", lambda size: six)
+    for number in range(4000):
+        two_of_six(torch.zeros(3, 8, 8, dtype=torch.uint8), mixed(1, 1, number, 0))
+    twice = sum(one == other for one, other in zip(drawn[::2], drawn[1::2], strict=True))
+    assert abs(twice - published["same_twice"]) < 5 * math.sqrt(4000 * 5 / 36 + 1)
+    counts = Counter(drawn)
+    assert counts.keys() == published["picked"].keys()
+    assert all(abs(counts[name] - 4000 / 3) < 5 * math.sqrt(4000 / 3) for name in counts)
+
+
+def test_images_of_a_batch_are_two_of_six_to_the_byte(data):
+    typed = words(data, data, "--division", "--two_of_six", "--second_view", loss_names="nitc")
+    typed.remove("--img_aug")
+    loader, *_ = build_dataloader(get_args(typed))
+    loader.set_epoch(2)
+    batch, dataset = next(iter(loader)), loader.dataset
+    for row, index in enumerate(batch["indices"].tolist()):
+        pixels = dataset.images.source[dataset.samples[index].image_path]
+        for name, stream in (("images", 0), ("second_images", 6)):
+            expected = normalise(two_of_six(pixels, mixed(dataset.seed, 2, index, stream)) * 255)
+            assert (batch[name][row] - expected).abs().max() < 0.51 / 255 / min(STD)
+
+
 VIEWS = ("second_images", "strong_images")
 
 
@@ -490,6 +526,7 @@ def test_the_recipe_trains(data, tmp_path):
         ("--loss_names nitc --soft_label 1.5", "--soft_label"),
         ("--loss_names citc --citc_loss_weight -1", "--citc_loss_weight"),
         ("--text_drop 1.1", "--text_drop"),
+        ("--two_of_six --img_aug", "choose one"),
         ("--second_view --loss_names sdm+simclr", "--second_view gives a second view"),
         ("--loss_names simclr", "trains no text"),
         ("--loss_names nitc+simclr --simclr_loss_weight -1", "--simclr_loss_weight"),

@@ -115,6 +115,7 @@ OPTIONS = {
     ("--text_aug", {"train": False}, bool, "mask, exchange and drop words (RDE), whatever the losses"),
     ("--text_drop", {"train": 0.0}, fraction, "share of training captions' words to leave out"),
     ("--second_caption", {"train": False}, bool, "a second caption, of diversity_captions (RDA)"),
+    ("--two_of_six", {"train": False}, bool, "two of six augmentations of images instead (TBPS-CLIP)"),
     ("--second_view", {"train": False}, bool, "nitc: the mean over two views of each image (MVS)"),
     ("--img_aug", {"train": False}, bool, "random crop and erasing besides the flip, as in the recipe"),
     ("--sampler", {"train": "random"}, one_of("random", "identity"), "order of the training samples"),
@@ -329,6 +330,8 @@ def reconcile(args):
     args.MLM = args.MLM or args.mask_by_similarity or "mlm" in names_of(args)
     if args.masked_token_rate + args.masked_token_unchanged_rate > 1 + 1e-9:
         raise InputError("--masked_token_rate and --masked_token_unchanged_rate add up to more than 1")
+    if args.two_of_six and args.img_aug:
+        raise InputError("--two_of_six and --img_aug are two ways to augment an image: choose one")
     if args.sampler == "identity" and args.batch_size % args.num_instance:
         raise InputError(
             f"--sampler identity needs a --batch_size ({args.batch_size}) that --num_instance "
