@@ -87,7 +87,7 @@ ROWS = {
     (78.18, 91.63, 94.83, 69.58, 53.48), (69.22, 83.49, 88.06, 42.34, 9.01),
     (70.00, 86.60, 91.70, 54.16, 30.93))),
 "fmfa": Row("fmfa"),
-"tbps_clip": Row("tbps_clip"),  # the published figures are of the whole method
+"tbps_clip": Row("tbps_clip"),  # not the whole method, of which figures are published: docs/methods.md
 "irra_nam": Row("irra_nam", "--pretrain_choice weights/nam/best{number}.pth", NAM, (
     (76.82, 91.16, 94.46, 69.55, None), (67.05, 82.16, 87.33, 41.51, None),
     (68.50, 87.15, 92.10, 53.02, None))),

@@ -59,7 +59,7 @@ class Splits(NamedTuple):
     source: Source
     persons: dict  # {(whether of train, pid): the person as in the file}, where that is not the pid
     words: dict  # {word for a split, as in the file: images}
-    second_captions: list  # of each training sample, as records.second_captions says, if asked for
+    beside: dict  # {key of records.BESIDE: an entry for each training sample}, of those asked for
 
     @property
     def by_name(self):
@@ -120,30 +120,31 @@ def annotation_file(dataset_name, root_dir):
 # ---- splits ----
 
 
-def read_splits(source, root_dir=None, images_must_exist=True, second=False):
+def read_splits(source, root_dir=None, images_must_exist=True, keys=()):
     """All splits of a data set. Every image is looked up, none is decoded.
 
-    source: a Source, or the name of a data set below root_dir. second: read the training samples' second
-    captions too.
+    source: a Source, or the name of a data set below root_dir. keys: of records.BESIDE, what the training
+    records are to hold besides.
     Every split other than train and test counts as val, as in the published code.
     """
     if isinstance(source, str):
         source = named_source(source, root_dir)
     if source.row:
-        records = read_records(source.path, source.row.path_key, second)
+        records = read_records(source.path, source.row.path_key, keys)
         pids = {(r.split == "train", r.person): r.person for r in records}
         pids.update({key: pid - source.row.first_pid for key, pid in pids.items() if key[0]})
     else:
-        records = read_records_by_path(source.path, source.split, second)
+        records = read_records_by_path(source.path, source.split, keys)
         pids = numbered(records, source)
-    train, second_captions, image_id = [], [], 0
+    train, beside, image_id = [], {key: [] for key in keys}, 0
     eval_splits = {name: EvalSplit([], [], [], []) for name in ("train", "test", "val")}
     for record in records:
         pid = pids[record.split == "train", record.person]
         image_path = os.path.join(source.images, record.image)
         if record.split == "train":
             train += [TrainSample(pid, image_id, image_path, caption) for caption in record.captions]
-            second_captions += record.second_captions
+            for key, of_captions in record.beside.items():
+                beside[key] += of_captions
             image_id += 1
         into = eval_splits[record.split if record.split in ("train", "test") else "val"]
         into.image_pids.append(pid)
@@ -167,7 +168,7 @@ def read_splits(source, root_dir=None, images_must_exist=True, second=False):
         source,
         persons,
         Counter(record.split for record in records),
-        second_captions,
+        beside,
     )
 
 

@@ -19,6 +19,7 @@ from datasets.image_text import (
     Views,
     finish,
 )
+from datasets.records import BESIDE
 from datasets.sampler import BatchShares, IdentityOrder, RandomOrder, Share, mixed
 from datasets.tokenizer import START_SIMILARITY
 from utils.batch import Batch
@@ -119,7 +120,8 @@ def build_dataloader(args):
     if ignored := ignored_name(args):
         logger.info(ignored)
     source = source_of(args, None if args.training else evaluated)
-    splits = read_splits(source, second=args.training and args.second_caption)
+    keys = [key for key, row in BESIDE.items() if args.training and vars(args)[row.option]]
+    splits = read_splits(source, keys=keys)
     log_statistics(splits)
     device = resolve(args).device
     images = images_of(args, splits, evaluated)
@@ -162,16 +164,19 @@ def train_loader(args, splits, device, images):
         raise InputError(
             f"--batch_size {args.batch_size} is larger than the training set ({len(splits.train)} captions)"
         )
-    samples, second_captions, moved = exchanged(splits, args.noisy_rate, args.noisy_file, args.seed)
+    samples, beside, moved = exchanged(splits, args.noisy_rate, args.noisy_file, args.seed)
     masking = (args.masked_token_rate, args.masked_token_unchanged_rate) if args.MLM else None
     changes = CaptionChanges(
-        masking, args.mask_by_similarity, args.clean_captions, args.text_aug, args.text_drop
+        masking,
+        by_similarity=args.mask_by_similarity,
+        clean=args.clean_captions,
+        augment=args.text_aug,
+        drop=args.text_drop,
+        back_translation=args.back_translation,
     )
     strong = any(LOSSES[name].of == "strong" for name in names_of(args))
     views = Views(args.second_view, strong, args.two_of_six)
-    dataset = PairDataset(
-        samples, images, args.text_length, args.seed, args.img_aug, changes, second_captions, views
-    )
+    dataset = PairDataset(samples, images, args.text_length, args.seed, args.img_aug, changes, beside, views)
     logger.info(f"using {args.sampler} sampler")
     if masking:
         who = "mlm alone sees" if args.clean_captions else "every loss sees, as published,"
@@ -201,8 +206,8 @@ def train_loader(args, splits, device, images):
 
 def exchanged(splits, rate, file, seed):
     """(The training samples with captions of others, for tables of noise: a drawn fraction of them permuted,
-    or sample i with the caption of sample file[i], as the published files have it; their second captions,
-    which go with the first; the fraction that has moved)."""
+    or sample i with the caption of sample file[i], as the published files have it; what the file holds beside
+    their captions, which goes with them; the fraction that has moved)."""
     N = len(splits.train)
     origins = read_origins(file, N) if file else np.arange(N)
     if rate and not file:
@@ -214,8 +219,8 @@ def exchanged(splits, rate, file, seed):
         logger.info(f"{moved} of {N} training captions are another sample's")
     captions = [splits.train[origin].caption for origin in origins]
     samples = [one._replace(caption=c) for one, c in zip(splits.train, captions, strict=True)]
-    second_captions = [splits.second_captions[origin] for origin in origins] if splits.second_captions else []
-    return samples, second_captions, moved / N
+    beside = {key: [one[origin] for origin in origins] for key, one in splits.beside.items()}
+    return samples, beside, moved / N
 
 
 def read_origins(file, N):

@@ -64,6 +64,7 @@ class CaptionChanges(NamedTuple):
     clean: bool = False  # caption_ids stay unmasked; else they are the masked ids, as published
     augment: bool = False  # by tokenizer.augment_tokens
     drop: float = 0.0  # tokenizer.drop_words' probability, before that
+    back_translation: float = 0.0  # the probability of its back-translation instead, first of all
 
 
 class Views(NamedTuple):
@@ -77,8 +78,8 @@ class Views(NamedTuple):
 class PairDataset(Dataset):
     """Training pairs. Asked for a list of (epoch, index), it gives a batch; `finish` does the rest.
 
-    samples: list of annotations.TrainSample. images: an Images. changes: a CaptionChanges. second_captions:
-    what a second caption of each sample is drawn of, as datasets.records has it; or empty. views: a Views.
+    samples: list of annotations.TrainSample. images: an Images. changes: a CaptionChanges. beside: {key: what
+    the file holds of each sample under that key of datasets.records.BESIDE}. views: a Views.
     """
 
     def __init__(
@@ -89,13 +90,15 @@ class PairDataset(Dataset):
         seed,
         img_aug=False,
         changes=None,
-        second_captions=(),
+        beside=None,
         views=None,
     ):
-        self.views = views or Views()
+        beside, self.views = beside or {}, views or Views()
         self.samples, self.images, self.seed, self.img_aug = samples, images, seed, img_aug
-        self.changes, self.second_captions = changes or CaptionChanges(), second_captions
-        self.tokenizer = SimpleTokenizer() if self.changes.drop or second_captions else None
+        self.changes = changes or CaptionChanges()
+        self.second_captions = beside.get("diversity_captions", ())
+        self.back_translations = beside.get("captions_bt", ())
+        self.tokenizer = SimpleTokenizer() if self.changes.drop or beside else None
         self.caption_ids = tokenize_all([sample.caption for sample in samples], text_length)
 
     def __len__(self):
@@ -119,9 +122,8 @@ class PairDataset(Dataset):
             if self.changes.masking and not self.changes.by_similarity:
                 generator.manual_seed(mixed(self.seed, epoch, index, 1))
                 noise[row].uniform_(generator=generator)
-            if self.changes.drop:
-                rng = random.Random(mixed(self.seed, epoch, index, 3))
-                caption = drop_words(sample.caption, self.changes.drop, rng)
+            if self.changes.drop or self.changes.back_translation:
+                caption = self.drawn_caption(epoch, index)
                 caption_ids[row] = tokenize(caption, self.tokenizer, caption_ids.shape[1])
             if self.changes.augment:
                 rng = random.Random(mixed(self.seed, epoch, index, 2))
@@ -142,6 +144,17 @@ class PairDataset(Dataset):
         if self.views.second or self.views.strong:
             batch.update(self.drawn_views(keys, [found[sample.image_path] for sample in samples]))
         return batch
+
+    def drawn_caption(self, epoch, index):
+        """The caption or its back-translation, without words that were drawn to be left out (TBPS-CLIP)."""
+        caption = self.samples[index].caption
+        if self.changes.back_translation:
+            rng = random.Random(mixed(self.seed, epoch, index, 9))
+            exchange = rng.random() < self.changes.back_translation
+            caption = self.back_translations[index] if exchange else caption
+        if self.changes.drop:
+            caption = drop_words(caption, self.changes.drop, random.Random(mixed(self.seed, epoch, index, 3)))
+        return caption
 
     def augmented(self, pixels, seed, out):
         """Put an image, drawn anew, into out, uint8 [3, H, W]; returns the box that is yet to be erased."""
@@ -192,7 +205,8 @@ class PairDataset(Dataset):
         ids = self.caption_ids.new_zeros(len(keys), self.caption_ids.shape[1])
         for row, (epoch, index) in enumerate(keys):
             rng = random.Random(mixed(self.seed, epoch, index, 4))
-            groups = list(self.second_captions[index])
+            entry = self.second_captions[index]
+            groups = [[entry]] if isinstance(entry, str) else list(entry)
             rng.shuffle(groups)
             text = " ".join(rng.choice(group) for group in groups)
             ids[row] = tokenize(text, self.tokenizer, ids.shape[1])

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,8 +25,32 @@ TABLE_KEYS = {  # other columns of a table are no concern of ours: `id` is often
     "captions": ("caption",),
     "person": ("person",),
 }
-SECOND = "diversity_captions"  # the key of a JSON record that --second_caption reads
 WHOLE = re.compile(r"-?[0-9]{1,18}")  # 18 digits fit into PyTorch's whole numbers
+
+
+class Beside(NamedTuple):
+    """What a training record may hold for each of its captions besides, under a key of its own."""
+
+    option: str  # that reads it
+    form: str  # of an entry, in words
+    fits: Callable  # whether an entry has it
+
+
+def is_groups(value):
+    if not isinstance(value, list) or not value:
+        return False
+    lists = all(isinstance(group, list) and group for group in value)
+    return lists and all(isinstance(text, str) for group in value for text in group)
+
+
+BESIDE = {  # by key of a JSON record
+    "diversity_captions": Beside(
+        "second_caption",
+        "a text, or a list of groups that are lists of texts, none of them empty",
+        lambda value: isinstance(value, str) or is_groups(value),
+    ),
+    "captions_bt": Beside("back_translation", "a text", lambda value: isinstance(value, str)),
+}
 
 
 class Record(NamedTuple):
@@ -35,21 +60,19 @@ class Record(NamedTuple):
     person: int | str
     image: str  # relative to the images' folder
     captions: list
-    second_captions: list  # see second_captions; empty where nobody asked for them
+    beside: dict  # {key of BESIDE: an entry for each caption}, of those that were asked for
 
 
 # ---- a named data set's file ----
 
 
-def read_records(path, path_key, second=False):
-    """The records of a JSON list with the keys split, id, path_key and captions. second: of training records
-    also the second captions."""
-    return [
-        check_record(entry, number, path, path_key, second) for number, entry in enumerate(read_list(path))
-    ]
+def read_records(path, path_key, keys=()):
+    """The records of a JSON list with the keys split, id, path_key and captions. keys: of BESIDE, which are
+    read of training records too."""
+    return [check_record(entry, number, path, path_key, keys) for number, entry in enumerate(read_list(path))]
 
 
-def check_record(entry, number, path, path_key, second=False):
+def check_record(entry, number, path, path_key, keys=()):
     """The Record of one entry, or an error that names record and key."""
     where = f"{path}, record {number}"
     if not isinstance(entry, dict):
@@ -71,8 +94,7 @@ def check_record(entry, number, path, path_key, second=False):
     split = check_split(entry["split"], where)
     image = check_image(entry[path_key], path_key, where)
     captions = check_captions(entry["captions"], where)
-    seconds = second_captions(entry, captions, where) if second and split == "train" else []
-    return Record(split, pid, image, captions, seconds)
+    return Record(split, pid, image, captions, captions_beside(entry, captions, split, keys, where))
 
 
 def check_split(split, where):
@@ -96,56 +118,47 @@ def check_captions(captions, where):
     return captions
 
 
-def second_captions(entry, captions, where):
-    """For each caption another one, in the form of RDA (ICL, CVPR 2025): groups of sentences, of each of
-    which a draw takes one. What the file has as one text is a group of one."""
-    if not captions:
-        return []
-    if SECOND not in entry:
-        raise InputError(
-            f'{where} has no key "{SECOND}" (it has {_names(entry)}), which --second_caption reads of each '
-            "training record: add an entry for each of its captions, or leave the option out"
-        )
-    found = entry[SECOND]
-    if not isinstance(found, list) or len(found) != len(captions):
-        what = len(found) if isinstance(found, list) else _kind(found)
-        raise InputError(
-            f"{where}: {SECOND} must be a list with an entry for each caption, so {len(captions)}, not {what}"
-        )
-    for one in found:
-        if not isinstance(one, str) and not is_groups(one):
+def captions_beside(entry, captions, split, keys, where):
+    """{key: an entry for each caption}. keys: of BESIDE."""
+    found = {}
+    for key in keys if split == "train" and captions else ():
+        option, form, fits = BESIDE[key]
+        if key not in entry:
             raise InputError(
-                f"{where}: an entry of {SECOND} must be a text, or a list of groups that are lists of texts, "
-                f"none of them empty, not {_short(one)}"
+                f'{where} has no key "{key}" (it has {_names(entry)}), which --{option} reads of each '
+                "training record: add an entry for each of its captions, or leave the option out"
             )
-    return [[[one]] if isinstance(one, str) else one for one in found]
-
-
-def is_groups(value):
-    if not isinstance(value, list) or not value:
-        return False
-    lists = all(isinstance(group, list) and group for group in value)
-    return lists and all(isinstance(text, str) for group in value for text in group)
+        found[key] = listed = entry[key]
+        needed = len(captions)
+        if not isinstance(listed, list) or len(listed) != needed:
+            what = len(listed) if isinstance(listed, list) else _kind(listed)
+            raise InputError(
+                f"{where}: {key} must be a list with an entry for each caption, so {needed}, not {what}"
+            )
+        for one in listed:
+            if not fits(one):
+                raise InputError(f"{where}: an entry of {key} must be {form}, not {_short(one)}")
+    return found
 
 
 # ---- a file by path ----
 
 
-def read_records_by_path(path, split=None, second=False):
-    """The records of any JSON, JSON lines, CSV or TSV file. split: that of a file that names none. second: of
-    training records also the second captions.
+def read_records_by_path(path, split=None, keys=()):
+    """The records of any JSON, JSON lines, CSV or TSV file. split: that of a file that names none. keys: of
+    BESIDE, which are read of training records too.
 
     Entries with a single caption belong together where image, person and split are the same.
     """
     table = path.suffix.lower() in DELIMITERS
-    if table and second:
+    if table and keys:
         raise InputError(
-            f'{path} cannot hold "{SECOND}", which --second_caption reads: a table has no lists; JSON and '
-            "JSON lines have"
+            f'{path} cannot hold "{keys[0]}", which --{BESIDE[keys[0]].option} reads: a table has no lists; '
+            "JSON and JSON lines have"
         )
     records, by_image, unsplit, some_have = [], {}, None, False
     for where, entry in entries(path):
-        record, single = record_of(entry, where, TABLE_KEYS if table else KEYS, second)
+        record, single = record_of(entry, where, TABLE_KEYS if table else KEYS, keys)
         if record.split is None:
             unsplit = unsplit or (where, entry)
         else:
@@ -153,7 +166,8 @@ def read_records_by_path(path, split=None, second=False):
         known = by_image.get(record[:3]) if single else None
         if known:
             known.captions.extend(record.captions)
-            known.second_captions.extend(record.second_captions)
+            for key, entries_of_one in record.beside.items():
+                known.beside.setdefault(key, []).extend(entries_of_one)
             continue
         records.append(record)
         if single:
@@ -174,30 +188,30 @@ def read_records_by_path(path, split=None, second=False):
     return [record._replace(split=split) for record in records]
 
 
-def record_of(entry, where, known_keys, second=False):
-    """(Record, whether its key is the single `caption`)."""
+def record_of(entry, where, names_of_keys, keys=()):
+    """(Record, whether its key is the single `caption`). keys: see read_records_by_path."""
     if not isinstance(entry, dict):
         raise InputError(f"{where} is {_kind(entry)}, not a record with the keys {', '.join(COLUMNS)}")
-    keys = {}
-    for name, names in known_keys.items():
-        keys[name] = next((key for key in names if key in entry), None)
-        if keys[name] is None:
+    own = {}
+    for name, names in names_of_keys.items():
+        own[name] = next((key for key in names if key in entry), None)
+        if own[name] is None:
             wanted = " or ".join(f'"{key}"' for key in names)
             raise InputError(f"{where} has no key {wanted} (it has {_names(entry)})")
     split = check_split(entry["split"], where).strip().lower() if "split" in entry else None
     if split == "":
         raise InputError(f"{where}: split is empty: write train, val or test")
-    image = entry[keys["image"]]
-    image = check_image(image.strip() if isinstance(image, str) else image, keys["image"], where)
-    captions, single = entry[keys["captions"]], keys["captions"] == "caption"
+    image = entry[own["image"]]
+    image = check_image(image.strip() if isinstance(image, str) else image, own["image"], where)
+    captions, single = entry[own["captions"]], own["captions"] == "caption"
     if single:
         if not isinstance(captions, str):
             raise InputError(f"{where}: caption must be a sentence, not {_short(captions)}")
         captions = [captions] if captions.strip() else []  # an image that no caption describes
-    person = person_of(entry[keys["person"]], keys["person"], where)
+    person = person_of(entry[own["person"]], own["person"], where)
     captions = check_captions(captions, where)
-    seconds = second_captions(entry, captions, where) if second and split == "train" else []
-    return Record(split, person, image, captions, seconds), single
+    beside = captions_beside(entry, captions, split, keys, where)
+    return Record(split, person, image, captions, beside), single
 
 
 def person_of(value, key, where):

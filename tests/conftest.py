@@ -40,6 +40,7 @@ SLOW = {  # what --fast leaves out, by what takes it long: a file, or file::begi
         "test_noise.py::test_a_run_that_divides",
         "test_second_caption.py::test_a_run_goes_on",
         "test_nam.py::test_a_run_goes_on",
+        "test_tbps.py::test_a_run_with_views_goes_on",
         "test_files.py::test_a_training_without_room",
         "test_files.py::test_a_full_disk",
         "test_files.py::test_a_resumed_run",

@@ -261,6 +261,7 @@ def test_two_processes_find_and_train_what_one_does_in_parts_too(data):
         ),
         ("--mask_by_similarity --text_aug", "--text_aug changes the words"),
         ("--mask_by_similarity --text_drop 0.1", "--text_drop changes the words"),
+        ("--mask_by_similarity --back_translation 0.1", "--back_translation changes the words"),
     ],
 )
 def test_what_cannot_be_had_is_one_sentence(typed, named, capsys):

@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import random
+import signal
 from collections import Counter
 
 import numpy as np
@@ -18,13 +19,14 @@ from datasets import augmentations, build_dataloader
 from datasets.augmentations import six_transforms, strong_view, two_of_six
 from datasets.image_text import finish
 from datasets.sampler import mixed
-from datasets.tokenizer import drop_words
+from datasets.tokenizer import SimpleTokenizer, drop_words, tokenize
 from datasets.transforms import STD, normalise, resize
 from model import build_model, objectives
 from model.build import build_trained_model
 from solver import build_lr_scheduler, build_optimizer
 from tests import processes
-from tests.children import draw, only_run, words
+from tests.children import differ, draw, only_run, words
+from tests.children import run as run_of
 from tests.conftest import ROOT, load_script
 from tests.processes import together
 from tests.recipe import bytes8, figures, fill, off, pixels, refused_in_one_sentence, tiny_args
@@ -32,6 +34,7 @@ from tests.test_exactness import batch_of
 from tests.test_methods import assert_gradient
 from tests.tiny_run import missing
 from utils.batch import Batch
+from utils.errors import InputError
 from utils.losses import LOSSES, is_loss, total_loss
 from utils.options import get_args, get_test_args
 from utils.tool_options import export_args
@@ -480,6 +483,80 @@ def test_what_is_left_out_is_a_function_of_seed_epoch_and_sample(data):
         assert all(token in rest for token in ids if token)  # what is left, in its order
 
 
+# ---- back-translation ----
+
+
+@pytest.fixture(scope="module")
+def translated(tmp_path_factory):
+    """A drawn data set whose training records have captions_bt."""
+    root = draw(tmp_path_factory.mktemp("translated"))
+    path = root / "CUHK-PEDES" / "reid_raw.json"
+    records = json.loads(path.read_text())
+    for record in records:
+        if record["split"] == "train":
+            record["captions_bt"] = [f"Back again: {caption}" for caption in record["captions"]]
+    path.write_text(json.dumps(records))
+    return root
+
+
+def test_captions_are_exchanged_for_their_back_translations_as_often_as_asked(translated):
+    loader, *_ = build_dataloader(get_args(words(translated, translated, "--back_translation", "0.1")))
+    dataset, drawn = loader.dataset, Counter()
+    for epoch, index in itertools.product(range(1, 101), range(48)):
+        caption = dataset.samples[index].caption
+        drawn[dataset.drawn_caption(epoch, index).removeprefix("Back again: ") == caption, index] += 1
+        drawn[dataset.drawn_caption(epoch, index) != caption] += 1
+    assert all(same for same, *_ in (key for key in drawn if isinstance(key, tuple)))
+    assert abs(drawn[True] - 480) < 5 * math.sqrt(480)
+
+
+def test_a_batch_has_what_was_drawn_a_function_of_seed_epoch_and_sample(translated):
+    options = ("--back_translation", "0.5", "--text_drop", "0.2")
+    first = epoch_of(translated, 1, *options)
+    assert torch.equal(first, epoch_of(translated, 1, *options, "--batch_size", "5", "--num_workers", "2"))
+    assert not torch.equal(first, epoch_of(translated, 2, *options))
+    dataset = build_dataloader(get_args(words(translated, translated, *options)))[0].dataset
+    tokenizer = SimpleTokenizer()
+    expected = [tokenize(dataset.drawn_caption(1, index), tokenizer, 48) for index in range(48)]
+    assert torch.equal(first, torch.stack(expected))
+    alone = epoch_of(translated, 1, "--text_drop", "0.2")
+    same = (first == alone).all(1).float().mean()
+    assert 0.2 < same < 0.8
+
+
+WRONG = {
+    "no key": (lambda record: record.pop("captions_bt"), 'has no key "captions_bt"'),
+    "too few": (lambda record: record["captions_bt"].pop(), "so 2, not 1"),
+    "no list": (lambda record: record.update(captions_bt="a man"), "not a str"),
+    "no text": (lambda record: record.update(captions_bt=["a man", None]), "must be a text, not None"),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_a_record_without_its_back_translation_is_one_sentence_with_its_place(kind, translated, tmp_path):
+    change, said = WRONG[kind]
+    folder = translated / "CUHK-PEDES"
+    records = json.loads((folder / "reid_raw.json").read_text())
+    number = next(n for n, record in enumerate(records) if record["split"] == "train")
+    change(records[number])
+    (tmp_path / "set.json").write_text(json.dumps(records))
+    typed = words(
+        translated, tmp_path, "--annotations", str(tmp_path / "set.json"), "--images", str(folder / "imgs")
+    )
+    build_dataloader(get_args(typed))  # nobody asks for it
+    with pytest.raises(InputError) as error:
+        build_dataloader(get_args([*typed, "--back_translation", "0.1"]))
+    text = str(error.value)
+    assert f"set.json, record {number}" in text and said in text and "\n" not in text
+
+
+def test_a_caption_that_is_exchanged_takes_its_back_translation_along(translated):
+    options = ("--back_translation", "1", "--noisy_rate", "0.5")
+    dataset = build_dataloader(get_args(words(translated, translated, *options)))[0].dataset
+    for sample, other in zip(dataset.samples, dataset.back_translations, strict=True):
+        assert other == f"Back again: {sample.caption}"
+
+
 # ---- the recipe ----
 
 
@@ -504,15 +581,35 @@ def test_rates_of_the_steps_are_the_published_ones(case):
             assert -1e-15 <= expected - lr <= 1e-4 / (warm * steps), step
 
 
-def test_the_recipe_trains(data, tmp_path):
+def test_the_recipe_trains(translated, tmp_path):
     """From random weights of a tiny model; the published ones are not here."""
-    recipe = ["--config_file", str(ROOT / "configs" / "tbps_clip.yaml")]
-    tiny = words(data, tmp_path, "--batch_size", "24", "--lr", "1e-4", loss_names="nitc+ritc", epochs=1)
+    recipe = ["--config_file", str(ROOT / "configs" / "tbps_clip.yaml"), "--back_translation", "0.1"]
+    losses = "nitc+ritc+citc+simclr"
+    tiny = words(translated, tmp_path, "--batch_size", "24", "--lr", "1e-4", loss_names=losses, epochs=1)
+    tiny.remove("--img_aug")
     args = get_args([*recipe, *tiny])
     assert args.learn_temperature and (args.soft_label, args.text_drop, args.lr_per) == (0.5, 0.05, "step")
+    assert get_args(recipe).loss_names == losses and args.second_view and args.two_of_six
     assert load_script("train").main([*recipe, *tiny]) == 0
     state = torch.load(only_run(tmp_path) / "last.pth", weights_only=True)
     assert state["epoch"] == 1 and off(state["model"]["logit_scale_log"], math.log(100)) < 0.01
+    assert {"simclr_mlp.0.weight", "simclr_mlp.2.bias"} <= state["model"].keys()
+    line = next(
+        text for text in (only_run(tmp_path) / "train_log.txt").read_text().splitlines() if "[2/2]" in text
+    )
+    assert all(f"{name}_loss: " in line for name in ("nitc", "ritc", "citc", "simclr"))
+
+
+def test_a_run_with_views_goes_on_within_an_epoch_bit_for_bit(translated, tmp_path):
+    options = ("--second_view", "--two_of_six", "--back_translation", "0.2", "--log_period", "1")
+    argv = words(translated, tmp_path / "a", *options, loss_names="nitc+simclr", epochs=2)
+    argv.remove("--img_aug")
+    assert run_of(argv, tmp_path / "output") == 0
+    argv[argv.index(str(tmp_path / "a"))] = str(tmp_path / "b")
+    assert run_of(argv, tmp_path / "output", ("Epoch[2] Iteration[2/6]", signal.SIGTERM)) == 3
+    stopped = only_run(tmp_path / "b")
+    assert run_of(["--resume", "--resume_ckpt_file", stopped], tmp_path / "more") == 0
+    assert differ(stopped / "last.pth", only_run(tmp_path / "a") / "last.pth") == []
 
 
 # ---- bad input ----
@@ -527,6 +624,7 @@ def test_the_recipe_trains(data, tmp_path):
         ("--loss_names citc --citc_loss_weight -1", "--citc_loss_weight"),
         ("--text_drop 1.1", "--text_drop"),
         ("--two_of_six --img_aug", "choose one"),
+        ("--back_translation 2", "--back_translation"),
         ("--second_view --loss_names sdm+simclr", "--second_view gives a second view"),
         ("--loss_names simclr", "trains no text"),
         ("--loss_names nitc+simclr --simclr_loss_weight -1", "--simclr_loss_weight"),

@@ -114,6 +114,7 @@ OPTIONS = {
     ("--noisy_file", {"train": None}, "FILE", ".npy file: sample i gets the caption of sample FILE[i]"),
     ("--text_aug", {"train": False}, bool, "mask, exchange and drop words (RDE), whatever the losses"),
     ("--text_drop", {"train": 0.0}, fraction, "share of training captions' words to leave out"),
+    ("--back_translation", {"train": 0.0}, fraction, "share of captions exchanged for their captions_bt"),
     ("--second_caption", {"train": False}, bool, "a second caption, of diversity_captions (RDA)"),
     ("--two_of_six", {"train": False}, bool, "two of six augmentations of images instead (TBPS-CLIP)"),
     ("--second_view", {"train": False}, bool, "nitc: the mean over two views of each image (MVS)"),

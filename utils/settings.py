@@ -134,7 +134,7 @@ def check_mask_by_similarity(args, resnet):
             f"--mask_by_similarity needs image tokens, and {args.pretrain_choice} gives one pooled vector: "
             "leave it out or choose a ViT"
         )
-    changing = [name for name in ("text_aug", "text_drop") if vars(args)[name]]
+    changing = [name for name in ("text_aug", "text_drop", "back_translation") if vars(args)[name]]
     if changing:
         raise InputError(
             f"--mask_by_similarity keeps a number for each word of a caption from epoch to epoch, and "
