@@ -10,6 +10,7 @@ import json
 import shutil
 import tempfile
 import weakref
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -18,10 +19,12 @@ import torch.nn.functional as F
 import yaml
 
 from model import build_model, objectives
+from model.irra import PARTS
 from model.token_selection import SelectedPatches, SelectedWords
 from processor.evaluator import Features, evaluate
 from retrieval.encoders import open_run
 from solver import build_lr_scheduler, build_optimizer
+from solver.build import lr_and_decay
 from tests import processes
 from tests.children import draw, only_run, words
 from tests.conftest import load_script
@@ -113,13 +116,18 @@ def test_tal_of_one_person_is_0_with_a_gradient_of_0(pids, tau):
 def test_tal_where_it_is_odd(case):
     n = len(case["per_sample"])
     image, text = pair()
-    image, text = image[:n], (image if "text equals image" in case["case"] else text)[:n]
+    image, text = image.detach()[:n], (image if "text equals image" in case["case"] else text).detach()[:n]
+    image.requires_grad_()
     pids = torch.zeros(n) if "one person" in case["case"] else PIDS[:n]
     pids = torch.arange(n) if "all persons differ" in case["case"] else pids
     each = objectives.each_tal(image, text, pids, case["tau"], case["margin"]).detach()
     assert each.isfinite().all()
     if None not in case["per_sample"]:  # published: NaN, since exp overflows
         assert (each - torch.tensor(case["per_sample"])).abs().max() < 1e-5
+    if case["image_grad_finite"]:
+        image.grad = None
+        objectives.each_tal(image, text, pids, case["tau"], case["margin"]).sum().backward()
+        assert float(image.grad.norm()) == pytest.approx(case["image_grad_l2"], rel=1e-5, abs=1e-6)
 
 
 @pytest.mark.parametrize("tau", [0.001, 0.01])
@@ -287,18 +295,22 @@ def halves(features):
     return features[:, :512], features[:, 512:]
 
 
-def test_both_embeddings_of_the_tiny_model_are_the_published_ones():
-    """Ours have a norm of √½ each; directions and cosines are compared."""
-    _, model = rde()
-    model.eval()
-    batch = batch_of()
+def assert_directions(model, batch, prefix, steps, tolerance=1e-5):
+    """Each embedding is a multiple of the published one; ours have a norm of √½. Returns ours."""
     with torch.no_grad():
         image, text = model.encode_image(batch["images"]), model.encode_text(batch["caption_ids"])
     for kind, features in (("image", image), ("text", text)):
-        for half, name, step in zip(halves(features), (kind, f"{kind}_tse"), (2, 4), strict=True):
-            half, published = half[:, ::step], RDE[f"model_{name}"]
+        for half, name, step in zip(halves(features), (kind, f"{kind}_tse"), steps, strict=True):
+            half, published = half[:, ::step], RDE[f"{prefix}_{name}"]
             scale = (half * published).sum(1, keepdim=True) / published.square().sum(1, keepdim=True)
-            assert off(half, scale * published) < 1e-5
+            assert off(half, scale * published) < tolerance
+    return image, text
+
+
+def test_both_embeddings_of_the_tiny_model_are_the_published_ones():
+    """Directions and cosines are compared."""
+    _, model = rde()
+    image, text = assert_directions(model.eval(), batch_of(), "model", (2, 4))
     bge, tse = (F.cosine_similarity(a, b) for a, b in zip(halves(image), halves(text), strict=True))
     published = MODEL["compute_per_loss_eval"]
     assert off(bge, published["bge_similarity"]) < 1e-5 and off(tse, published["tse_similarity"]) < 1e-5
@@ -398,6 +410,18 @@ def test_twenty_steps_are_the_published_ones(norm):
     for name, parameter in model.named_parameters():
         if not name.endswith(("in_proj_bias", "mlp.layers.0.bias")):
             assert parameter.norm().item() == pytest.approx(run["final"][name]["l2"], rel=2e-3), name
+    first = batch_of(images=trajectory["image_seeds"][0], ids=RDE["traj_caption_ids"][0])
+    assert_directions(model.eval(), first, f"traj_{norm}", (16, 16), tolerance=2e-3)
+
+
+def test_as_many_parameters_of_the_full_size_have_each_rate_as_published():
+    published, args = figures("methods/rde_state_dict"), get_args(["--lr", "1e-5"])
+    found = Counter()
+    for name in published["keys"]:
+        if not name.endswith(("running_mean", "running_var", "num_batches_tracked")):
+            lr, decay = lr_and_decay(name, args, PARTS)
+            found[f"lr {lr:g} weight_decay {decay:g}"] += 1
+    assert found == {key: group["count"] for key, group in published["groups"].items()}
 
 
 def test_names_and_shapes_are_those_of_the_published_checkpoints():

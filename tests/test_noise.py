@@ -62,6 +62,19 @@ def test_samples_that_the_published_division_is_sure_of_are_divided_so(published
         assert low <= found.sum() <= high
 
 
+@needs_sklearn
+@pytest.mark.parametrize("published", CCD["runs"], ids=lambda run: run["dataset_name"])
+def test_from_the_published_start_the_division_is_the_published_one(published):
+    """Both mixtures start from one stream of numbers, that of NumPy's seed 0."""
+    name, stream, votes = published["dataset_name"], np.random.RandomState(0), []
+    for which in ("A", "B"):
+        votes.append(clean(losses_of(which).astype(np.float64), stream, name == "RSTPReid", mixture()))
+        assert (votes[-1] == split(RDE[f"ccd_{name}_{which}_prob_seed_0"].numpy())).all()
+    agreed = sum(vote.astype(int) for vote in votes)
+    found = {key: int((agreed == n).sum()) for n, key in enumerate(("none_clean", "one_clean", "both_clean"))}
+    assert found == {key: published[key] for key in found}
+
+
 @pytest.mark.parametrize("case", CCD["split_prob"], ids=["some", "all above a half"])
 def test_the_threshold_is_a_half_or_leaves_one_in_a_hundred(case):
     probability = (pixels(143, (203,)).double().numpy() + 2) / 4
