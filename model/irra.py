@@ -363,7 +363,7 @@ class IRRA(nn.Module):
         """What these masked words add to the batch's mlm loss and accuracy. scores: (n, V). labels: (n,).
         count: the labels of the whole batch, of which these may be a part."""
         loss = self.weighted("mlm", objectives.compute_mlm(scores, labels, count))
-        right = (scores.detach().argmax(dim=1) == labels).float().sum()
+        right = (scores.detach().max(dim=1).indices == labels).float().sum()
         return {"mlm_loss": loss, "mlm_acc": right / count.clamp(min=1)}
 
     def predict_masked(self, text, image, batch):
@@ -395,7 +395,7 @@ def at_eot(text_tokens, ids):
 @torch.no_grad()
 def accuracy(logits, labels):
     """Fraction of rows of [B, classes] whose largest entry is the label."""
-    return (logits.argmax(dim=1) == labels).float().mean()
+    return (logits.max(dim=1).indices == labels).float().mean()
 
 
 @torch.no_grad()
