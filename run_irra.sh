@@ -14,8 +14,9 @@ The recipe (CVPR 2023, arXiv 2303.12501):
 Flags that you add come last and win. It needs the data set (README.md says where to get it) and, in practice, a GPU.
 The recipe's flags also win over a --config_file; to run one as it stands: python train.py --config_file FILE
 
-The demo draws pedestrians and writes sentences about them, trains a small model, tests it on persons it has never seen
-and paints what it finds. It writes in demo/ only; each further demo adds a run there.
+The demo draws pedestrians and writes sentences about them, trains a small CLIP on some of them and IRRA from that on
+others, tests it on persons it has never seen and paints what it finds. It writes in demo/ only; each further demo adds
+a run there, from the same small CLIP.
 
   ./run_irra.sh demo                                        the place to start
   ./run_irra.sh demo --num_epoch 2                          a shorter one
@@ -37,27 +38,31 @@ TEXT
 }
 
 demo() {
-    local data=demo/data logs run="" file
+    local data=demo/data logs run clip=demo/small_clip.pth
     logs=$(last_value --output_dir demo/logs "$@")
     find_python
     use_environment requirements.txt
     # threads that wait asleep: where cores are shared with other programs, waiting awake takes four times as long
     export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
-    step "1/3 Drawing pedestrians and writing sentences about them: seconds" "$python" -m datasets.synthetic \
+    step "1/4 Drawing pedestrians and writing sentences about them: seconds" "$python" -m datasets.synthetic \
         --format CUHK-PEDES --ids 400 --val_ids 20 --test_ids 100 --images_per_id 4 --root "$data"
-    step "2/3 Training a small IRRA on them: minutes on two CPU cores" \
+    if [ "$clip" -nt configs/small_clip.yaml ]; then
+        printf '\n== 2/4 The small CLIP is there from an earlier demo: %s\n' "$clip"
+    else
+        step "2/4 Drawing 3200 other persons, and training a small CLIP on them: minutes on two CPU cores" small_clip
+    fi
+    step "3/4 Training IRRA from that CLIP, with the losses sdm+mlm+id: a minute" \
         "$python" train.py --config_file configs/demo.yaml --root_dir "$data" --output_dir "$logs" "$@"
-    for file in "$logs"/*/*/configs.yaml; do
-        if [ "$file" -nt "$run/configs.yaml" ]; then run=$(dirname -- "$file"); fi # also newer than none
-    done
+    run=$(newest_run "$logs")
     [ -n "$run" ] || die 1 "The training left no run in $logs (no $logs/*/*/configs.yaml)."
-    step "3/3 Looking for persons it has never seen: seconds" \
+    step "4/4 Looking for persons it has never seen: seconds" \
         "$python" test.py --config_file "$run/configs.yaml" --chance --picture demo/retrieval.png
     cat <<TEXT
 
 The table is above, and in $run/test_log.txt
 The picture: demo/retrieval.png
 The run:     $run
+The time:    $SECONDS s; $took
 
 Next, after $python -m pip install -r requirements-demo.txt: search, look, open a page.
   $python search.py --config_file $run --gallery $data --query "a woman in a red coat" --save demo/search.png
@@ -66,14 +71,30 @@ Next, after $python -m pip install -r requirements-demo.txt: search, look, open 
 TEXT
 }
 
+small_clip() { # in the place that OpenAI's CLIP has for photographs
+    "$python" -m datasets.synthetic --ids 3200 --val_ids 0 --test_ids 100 --images_per_id 1 --root demo/pairs || return
+    "$python" train.py --config_file configs/small_clip.yaml --root_dir demo/pairs --output_dir demo/clip || return
+    mv "$(newest_run demo/clip)/last.pth" "$clip"
+}
+
+newest_run() { # FOLDER: of train.py's --output_dir; nothing where it holds none
+    local file newest=""
+    for file in "$1"/*/*/configs.yaml; do
+        if [ "$file" -nt "$newest" ]; then newest=$file; fi # also newer than none
+    done
+    [ -z "$newest" ] || dirname -- "$newest"
+}
+
+took=""
 step() { # TITLE COMMAND...: stops with the command's own exit code
-    local begin=$SECONDS code=0
-    printf '\n== %s\n' "$1"
+    local begin=$SECONDS code=0 title=$1
+    printf '\n== %s\n' "$title"
     shift
     "$@" || code=$?
     [ "$code" -eq 0 ] || die "$code" "
 The demo stopped at this step, exit code $code (its own message is above): $*"
     printf '== done in %s s\n' "$((SECONDS - begin))"
+    took="$took${took:+, }${title%%:*} $((SECONDS - begin)) s"
 }
 
 train() {
