@@ -1,6 +1,7 @@
 """run_irra.sh, run_tests.sh and scripts/: the Python they find or make, and what they say."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -44,6 +45,53 @@ def test_a_python_that_is_missing_or_too_old_is_one_sentence(words, tmp_path):
     old.chmod(0o755)
     status, _, err = run(*words, PYTHON=str(old))
     assert (status, err.count("\n")) == (1, 1) and f"found {old} (Python 3.9.1)" in err
+
+
+PYTHON = """\
+#!/bin/sh
+case $1 in
+-c) exit 0 ;;
+scripts/environment.py) echo "$3" && exit ;;
+esac
+echo "$*" >> asked
+[ "$1" = train.py ] || exit 0
+while [ "$1" != --output_dir ]; do shift; done
+[ ! -e fails ] || exit 3
+run=$2/CUHK-PEDES/20261125_120000_a
+mkdir -p "$run" && touch "$run/configs.yaml" "$run/last.pth"
+"""
+
+
+def test_the_demo_trains_its_small_clip_once_and_says_what_it_did(tmp_path):
+    """With a Python that only writes down what it is asked for."""
+    for name in ("scripts", "configs"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    shutil.copy(ROOT / "run_irra.sh", tmp_path)
+    python, asked = tmp_path / "python", tmp_path / "asked"
+    python.write_text(PYTHON)
+    python.chmod(0o755)
+
+    def demo(*words):
+        asked.write_text("")
+        status, out, err = run("./run_irra.sh", "demo", *words, cwd=tmp_path, PYTHON=str(python))
+        return status, out, err, [line.split(" --")[0] for line in asked.read_text().splitlines()]
+
+    (tmp_path / "fails").touch()
+    status, _, err, _ = demo()
+    assert status == 3 and "stopped at this step, exit code 3" in err
+    (tmp_path / "fails").unlink()
+    draws, trains = "-m datasets.synthetic", "train.py"
+    status, out, err, did = demo("--num_epoch", "2")
+    assert (status, err, did) == (0, "", [draws, draws, trains, trains, "test.py"])
+    assert "The run:     demo/logs/CUHK-PEDES/20261125_120000_a\n" in out
+    assert re.search(r"The time: .*small CLIP on them \d+ s, 3/4", out)
+    assert asked.read_text().splitlines()[3].endswith("--output_dir demo/logs --num_epoch 2")
+    assert (tmp_path / "demo/small_clip.pth").exists()
+    status, out, err, did = demo()
+    assert (status, did) == (0, [draws, trains, "test.py"])
+    assert "from an earlier demo" in out
+    os.utime(tmp_path / "configs/small_clip.yaml")
+    assert demo()[3] == [draws, draws, trains, trains, "test.py"]
 
 
 @pytest.mark.parametrize("row", [row for rows in SLOW.values() for row in rows])
