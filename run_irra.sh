@@ -44,6 +44,9 @@ demo() {
     use_environment requirements.txt
     # threads that wait asleep: where cores are shared with other programs, waiting awake takes four times as long
     export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
+    # memory that stays with the process: the scores of 49408 words are made anew each step, and were otherwise asked
+    # of Linux page by page each time
+    export MALLOC_MMAP_MAX_="${MALLOC_MMAP_MAX_:-0}" MALLOC_TRIM_THRESHOLD_="${MALLOC_TRIM_THRESHOLD_:-4000000000}"
     step "1/4 Drawing pedestrians and writing sentences about them: seconds" "$python" -m datasets.synthetic \
         --format CUHK-PEDES --ids 400 --val_ids 20 --test_ids 100 --images_per_id 4 --root "$data"
     if [ "$clip" -nt configs/small_clip.yaml ]; then
