@@ -35,6 +35,7 @@ from utils.dist import pick_device
 from utils.errors import ready_output
 
 ROOT = Path(__file__).parent.parent
+FROM_RANDOM = "--config_file configs/small_clip.yaml --loss_names itc+mlm+id --cmt_depth 1".split()
 TINY_DEMO = ["--num_epoch", "1", "--batch_size", "16", "--eval_period", "1"]
 
 
@@ -42,7 +43,7 @@ TINY_DEMO = ["--num_epoch", "1", "--batch_size", "16", "--eval_period", "1"]
 
 
 def demo(args, device, folder):
-    """The demo's training and its test, as run_irra.sh starts them: Rank-1 and seconds."""
+    """A training of the demo's size and its test: Rank-1 and seconds."""
     began = time.time()
     run = train_drawn(args, folder, "demo", [])
     seconds = time.time() - began
@@ -52,7 +53,7 @@ def demo(args, device, folder):
     arms = {"t2i": found["t2i"]["R1"], "chance": found["chance"]["R1"]}
     record("demo, Rank-1", arms, "%", "chance", "more", device)
     record(
-        "demo, training",
+        "demo, seconds",
         {"ours": seconds},
         "s",
         device=device,
@@ -61,11 +62,11 @@ def demo(args, device, folder):
 
 
 def train_drawn(args, folder, name, words, launcher=()):
-    """Train the demo's model on the demo's data; returns the run's folder."""
+    """Train the demo's model on the demo's data, from random weights; returns the run's folder."""
     people = ["24", "4", "8"] if args.dry else ["400", "20", "100"]
     ids = [word for pair in zip(("--ids", "--val_ids", "--test_ids"), people, strict=True) for word in pair]
     python(["-m", "datasets.synthetic", "--root", str(folder / "data"), *ids])
-    words = ["--config_file", "configs/demo.yaml", "--root_dir", str(folder / "data"), "--name", name, *words]
+    words = [*FROM_RANDOM, "--root_dir", str(folder / "data"), "--name", name, *words]
     words += ["--output_dir", str(folder / "logs"), "--device", "cpu" if args.dry else "cuda"]
     python([*launcher, "train.py", *words, *(TINY_DEMO if args.dry else [])])
     (run,) = (folder / "logs").glob(f"*/*_{name}")

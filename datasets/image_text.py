@@ -58,9 +58,7 @@ class CaptionChanges(NamedTuple):
     """What becomes of a training caption, each time anew."""
 
     masking: tuple | None = None  # (mask_rate, unchanged_rate); None: there are no masked ids
-    by_similarity: bool = (
-        False  # they are not drawn with the batch but by masked_by, of what is known of words
-    )
+    by_similarity: bool = False  # those are made by masked_by, of what is known of the words, not drawn here
     clean: bool = False  # caption_ids stay unmasked; else they are the masked ids, as published
     augment: bool = False  # by tokenizer.augment_tokens
     drop: float = 0.0  # tokenizer.drop_words' probability, before that

@@ -20,9 +20,9 @@ from utils.checkpoint import load_checkpoint
 from utils.errors import InputError
 
 MOMENTS = ("saving", "step", "evaluation", "any")
-DEMO = (
-    "--config_file configs/demo.yaml --batch_size 64 --num_epoch 3 --eval_period 1 --log_period 2 "
-    "--save_period 4 --device cpu"
+DEMO = (  # from random weights
+    "--config_file configs/small_clip.yaml --loss_names sdm+mlm+id --cmt_depth 1 --num_epoch 3 "
+    "--eval_period 1 --log_period 2 --save_period 4"
 ).split()
 
 

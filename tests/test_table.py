@@ -38,7 +38,7 @@ TINY = [  # what goes to every training: it takes a second
 
 def test_every_config_of_a_full_training_has_a_row():
     configs = {str(path.relative_to(ROOT / "configs"))[:-5] for path in (ROOT / "configs").rglob("*.yaml")}
-    assert {row.config for row in ROWS.values()} == configs - {"demo", "drawn"}
+    assert {row.config for row in ROWS.values()} == configs - {"demo", "drawn", "small_clip"}
 
 
 def readme_tables():
