@@ -4,7 +4,7 @@ python -m benchmarks.drawn --rows all --seeds 1-5 --jobs 2     what is missing, 
 python -m benchmarks.drawn --rows irra,rde --dry               the commands only, to be pasted
 python -m benchmarks.drawn --write                             docs/results.md and its figures, of these runs
 python -m benchmarks.drawn --check                             whether docs/results.md is what they give
-python -m benchmarks.drawn --rows irra -- --num_epoch 2        what follows -- goes to every training
+python -m benchmarks.drawn --rows irra -- --num_epoch 2        what follows -- goes to each row's training
 
 Each training starts from the same small CLIP, which is trained first, on other drawn persons, as IRRA's
 starts from OpenAI's. A seed is that of a training and of a drawing: with another seed the persons are others
@@ -129,30 +129,42 @@ def clip_of(args):
 
 
 def make_clip(args, programs):
-    """Train it where it is not there yet; returns a sentence if that failed."""
+    """Put it where the missing runs look for it, trained if it is not; returns a sentence if that failed."""
     file, own = clip_of(args), of_clip(args)
-    if not file:
+    if not file or not missing(args):
         return []
     (run,) = table.plan(own)
-    root = table.root_of(run, own)
     if missing(own):
+        root = table.root_of(run, own)
         make_folder(root, "--root_dir")
         make_dataset(root, run.dataset, **CLIP_SIZES)
-        if failed := table.run_all(own, programs):
-            return failed
-    make_folder(file.parent, "--root_dir")
-    link_or_copy(table.runs_in(own.output_dir, CLIP_ROWS)[run] / "last.pth", file)
+    if failed := table.run_all(own, programs):  # also where the one that is there has another recipe
+        return failed
+    trained = table.runs_in(own.output_dir, CLIP_ROWS)[run] / "last.pth"
+    if trained.exists():
+        make_folder(file.parent, "--root_dir")
+        link_or_copy(trained, file)
+    elif not file.exists():
+        return [f"{trained} and {file} are gone: move {trained.parent} away, and it is trained again"]
     return []
 
 
-def list_commands(args):
-    if clip_of(args) and (runs := missing(of_clip(args))):
+def list_clip(args):
+    own = of_clip(args)
+    (run,) = table.plan(own)
+    if missing(own):
         sizes = (f"--{'ids' if key == 'train_ids' else key} {number}" for key, number in CLIP_SIZES.items())
-        root = table.root_of(runs[0], of_clip(args))
+        root = table.root_of(run, own)
         print(table.shown_command(["-m", "datasets.synthetic", *" ".join(sizes).split(), "--root", root]))
-        table.list_commands(of_clip(args))
-        trained = Path(args.output_dir, DEFAULT, table.PATTERN + runs[0].name, "last.pth")
-        print(f"cp {trained} {clip_of(args)}")
+    table.list_commands(own)
+    trained, file = Path(own.output_dir, DEFAULT, table.PATTERN + run.name, "last.pth"), clip_of(args)
+    print(table.shown_command(["-p", str(file.parent)], "mkdir"))
+    print(table.shown_command([str(trained), str(file)], "cp"))
+
+
+def list_commands(args):
+    if clip_of(args) and missing(args):
+        list_clip(args)
     sets = {table.root_of(run, args): run for run in missing(args)}
     for run in sets.values():
         print(table.shown_command(["-m", "datasets.synthetic", *drawing(run, args)]))
@@ -173,7 +185,10 @@ def collected(args):
 
 
 def check_sets(runs, args):
-    """A set that was drawn anew, otherwise, is not the one that was trained on."""
+    """A set that was drawn anew, otherwise, is not the one that was trained on; nor is a CLIP of another
+    recipe the one that was started from."""
+    for commands_of in table.plan(of_clip(args)).values():
+        commands_of()
     for run in runs:
         of = Run(run["row"], run["dataset"], run["seed"])
         now = table.describe_data(run["dataset"], table.root_of(of, args))

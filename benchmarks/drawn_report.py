@@ -76,10 +76,10 @@ python -m benchmarks.drawn --check                            # whether the page
 """
 
 
-ABOUT = """What they say: whether a method brings something to a small CLIP, trained on 3200 other drawn
-persons before (configs/small_clip.yaml), on drawn pedestrians in groups of two to four who differ in one
-attribute only, half of them behind something (datasets/synthetic_hard.py). What they do not say: what it
-brings to CLIP's weights on photographs; the published figures of that are in the README.
+ABOUT = """What the figures say: whether a method brings something to a small CLIP, trained on 3200 other
+drawn persons before (configs/small_clip.yaml), on drawn pedestrians in groups of two to four who differ in
+one attribute only, half of the images with something large in front (datasets/synthetic_hard.py). What they
+do not say: what it brings to CLIP's weights on photographs; the published figures of that are in the README.
 
 The truth of a drawn set is known. Each test sentence fits one person of the test split only; training
 sentences may fit several, and `python -m datasets.synthetic --hard small` says how many do. Wrong captions
@@ -138,9 +138,8 @@ def verdicts(groups, names):
             found = difference(group, groups.get(baseline, []), "R1")
             if found and found[1] is not None:
                 mean, half = found
-                kinds["better" if mean > half else "worse" if mean < -half else "no difference shown"].append(
-                    name
-                )
+                kind = "better" if mean > half else "worse" if mean < -half else "no difference shown"
+                kinds[kind].append(name)
         said = "; ".join(f"{kind}: {', '.join(of) or 'none'}" for kind, of in kinds.items())
         if any(kinds.values()):
             lines.append(f"- Rank-1 against {title}: {said}.")

@@ -226,10 +226,10 @@ def plan(args):
     return {run: lambda run=run: cross_commands(run, args, there[run]) for run in finished}
 
 
-def shown_command(words):
+def shown_command(words, program="python"):
     """As a line for the shell, in which the pattern stays one."""
     parts = (PATTERN.join(part and shlex.quote(part) for part in word.split(PATTERN)) for word in words)
-    return " ".join(["python", *(part or "''" for part in parts)])
+    return " ".join([program, *(part or "''" for part in parts)])
 
 
 def list_commands(args):

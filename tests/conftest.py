@@ -68,6 +68,7 @@ SLOW = {  # what --fast leaves out, by what takes it long: a file, or file::begi
         "test_exactness.py::test_ten_steps",
         "test_table.py::test_each_row_starts",
         "test_drawn.py::test_each_method_starts",
+        "test_drawn.py::test_the_small_clip_is_trained",
         "test_fp16.py::test_120_steps",
         "test_fp16.py::test_with_a_fused_optimiser_they_do_not",
         "test_pretended.py::test_live_memory_is_the_same_after_step_3_and_after_step_200",

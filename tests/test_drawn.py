@@ -10,12 +10,14 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 from benchmarks import drawn, drawn_report, table, table_report
 from benchmarks.drawn_report import T95, difference, paired
-from benchmarks.table import Run
+from benchmarks.table import Row, Run
 from tests.test_table import TINY, record
 from utils.errors import InputError
+from utils.options import get_args
 
 ROOT = Path(__file__).parent.parent
 SIZES = {"ids": 6, "val_ids": 0, "test_ids": 4, "images_per_id": 2, "size": [64, 32]}
@@ -150,13 +152,127 @@ def test_drawing_by_the_listed_command_is_what_the_runner_would_draw(tmp_path, m
     words = ["--rows", "irra_noise_0.2", "--seeds", "3", "--root_dir", str(tmp_path / "data")]
     words += ["--output_dir", str(tmp_path / "logs")]
     assert drawn.main([*words, "--dry"]) == 0
-    python, *command = shlex.split(capsys.readouterr().out.splitlines()[0])
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "--hard" in line]
+    python, *command = shlex.split(line)
     assert (python, command[:2]) == ("python", ["-m", "datasets.synthetic"])
     assert synthetic.main(command[2:]) == 0
     (picture, *_) = (tmp_path / "data").rglob("*.jpg")
     picture.write_bytes(b"mark")
     drawn.draw_sets(drawn.read_words(words))
     assert picture.read_bytes() == b"mark"  # it was taken as it is
+
+
+# ---- what all rows start from ----
+
+
+@pytest.fixture
+def start(tmp_path, monkeypatch):
+    """Where the rows look for their CLIP, here of a tiny recipe."""
+    file = tmp_path / "start" / "small_clip.pth"
+    for name, row in drawn.ROWS.items():
+        monkeypatch.setitem(drawn.ROWS, name, row._replace(words=f"{row.words} --pretrain_choice {file}"))
+    row = Row(drawn.CLIP, " ".join([*TINY, "--num_epoch 1 --eval_period 1"]), below=drawn.CLIP)
+    monkeypatch.setitem(drawn.CLIP_ROWS, drawn.CLIP, row)
+    sizes = {"train_ids": 6, "val_ids": 0, "test_ids": 4, "images_per_id": 2}
+    monkeypatch.setattr(drawn, "CLIP_SIZES", sizes)
+    return file
+
+
+def words_for(folder, *more):
+    where = ["--root_dir", f"{folder}/data", "--output_dir", f"{folder}/logs"]
+    return ["--rows", "irra", "--seeds", "1", *where, *more]
+
+
+def finished_clip(args):
+    return finished(drawn.CLIP, drawn.of_clip(args))
+
+
+def finished(row, args):
+    """Files of a row's finished training; returns its last.pth."""
+    run = Run(row, "CUHK-PEDES", 1)
+    folder = Path(args.output_dir) / run.dataset / f"20260101_000000_{run.name}"
+    folder.mkdir(parents=True)
+    options = get_args(table.train_words(run, args))
+    (folder / "configs.yaml").write_text(yaml.safe_dump(vars(options)))
+    found = {**record(1, 10.0)["best"], "epoch": options.num_epoch}
+    for name in ("results", "results_last"):
+        (folder / f"{name}.json").write_text(json.dumps(found))
+    (folder / "last.pth").write_bytes(b"weights")
+    return folder / "last.pth"
+
+
+def test_rows_start_from_the_small_clip_unless_other_weights_are_typed(start, tmp_path):
+    assert drawn.clip_of(drawn.read_words(words_for(tmp_path))) == start
+    args = drawn.read_words(words_for(tmp_path, "--", "--pretrain_choice", "random"))
+    assert drawn.clip_of(args) is None and drawn.make_clip(args, None) == []
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_trained_small_clip_is_put_where_the_rows_look_for_it_whenever_it_is_not_there(start, tmp_path):
+    args = drawn.read_words(words_for(tmp_path))
+    trained = finished_clip(args)
+    for _ in range(2):
+        assert drawn.make_clip(args, table.Programs([None])) == [] and start.read_bytes() == b"weights"
+        start.unlink()
+    trained.unlink()  # checkpoints of finished runs may go
+    (sentence,) = drawn.make_clip(args, table.Programs([None]))
+    assert f"{trained} and {start} are gone" in sentence
+    start.write_bytes(b"weights")
+    assert drawn.make_clip(args, table.Programs([None])) == []
+
+
+def test_no_small_clip_is_trained_for_rows_that_are_finished(start, tmp_path):
+    args = drawn.read_words(words_for(tmp_path))
+    finished("irra", args)
+    assert drawn.make_clip(args, None) == [] and not start.exists() and not (tmp_path / "data").exists()
+
+
+def test_a_small_clip_of_another_recipe_is_neither_started_from_nor_written_down(
+    start, tmp_path, monkeypatch
+):
+    args = drawn.read_words(words_for(tmp_path))
+    finished_clip(args)
+    row = drawn.CLIP_ROWS[drawn.CLIP]
+    monkeypatch.setitem(drawn.CLIP_ROWS, drawn.CLIP, row._replace(words=f"{row.words} --loss_names sdm"))
+    (sentence,) = drawn.make_clip(args, table.Programs([None]))
+    assert 'was made with loss_names "itc"' in sentence and not start.exists()
+    with pytest.raises(InputError, match='was made with loss_names "itc"'):
+        drawn.check_sets([], args)
+
+
+def test_the_small_clip_is_listed_before_the_rows_that_start_from_it(start, tmp_path, capsys):
+    assert drawn.main(words_for(tmp_path, "--dry")) == 0
+    lines = capsys.readouterr().out.splitlines()
+    begins = [line.split(" --")[0] for line in lines]
+    draw, train = "python -m datasets.synthetic", f"python {table.ROOT / 'train.py'}"
+    test = f"python {table.ROOT / 'test.py'}"
+    run = f"{tmp_path}/logs/CUHK-PEDES/????????_??????_small_clip_seed1"
+    clip = [draw, "# CUHK-PEDES, small_clip, seed 1", train, test, test]
+    clip += [f"mkdir -p {start.parent}", f"cp {run}/last.pth {start}"]
+    assert begins == [*clip, draw, "# CUHK-PEDES, irra, seed 1", train, test, test]
+    assert "--ids 6 --val_ids 0 --test_ids 4 --images_per_id 2" in lines[0]
+    finished_clip(drawn.read_words(words_for(tmp_path)))
+    assert drawn.main(words_for(tmp_path, "--dry")) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "# CUHK-PEDES, small_clip, seed 1: finished" and lines[1:3] == clip[-2:]
+
+
+def test_the_small_clip_is_trained_once_and_a_row_starts_from_it(start, tmp_path, train_script):
+    args = drawn.read_words(words_for(tmp_path))
+    for _ in range(2):
+        assert drawn.make_clip(args, table.Programs([None], OMP_NUM_THREADS="1")) == []
+    ((run, folder),) = table.runs_in(args.output_dir, drawn.CLIP_ROWS).items()
+    assert run == Run(drawn.CLIP, "CUHK-PEDES", 1)
+    assert start.read_bytes() == (folder / "last.pth").read_bytes()
+    assert table.log_of(run, args).read_text().count(table.TOOK) == 3  # programs, in both calls together
+    words = table.train_words(Run("irra", "CUHK-PEDES", 1), args)
+    more = ["--root_dir", str(tmp_path / "data" / drawn.CLIP), "--img_size", "64", "32", "--batch_size", "8"]
+    assert train_script.main([*words, *more, "--num_epoch", "1"]) == 0
+    (log,) = Path(args.output_dir).glob("*/*_irra_seed1/train_log.txt")
+    assert str(start) in log.read_text()
+
+
+# ---- a table ----
 
 
 class Drawn:
@@ -226,9 +342,8 @@ def test_runs_with_options_of_their_own_are_not_written_down(made, repository, c
 
 
 def test_what_is_written_down_is_what_was_run_and_passes_the_check(made, repository, monkeypatch, capsys):
-    monkeypatch.setattr(
-        table, "differing", lambda options, others: {}
-    )  # as if the tiny recipe were the row's
+    # as if the tiny recipe were the row's
+    monkeypatch.setattr(table, "differing", lambda options, others: {})
     words = ["--root_dir", made.words[5], "--output_dir", made.words[7]]
     assert drawn.main([*words, "--write"]) == 0 and drawn.main(["--check"]) == 0
     runs = table_report.read_results(drawn.FIGURES)
