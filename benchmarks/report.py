@@ -21,11 +21,8 @@ from utils.files import write_whole
 
 ROOT = Path(__file__).parent.parent
 MARK = re.compile(r"<!--=(.*?)-->(.*?)<!--/-->", re.DOTALL)
-LARGER = {
-    "ms": ("s", 1000, 1000),
-    "s": ("minutes", 60, 120),
-    "MiB": ("GiB", 1024, 1024),
-}  # by what, from where
+# a unit: the next larger one, how often it goes into that, and from how many on it is shown in that
+LARGER = {"ms": ("s", 1000, 1000), "s": ("minutes", 60, 120), "MiB": ("GiB", 1024, 1024)}
 
 FIGURES = {  # a name for marks: the figure in benchmarks/results
     "step": "training step, batch 8, fp32, time",
