@@ -282,7 +282,7 @@ class Drawn:
         self.output = folder / "logs"
         where = ["--root_dir", str(folder / "data"), "--output_dir", str(self.output)]
         self.words = ["--rows", "clip,irra_ema", "--seeds", "1", *where]
-        self.extra = ["--", *TINY, "--num_epoch", "6"]
+        self.extra = ["--", *TINY, "--num_epoch", "6", "--eval_period", "6"]
         process = subprocess.Popen(self.program("--jobs", "2"), cwd=ROOT, stdout=subprocess.DEVNULL)
         limit = time.monotonic() + 120
         while not list(self.output.glob("*/*/last.pth")) and process.poll() is None:
