@@ -27,6 +27,7 @@ class WordSimilarities:
         for batch in self.loader:
             self.note(Batch.of(batch))
             yield batch
+            del batch  # not kept here while the next one is made
 
     def note(self, batch):
         """Of this process's share; in every process that of all."""

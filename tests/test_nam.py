@@ -3,6 +3,7 @@ the published code (tests/reference/methods; github.com/WentaoTan/MLLM4Text-ReID
 
 import random
 import signal
+import weakref
 
 import pytest
 import torch
@@ -162,6 +163,24 @@ def test_an_epoch_finds_of_each_caption_what_the_model_says_and_masks_by_what_th
     assert torch.equal(second["caption_ids"], second["mlm_ids"])
     loader.similarities = torch.full_like(loader.similarities, START_SIMILARITY)
     assert not torch.equal(in_order(loader, 2)["mlm_ids"], second["mlm_ids"])
+
+
+def test_a_batch_is_gone_before_the_next_one_is_made(data):
+    _, loader, kept = trained(data, 0)
+    loader.set_epoch(1)
+    gone = []
+
+    def watched():
+        for batch in loader:
+            alive = weakref.ref(batch)
+            yield batch
+            del batch
+            gone.append(alive() is None)
+
+    kept.loader = watched()
+    for batch in kept:
+        del batch
+    assert gone == [True] * 6
 
 
 def test_what_the_image_shows_is_kept_and_what_it_does_not_show_is_masked(data):
