@@ -58,7 +58,7 @@ class CaptionChanges(NamedTuple):
     """What becomes of a training caption, each time anew."""
 
     masking: tuple | None = None  # (mask_rate, unchanged_rate); None: there are no masked ids
-    by_similarity: bool = False  # those are made by masked_by, of what is known of the words, not drawn here
+    by_similarity: bool = False  # they are not drawn with the batch: see masked_by
     clean: bool = False  # caption_ids stay unmasked; else they are the masked ids, as published
     augment: bool = False  # by tokenizer.augment_tokens
     drop: float = 0.0  # tokenizer.drop_words' probability, before that
@@ -81,15 +81,7 @@ class PairDataset(Dataset):
     """
 
     def __init__(
-        self,
-        samples,
-        images,
-        text_length,
-        seed,
-        img_aug=False,
-        changes=None,
-        beside=None,
-        views=None,
+        self, samples, images, text_length, seed, img_aug=False, changes=None, beside=None, views=None
     ):
         beside, self.views = beside or {}, views or Views()
         self.samples, self.images, self.seed, self.img_aug = samples, images, seed, img_aug
