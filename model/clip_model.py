@@ -226,14 +226,17 @@ class CLIP(nn.Module):
         how: VisionTransformer's `attention`, `most` and `skip`."""
         return self.visual(images, class_only, **how)
 
-    def encode_text(self, ids, at=None, skip=0):
+    def encode_text(self, ids, at=None, skip=0, places=None):
         """(B, L) to every position (B, L, D); L may be shorter than the positions there are. With at (B,)
-        also that position's attention_row in the last block. skip: see Transformer."""
-        return self.encode_words(self.token_embedding(ids), at, skip)
+        also that position's attention_row in the last block. skip: see Transformer. places: (B, L), where in
+        the sentence an id stands, if not 0 … L - 1."""
+        return self.encode_words(self.token_embedding(ids), at, skip, places)
 
-    def encode_words(self, x, at=None, skip=0):
+    def encode_words(self, x, at=None, skip=0, places=None):
         """encode_text after the look-up of words, which torch.compile is kept from: (B, L, width)."""
-        x = x.to(self.dtype) + self.positional_embedding[: x.shape[1]].to(self.dtype)
+        positions = self.positional_embedding
+        positions = positions[: x.shape[1]] if places is None else positions[places]
+        x = x.to(self.dtype) + positions.to(self.dtype)
         x = self.transformer(x, at=at, skip=skip)
         x, row = x if at is not None else (x, None)
         x = self.ln_final(x) @ self.text_projection

@@ -95,13 +95,14 @@ def by_relevance(encoders, sentence, pixels, words):
     """[(N,), …] for words: of what each adds to the similarity, how much comes from each image token.
 
     The relevance of Chefer et al. (arXiv 2103.15679) for the class token, through the image encoder's
-    attention. What a word adds: the cosine with the sentence minus that with the sentence without the word.
+    attention. What a word adds: the cosine with the sentence minus that with the sentence without the word,
+    whose other words stay in their places.
     """
     clip = encoders.exact
     (ids,) = encoders.tokens(sentence)
+    places = torch.stack([without(positions, len(ids)) for positions in ([], *words)]).to(ids.device)
     with torch.no_grad():
-        sentences = torch.stack([ids, *(without(ids, positions) for positions in words)])
-        text = F.normalize(at_eot(clip.encode_text(sentences), sentences), dim=1)
+        text = F.normalize(at_eot(clip.encode_text(ids[places], places=places), ids[places]), dim=1)
         added = text[:1] - text[1:]  # (W, D)
     with torch.enable_grad(), OpenAttention() as seen:
         tokens = clip.encode_image(pixels.requires_grad_(), class_only=True)
@@ -114,10 +115,10 @@ def by_relevance(encoders, sentence, pixels, words):
 WAYS = {"relevance": by_relevance, "attention": by_attention}  # WORDS_BY of utils.options
 
 
-def without(ids, positions):
-    """(L,) ids without those at these positions, padded with 0. Positions beyond L are none."""
-    kept = [token for position, token in enumerate(ids.tolist()) if position not in positions]
-    return F.pad(ids.new_tensor(kept), (0, len(ids) - len(kept)))
+def without(positions, length):
+    """(length,) places in a sentence, those of these positions last: behind its end, where the causal encoder
+    does not see them."""
+    return torch.tensor(sorted(range(length), key=lambda place: place in positions))
 
 
 class OpenAttention(TorchFunctionMode):
