@@ -80,6 +80,7 @@ ABOUT = """What the figures say: whether a method brings something to a small CL
 drawn persons before (configs/small_clip.yaml), on drawn pedestrians in groups of two to four who differ in
 one attribute only, half of the images with something large in front (datasets/synthetic_hard.py). What they
 do not say: what it brings to CLIP's weights on photographs; the published figures of that are in the README.
+Trainings are short and share one rate, which was tuned for none of them: what learns slowly is behind.
 
 The truth of a drawn set is known. Each test sentence fits one person of the test split only; training
 sentences may fit several, and `python -m datasets.synthetic --hard small` says how many do. Wrong captions
