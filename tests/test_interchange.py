@@ -592,11 +592,11 @@ def test_a_folder_of_numbered_bests_gives_the_one_for_the_data_set(files, tested
 
 
 def test_layers_that_this_code_lacks_are_named(published, evaluate, capsys):
-    layers = {"simclr_mlp.0.weight": torch.zeros(2, 2), "pooler.linear.bias": torch.zeros(2)}
+    layers = {"momentum_queue.0.weight": torch.zeros(2, 2), "pooler.linear.bias": torch.zeros(2)}
     changed(published, lambda weights: weights.update(layers))
     assert evaluate(published) == 2
     said = capsys.readouterr().err
-    assert "layers that this code lacks: pooler, simclr_mlp" in said
+    assert "layers that this code lacks: momentum_queue, pooler" in said
 
 
 def test_a_data_set_without_a_row_here_can_be_replaced(published, evaluate, data, capsys):

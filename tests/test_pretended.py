@@ -70,9 +70,11 @@ class Loader:
 
     def __iter__(self):
         for batch in batches(self.number, **self.options):
-            pixels = {key: batch[key] for key in batch if key.endswith("images")}
-            moved = {key: value.to(self.device, non_blocking=True) for key, value in pixels.items()}
-            yield {**batch, **moved}
+            yield self.moved(batch)  # and keeps nothing of it
+
+    def moved(self, batch):
+        pixels = {key: value for key, value in batch.items() if key.endswith("images")}
+        return {**batch, **{key: value.to(self.device, non_blocking=True) for key, value in pixels.items()}}
 
 
 def train(device, precision, loss_names="sdm+mlm+id", more=(), steps=2, clean=False, **options):
@@ -222,7 +224,7 @@ def test_a_batch_is_gone_when_its_step_is_done():
     class Asked(Loader):
         def __iter__(self):
             for batch in super().__iter__():
-                yield {**batch, "images": batch.pop("images")}
+                yield {**batch, **{key: batch.pop(key) for key in [*batch] if key.endswith("images")}}
                 del batch
                 asked[-1].append(gpu.live)
 
@@ -245,7 +247,7 @@ def test_a_watch_that_keeps_batches_is_seen(monkeypatch):
     monkeypatch.setattr(FiniteWatch, "before_step", keeping)
     with Pretended():
         _, _, live = train(DEVICE, "fp16", "sdm", steps=5)
-        images = 6 * 3 * 64 * 32 * 4
+        images = 4 * 6 * 3 * 64 * 32 * 4  # a batch's images, their second view and two strong ones
         assert [b - a for a, b in zip(live[1:], live[2:], strict=False)] == [images] * 3
         kept.clear()
 

@@ -191,7 +191,7 @@ def test_a_size_says_what_is_not_typed_and_the_command_tells_of_the_sentences(tm
     assert first == f"{tmp_path}/CUHK-PEDES holds 12 persons in 36 images with 72 sentences."
     assert second.startswith("Of the 36 training sentences 9 describe another person than their image shows")
     with synthetic.Image.open(next((tmp_path / "CUHK-PEDES").rglob("*.jpg"))) as image:
-        assert image.size == (40, 96)
+        assert image.size == (48, 128)
 
 
 def test_half_of_the_pictures_have_something_in_front_that_leaves_more_than_half_to_be_seen():
