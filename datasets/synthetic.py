@@ -455,7 +455,7 @@ def make_dataset(
     size: (height, width) of every image; None varies it around 192x80.
     val_ids is not used for ICFG-PEDES, which has no val split.
     """
-    counts = {"train": train_ids, "val": 0 if format == "ICFG-PEDES" else val_ids, "test": test_ids}
+    counts = counts_of(format, train_ids, val_ids, test_ids)
     check_arguments(format, counts, images_per_id, size)
     arguments = {"version": VERSION, "ids": counts, "images": images_per_id, "seed": seed, "size": size}
 
@@ -486,6 +486,11 @@ def made(folder, arguments, draw_records):
     except OSError as error:
         raise InputError(f"{folder} cannot be written: {error.strerror or error}") from error
     return folder
+
+
+def counts_of(format, train_ids, val_ids, test_ids):
+    """{split: persons}"""
+    return {"train": train_ids, "val": 0 if format == "ICFG-PEDES" else val_ids, "test": test_ids}
 
 
 def check_arguments(format, counts, images_per_id, size):

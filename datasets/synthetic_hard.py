@@ -22,7 +22,7 @@ from PIL import ImageDraw
 from tqdm import tqdm
 
 from datasets import synthetic
-from datasets.synthetic import FORMATS, SYNONYMS, VIEWS
+from datasets.synthetic import FORMATS, HARD, SYNONYMS, VIEWS
 from utils.errors import InputError
 
 VERSION = 1  # of what is drawn and worded here
@@ -221,18 +221,18 @@ def obstruct(image, rng):
 def make_hard_dataset(
     root,
     format="CUHK-PEDES",
-    train_ids=800,
-    val_ids=100,
-    test_ids=300,
-    images_per_id=3,
+    train_ids=HARD["small"]["ids"],
+    val_ids=HARD["small"]["val_ids"],
+    test_ids=HARD["small"]["test_ids"],
+    images_per_id=HARD["small"]["images_per_id"],
     seed=0,
-    size=(96, 40),
+    size=HARD["small"]["size"],
     noise=0.0,
     progress=False,
 ):
     """As synthetic.make_dataset, a hard set. noise: share of the training captions that describe another
     person than their image shows; images and right captions are the same for any noise."""
-    counts = {"train": train_ids, "val": 0 if format == "ICFG-PEDES" else val_ids, "test": test_ids}
+    counts = synthetic.counts_of(format, train_ids, val_ids, test_ids)
     synthetic.check_arguments(format, counts, images_per_id, size)
     if 1 in counts.values():
         raise InputError("of 1 identity nobody is near-identical: give 2 or more of each split")
