@@ -3,10 +3,8 @@
 import json
 import math
 import shlex
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +13,7 @@ import yaml
 from benchmarks import drawn, drawn_report, table, table_report
 from benchmarks.drawn_report import T95, difference, paired
 from benchmarks.table import Row, Run
-from tests.test_table import TINY, record
+from tests.test_table import TINY, interrupted, record
 from utils.errors import InputError
 from utils.options import get_args
 
@@ -283,13 +281,7 @@ class Drawn:
         where = ["--root_dir", str(folder / "data"), "--output_dir", str(self.output)]
         self.words = ["--rows", "clip,irra_ema", "--seeds", "1", *where]
         self.extra = ["--", *TINY, "--num_epoch", "6", "--eval_period", "6"]
-        process = subprocess.Popen(self.program("--jobs", "2"), cwd=ROOT, stdout=subprocess.DEVNULL)
-        limit = time.monotonic() + 120
-        while not list(self.output.glob("*/*/last.pth")) and process.poll() is None:
-            assert time.monotonic() < limit
-            time.sleep(0.01)
-        process.send_signal(signal.SIGTERM)
-        self.interrupted = process.wait(60)
+        self.interrupted = interrupted(self.program("--jobs", "2"), self.output)
         self.left = [path.name for path in self.output.glob("*/*/results*.json")]
         self.second, self.third = (self.run("--jobs", "2") for _ in range(2))
 

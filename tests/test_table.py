@@ -198,6 +198,17 @@ def program(*words):
     return [sys.executable, "-m", "benchmarks.table", *map(str, words)]
 
 
+def interrupted(command, output):
+    """The exit status of a table that is told to stop once a run has something to go on with."""
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    limit = time.monotonic() + 120
+    while not list(output.glob("*/*/last.pth")) and process.poll() is None:
+        assert time.monotonic() < limit
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    return process.wait(60)
+
+
 class Table:
     """What was run, once for the tests below: a table that is interrupted, goes on, and has failures."""
 
@@ -205,13 +216,7 @@ class Table:
         self.output = folder / "logs"
         self.data, extra = draw(folder), ["--", *TINY, "--num_epoch", "6"]
         self.words = ["--rows", "clip_baseline", "--root_dir", self.data, "--output_dir", self.output]
-        process = subprocess.Popen(program(*self.words, *extra), cwd=ROOT, stdout=subprocess.DEVNULL)
-        limit = time.monotonic() + 120
-        while not list(self.output.glob("*/*/last.pth")) and process.poll() is None:
-            assert time.monotonic() < limit
-            time.sleep(0.01)
-        process.send_signal(signal.SIGTERM)
-        self.interrupted = process.wait(60)
+        self.interrupted = interrupted(program(*self.words, *extra), self.output)
         self.left = {path.name for path in self.output.glob("*/*/results*.json")}
         dry = self.run("--seeds", 2, "--dry", *extra).stdout  # pasted
         paste = f'set -e\npython() {{ {shlex.quote(sys.executable)} "$@"; }}\n{dry}'
