@@ -2,7 +2,7 @@
 
 python -m benchmarks.drawn --rows all --seeds 1-5 --jobs 2     what is missing, and the table
 python -m benchmarks.drawn --rows irra,rde --dry               the commands only, to be pasted
-python -m benchmarks.drawn --write                             docs/results.md and its figures, of these runs
+python -m benchmarks.drawn --write                             docs/results.md, of these runs and those kept
 python -m benchmarks.drawn --check                             whether docs/results.md is what they give
 python -m benchmarks.drawn --rows irra -- --num_epoch 2        what follows -- goes to each row's training
 
@@ -41,6 +41,10 @@ METHODS = {  # what is typed after --config_file configs/drawn.yaml
     "clip": "--loss_names itc",
     "cmpm": "--loss_names cmpm",
     "sdm": "--loss_names sdm",
+    "sdm_masked": "--loss_names sdm --MLM",
+    "nam": "--loss_names sdm --MLM --mask_by_similarity",
+    "sdm_learn_temperature": "--loss_names sdm --learn_temperature",
+    "sdm_rate_per_epoch": "--loss_names sdm --lr_per epoch",
     "sdm_id": "--loss_names sdm+id",
     "sdm_mlm": "--loss_names sdm+mlm",
     "sdm_mlm_clean": "--loss_names sdm+mlm --clean_captions",
@@ -50,13 +54,16 @@ METHODS = {  # what is typed after --config_file configs/drawn.yaml
     "tal": "--loss_names tal --tau 0.1",
     "rde_no_division": "--loss_names tal --tau 0.1 --token_selection",
     "rde": "--loss_names tal --tau 0.1 --token_selection --division",
+    "rda": "--loss_names tal --tau 0.1 --token_selection --division --second_caption",
     "fmfa": "--loss_names asdm+id+mlm+efa",
     "tbps": "--loss_names nitc+ritc --soft_label 0.5",
+    "tbps_views": "--loss_names nitc+ritc+citc+simclr --soft_label 0.5 --second_view --two_of_six",
 }
+WITH_NOISE = ("clip", "sdm", "sdm_masked", "nam", "irra", "rde_no_division", "rde")
 NOISE = {  # share of wrong training captions: the rows that are run with it
     0.0: METHODS,
-    0.2: ("clip", "sdm", "irra", "rde_no_division", "rde"),
-    0.5: ("clip", "sdm", "irra", "rde_no_division", "rde"),
+    0.2: WITH_NOISE,
+    0.5: WITH_NOISE,
 }
 
 
@@ -66,7 +73,13 @@ def name_of(method, noise):
 
 def row_of(method, noise):
     last = "best_ema" if "--ema" in METHODS[method] else "last"
-    return Row("drawn", METHODS[method], below=f"noise_{noise}_seed_{{seed}}", last=last)
+    below = "rewritten" if is_rewritten(method) else f"noise_{noise}"
+    return Row("drawn", METHODS[method], below=f"{below}_seed_{{seed}}", last=last)
+
+
+def is_rewritten(name):
+    """Whether a row's set has a second caption for each of the first ones, and all else as the other sets."""
+    return "--second_caption" in METHODS.get(name, "")
 
 
 ROWS = {name_of(method, noise): row_of(method, noise) for noise in NOISE for method in NOISE[noise]}
@@ -76,6 +89,7 @@ NOISE_OF = {name_of(method, noise): noise for noise in NOISE for method in NOISE
 def recipe_of(name):
     """A number for all that a row's figures depend on and that stands in this repository."""
     drawn = {"drawing": VERSION, "noise": NOISE_OF[name], **SIZES}
+    drawn |= {"rewritten": True} if is_rewritten(name) else {}
     start = typed_of(CLIP, CLIP_ROWS[CLIP]), {"drawing": EASY_VERSION, **CLIP_SIZES}
     found = json.dumps([typed_of(name, ROWS[name]), drawn, start], sort_keys=True)
     return f"{zlib.crc32(found.encode()):08x}"
@@ -104,14 +118,16 @@ def missing(args):
 def drawing(run, args):
     """What is typed to draw the set of a run."""
     root, noise = table.root_of(run, args), str(NOISE_OF[run.row])
-    return ["--hard", "small", "--noise", noise, "--seed", str(run.seed), "--root", root]
+    more = ["--rewritten"] if is_rewritten(run.row) else []
+    return ["--hard", "small", "--noise", noise, *more, "--seed", str(run.seed), "--root", root]
 
 
 def draw_sets(args):
     for root, run in {table.root_of(run, args): run for run in missing(args)}.items():
         make_folder(root, "--root_dir")
         ids = (SIZES[key] for key in ("ids", "val_ids", "test_ids", "images_per_id"))
-        folder = make_hard_dataset(root, run.dataset, *ids, run.seed, SIZES["size"], NOISE_OF[run.row])
+        noise, rewritten = NOISE_OF[run.row], is_rewritten(run.row)
+        folder = make_hard_dataset(root, run.dataset, *ids, run.seed, SIZES["size"], noise, rewritten)
         print(f"drawn: {folder}", flush=True)
 
 
@@ -199,11 +215,15 @@ def check_sets(runs, args):
 
 
 def write(args):
-    """Put the runs in OUTPUT_DIR whose options are their row's into the repository."""
+    """Put the runs in OUTPUT_DIR whose options are their row's into the repository, beside those that are
+    there and that the recipes of now would give."""
     runs = [run for run in collected(args) if not run["options"]]
     if not runs:
         raise InputError(f"{args.output_dir} holds no finished run of a row with the row's own options")
     check_sets(runs, args)
+    there = table_report.read_results(FIGURES) if FIGURES.exists() else []
+    there = [run for run in there if run["row"] in ROWS and run["recipe"] == recipe_of(run["row"])]
+    runs = list({table_report.key_of(run): run for run in [*there, *runs]}.values())
     write_whole(FIGURES, table_report.results_file(runs))
     write_whole(PAGE, drawn_report.page(runs, ROWS, NOISE_OF))
     print(f"written: {FIGURES.relative_to(REPOSITORY)}, {PAGE.relative_to(REPOSITORY)} ({len(runs)} runs)")

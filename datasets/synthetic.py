@@ -559,6 +559,8 @@ def main(argv=None):
     sizes = f"{' or '.join(HARD)}: persons who differ in one attribute; --ids … too change what it is made of"
     add("--hard", choices=list(HARD), help=sizes)
     add("--noise", type=float, help="with --hard: share of the training captions that describe somebody else")
+    reworded = "with --hard: diversity_captions too, each training caption completed and reworded (RDA)"
+    add("--rewritten", action="store_true", help=reworded)
     add("--ids", type=int, default=200, help="identities to train on")
     add("--val_ids", type=int, default=20, help="not used for ICFG-PEDES, which has no val split")
     add("--test_ids", type=int, default=50)
@@ -568,6 +570,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.noise is not None and not args.hard:
         raise InputError("--noise goes with --hard; train.py's --noisy_rate exchanges captions of any set")
+    if args.rewritten and not args.hard:
+        raise InputError("--rewritten goes with --hard: only hard sets are drawn with reworded captions")
     if args.hard:
         parser.set_defaults(**HARD[args.hard])
         args = parser.parse_args(argv)
@@ -576,7 +580,7 @@ def main(argv=None):
     if args.hard:
         from datasets import synthetic_hard  # which draws with what stands here
 
-        folder = synthetic_hard.make_hard_dataset(*where, args.noise or 0.0, progress)
+        folder = synthetic_hard.make_hard_dataset(*where, args.noise or 0.0, args.rewritten, progress)
     else:
         folder = make_dataset(*where, progress)
     records = json.loads((folder / FORMATS[args.format][0]).read_text())

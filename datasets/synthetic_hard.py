@@ -12,6 +12,9 @@ A record of the annotation file has two more lists than other files, an entry fo
                 captions describes another person than the image shows, and does not fit that one.
     fits        how many persons of the split have all that the caption says: 1 in the val and test splits,
                 where the attribute that tells a person's group apart is always said
+
+With --rewritten a training record also has diversity_captions (see configs/rda.yaml): what the person of each
+caption wears, piece by piece, each piece in a few wordings, also what the caption leaves out.
 """
 
 from collections import namedtuple
@@ -29,6 +32,7 @@ VERSION = 1  # of what is drawn and worded here
 GROUP = 4  # most persons who differ in one attribute only
 LEFT_OUT = 0.45  # share of attributes that a sentence does not say
 OBSTRUCTED = 0.5  # share of images with something large in front
+WORDINGS = 3  # of each piece of a rewritten caption
 
 PHRASES = {
     "head": synthetic.HEADS,
@@ -196,6 +200,13 @@ def describe(identity, said, view, rng):
     return text[0].upper() + text[1:]
 
 
+def rewrite(identity, view, rng):
+    """A caption about the person, completed and cut into pieces, each in some wordings: a list of lists."""
+    pieces = [[(part, place) for place in range(len(phrases[0]))] for part, phrases in PHRASES.items()]
+    pieces = [[one for one in piece if value(identity, one)] for piece in pieces]
+    return [[describe(identity, {PERSON, *piece}, view, rng) for _ in range(WORDINGS)] for piece in pieces]
+
+
 def listed(words):
     return " and ".join(", ".join(words).rsplit(", ", 1))
 
@@ -228,10 +239,12 @@ def make_hard_dataset(
     seed=0,
     size=HARD["small"]["size"],
     noise=0.0,
+    rewritten=False,
     progress=False,
 ):
     """As synthetic.make_dataset, a hard set. noise: share of the training captions that describe another
-    person than their image shows; images and right captions are the same for any noise."""
+    person than their image shows; images and right captions are the same for any noise. rewritten: with
+    diversity_captions, and all else the same."""
     counts = synthetic.counts_of(format, train_ids, val_ids, test_ids)
     synthetic.check_arguments(format, counts, images_per_id, size)
     if 1 in counts.values():
@@ -240,6 +253,7 @@ def make_hard_dataset(
         raise InputError(f"a share of {noise} wrong captions cannot be drawn: give 0 to 1")
     arguments = {"hard": VERSION, "version": synthetic.VERSION, "ids": counts, "images": images_per_id}
     arguments |= {"seed": seed, "size": size and list(size), "noise": noise}
+    arguments |= {"rewritten": True} if rewritten else {}
 
     def draw_records(imgs):
         taken, crowds = set(), {}
@@ -249,8 +263,8 @@ def make_hard_dataset(
         with tqdm(total=sum(counts.values()) * images_per_id, disable=not progress, unit=" images") as bar:
             for split in counts:
                 first_pid = FORMATS[format][2] + len({record["id"] for record in records})
-                wrong = noise if split == "train" else 0
-                for record in draw_split(crowds[split], split, first_pid, images_per_id, wrong, **place):
+                also = (noise, rewritten) if split == "train" else (0, False)
+                for record in draw_split(crowds[split], split, first_pid, images_per_id, *also, **place):
                     records.append(record)
                     bar.update()
         return records
@@ -258,7 +272,7 @@ def make_hard_dataset(
     return synthetic.made(Path(root) / format, arguments, draw_records)
 
 
-def draw_split(crowd, split, first_pid, images_per_id, noise, imgs, format, seed, size):
+def draw_split(crowd, split, first_pid, images_per_id, noise, rewritten, imgs, format, seed, size):
     """Draws the images of a split; yields their records."""
     _, path_key, _, captions_per_image = FORMATS[format]
     each = images_per_id * captions_per_image
@@ -267,7 +281,7 @@ def draw_split(crowd, split, first_pid, images_per_id, noise, imgs, format, seed
         pid = first_pid + index
         for number in range(images_per_id):
             rng = Random(f"{seed}/hard/{split}/{index}/{number}")
-            view, captions, described, fits = rng.choice(VIEWS), [], [], []
+            view, captions, rewrites, described, fits = rng.choice(VIEWS), [], [], [], []
             file = synthetic.image_name(format, pid, number)
             synthetic.draw_file(imgs / file, member.identity, view, rng, size, obstruct)
             for n in range(captions_per_image):
@@ -278,10 +292,12 @@ def draw_split(crowd, split, first_pid, images_per_id, noise, imgs, format, seed
                 while other != index and index in crowd.fitting(identity, said):
                     said = choose_attributes(other, crowd, words, telling=False)
                 captions.append(describe(identity, said, view, words))
+                rewrites.append(rewrite(identity, view, words))
                 described.append(first_pid + other)
                 fits.append(len(crowd.fitting(identity, said)))
             record = {"split": split, "captions": captions, path_key: file, "id": pid}
-            yield {**record, "described": described, "fits": fits}
+            more = {"diversity_captions": rewrites} if rewritten else {}
+            yield {**record, "described": described, "fits": fits, **more}
 
 
 def wrong_captions(persons, captions_each, share, seed):

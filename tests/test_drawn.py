@@ -71,7 +71,7 @@ def test_the_page_tells_what_is_better_what_is_worse_and_what_cannot_be_told():
     mean, half = paired([15.0, 16.5, 17.0], [10.0, 11.0, 12.0])
     assert line.split("|")[2:4] == [" `--loss_names sdm+mlm+id` ", " 16.17 ± 1.04 "]
     assert f" {mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}] |" in line and "| 100 | 3 |" in line
-    assert "Not run: sdm, sdm_id" in text
+    assert "Not run: sdm, sdm_masked" in text
 
 
 def test_a_row_with_wrong_captions_is_held_against_baselines_with_as_many():
@@ -141,13 +141,14 @@ def test_the_baselines_are_rows_of_every_share_of_wrong_captions():
         assert names <= {name for name, of in drawn.NOISE_OF.items() if of == noise}
 
 
-def test_drawing_by_the_listed_command_is_what_the_runner_would_draw(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("row", ["irra_noise_0.2", "rda"])
+def test_drawing_by_the_listed_command_is_what_the_runner_would_draw(row, tmp_path, monkeypatch, capsys):
     from datasets import synthetic
 
     sizes = {"ids": 4, "val_ids": 2, "test_ids": 2, "images_per_id": 1, "size": [64, 32]}
     monkeypatch.setattr(drawn, "SIZES", sizes)
     monkeypatch.setitem(synthetic.HARD, "small", sizes)
-    words = ["--rows", "irra_noise_0.2", "--seeds", "3", "--root_dir", str(tmp_path / "data")]
+    words = ["--rows", row, "--seeds", "3", "--root_dir", str(tmp_path / "data")]
     words += ["--output_dir", str(tmp_path / "logs")]
     assert drawn.main([*words, "--dry"]) == 0
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "--hard" in line]
@@ -337,10 +338,21 @@ def test_what_is_written_down_is_what_was_run_and_passes_the_check(made, reposit
     # as if the tiny recipe were the row's
     monkeypatch.setattr(table, "differing", lambda options, others: {})
     words = ["--root_dir", made.words[5], "--output_dir", made.words[7]]
+    there = table_report.read_results(drawn.FIGURES)
     assert drawn.main([*words, "--write"]) == 0 and drawn.main(["--check"]) == 0
-    runs = table_report.read_results(drawn.FIGURES)
-    assert [run["row"] for run in runs] == ["clip", "irra_ema"]
-    assert f"{runs[0]['last']['t2i']['R1']:.2f}" in drawn.PAGE.read_text()
+    runs = {table_report.key_of(run)[::2]: run for run in table_report.read_results(drawn.FIGURES)}
+    assert runs.keys() == {("clip", 1), ("clip", 2), ("irra", 1), ("irra", 2), ("irra_ema", 1)}
+    measured = {run["row"]: run for run in table_report.read_results(made.output / "table.json")}
+    assert runs["clip", 1]["last"] == measured["clip"]["last"] != there[0]["last"]
+    assert runs["clip", 2] == there[1] and runs["irra", 2] == there[3]  # those of rows or seeds not run here
+
+
+def test_of_runs_kept_of_an_earlier_recipe_none_is_written_down_again(made, repository, monkeypatch, capsys):
+    monkeypatch.setattr(table, "differing", lambda options, others: {})
+    monkeypatch.setitem(drawn.ROWS, "irra", drawn.ROWS["irra"]._replace(words="--loss_names sdm+id"))
+    assert drawn.main(["--root_dir", made.words[5], "--output_dir", made.words[7], "--write"]) == 0
+    assert drawn.main(["--check"]) == 0
+    assert "irra" not in {run["row"] for run in table_report.read_results(drawn.FIGURES)}
 
 
 def test_a_set_that_was_drawn_anew_is_found(made):

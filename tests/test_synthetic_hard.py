@@ -168,6 +168,37 @@ def test_that_share_of_the_training_captions_is_wrong_and_all_else_is_as_without
     assert pictures[0] == pictures[1] and len(pictures[0]) == 27 * 2
 
 
+# ---- rewritten captions ----
+
+
+def test_rewritten_captions_say_piece_by_piece_all_of_whom_the_caption_describes(tmp_path):
+    folder = make_hard_dataset(tmp_path, **SMALL, noise=0.3, rewritten=True)
+    groups = members(train=14, val=4, test=9)
+    for record in records_of(folder):
+        assert ("diversity_captions" in record) == (record["split"] == "train")
+        entries = record.get("diversity_captions", [])
+        for described, groups_of_wordings in zip(record["described"], entries, strict=bool(entries)):
+            identity = groups["train"][described - 1].identity
+            worn = {
+                (part, n): word for part in PHRASES for n, word in enumerate(getattr(identity, part)) if word
+            }
+            for wordings in zip(*groups_of_wordings, strict=True):
+                said = {attribute: word for text in wordings for attribute, word in heard(text).items()}
+                assert said == worn | {("person", None): identity.person}, wordings
+
+
+def test_rewritten_captions_come_beside_all_that_there_is_without_them(tmp_path):
+    bare, rewritten = (
+        make_hard_dataset(tmp_path / name, **SMALL, noise=0.3, rewritten=more)
+        for name, more in (("a", False), ("b", True))
+    )
+    records = [
+        {key: value for key, value in record.items() if key != "diversity_captions"}
+        for record in records_of(rewritten)
+    ]
+    assert records == records_of(bare) and records != records_of(rewritten)
+
+
 # ---- files ----
 
 
@@ -208,6 +239,7 @@ def test_half_of_the_pictures_have_something_in_front_that_leaves_more_than_half
     "words",
     [
         "--noise 0.2",
+        "--rewritten",
         "--hard tiny",
         "--hard small --noise 2",
         "--hard small --noise nan",
