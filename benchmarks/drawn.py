@@ -22,9 +22,9 @@ from pathlib import Path
 from benchmarks import drawn_report, table, table_report
 from benchmarks.harness import RESULTS
 from benchmarks.table import Row, Run
-from datasets.synthetic import HARD, make_dataset
-from datasets.synthetic import VERSION as EASY_VERSION
-from datasets.synthetic_hard import VERSION, make_hard_dataset
+from datasets.pedestrians import VERSION as EASY_VERSION
+from datasets.synthetic import make_dataset
+from datasets.synthetic_hard import HARD, VERSION, make_hard_dataset
 from utils.data_sets import DEFAULT
 from utils.errors import InputError, printable, reports_errors, stop_like_an_interrupt
 from utils.files import link_or_copy, make_folder, write_whole

@@ -16,7 +16,7 @@ import torch
 
 from benchmarks import published
 from benchmarks.harness import interleaved, record
-from datasets import synthetic
+from datasets import pedestrians
 from datasets.annotations import TrainSample
 from datasets.image_cache import DecodedImages, open_images
 from datasets.image_text import CaptionChanges, Images, PairDataset, finish
@@ -27,12 +27,12 @@ IMG_SIZE = (384, 128)
 def draw_files(folder, number):
     """Pictures of the size and compression of the data sets'; (samples)."""
     samples = []
-    for index, person in enumerate(synthetic.make_identities(0, "train", number)):
+    for index, person in enumerate(pedestrians.make_identities(0, "train", number)):
         random = Random(index)
         size = random.randint(300, 500), random.randint(100, 200)
-        view, path = random.choice(synthetic.VIEWS), Path(folder) / f"{index:05d}.jpg"
-        synthetic.draw(person, view, random, size).save(path, quality=random.randint(75, 95))
-        samples.append(TrainSample(index, index, str(path), synthetic.describe(person, view, random)))
+        view, path = random.choice(pedestrians.VIEWS), Path(folder) / f"{index:05d}.jpg"
+        pedestrians.draw(person, view, random, size).save(path, quality=random.randint(75, 95))
+        samples.append(TrainSample(index, index, str(path), pedestrians.describe(person, view, random)))
     return samples
 
 

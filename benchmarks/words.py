@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.harness import record
-from datasets.synthetic import SYNONYMS, VIEWS, describe, draw, make_identities
+from datasets.pedestrians import SYNONYMS, VIEWS, describe, draw, make_identities
 from utils.errors import reports_errors
 from utils.options import WORDS_BY, from_1, parser_of, tool_args
 
@@ -128,7 +128,7 @@ def words_that_name(identity, words):
 
 
 def sayings(part, phrase):
-    """What datasets.synthetic.describe may call a part, in any of its words."""
+    """What datasets.pedestrians.describe may call a part, in any of its words."""
     if phrase[0] == "none":
         return []
     if phrase[0] == "bald":

@@ -24,8 +24,9 @@ from random import Random
 from PIL import ImageDraw
 from tqdm import tqdm
 
-from datasets import synthetic
-from datasets.synthetic import FORMATS, HARD, SYNONYMS, VIEWS
+from datasets import drawn_files, pedestrians
+from datasets.drawn_files import FORMATS
+from datasets.pedestrians import SYNONYMS, VIEWS
 from utils.errors import InputError
 
 VERSION = 1  # of what is drawn and worded here
@@ -33,13 +34,17 @@ GROUP = 4  # most persons who differ in one attribute only
 LEFT_OUT = 0.45  # share of attributes that a sentence does not say
 OBSTRUCTED = 0.5  # share of images with something large in front
 WORDINGS = 3  # of each piece of a rewritten caption
+HARD = {  # sizes, by the word that is typed
+    "small": {"ids": 800, "val_ids": 100, "test_ids": 300, "images_per_id": 3, "size": [128, 48]},
+    "cuhk": {"ids": 11_003, "val_ids": 1000, "test_ids": 1000, "images_per_id": 3},
+}
 
 PHRASES = {
-    "head": synthetic.HEADS,
-    "top": synthetic.TOPS,
-    "bottom": synthetic.BOTTOMS,
-    "shoes": synthetic.SHOES,
-    "bag": synthetic.BAGS,
+    "head": pedestrians.HEADS,
+    "top": pedestrians.TOPS,
+    "bottom": pedestrians.BOTTOMS,
+    "shoes": pedestrians.SHOES,
+    "bag": pedestrians.BAGS,
 }
 WORN = [(part, place) for part, phrases in PHRASES.items() for place in range(len(phrases[0]))]
 PERSON = ("person", None)
@@ -61,10 +66,10 @@ def value(identity, attribute):
 def make_groups(seed, split, count, taken):
     """The members of a split, group by group; adds their phrases to taken, which holds other splits' too."""
     rng, members = Random(f"{seed}/hard/{split}"), []
-    shift = rng.randrange(len(synthetic.TOPS))
+    shift = rng.randrange(len(pedestrians.TOPS))
     while (left := count - len(members)) > 0:
         apart = rng.choice(WORN)
-        group = make_group(synthetic.make_identity(rng, shift), apart, rng)
+        group = make_group(pedestrians.make_identity(rng, shift), apart, rng)
         group = [identity for identity in group if identity[2:] not in taken][: min(GROUP, left)]
         if left - len(group) == 1:  # nobody is to be left alone
             group.pop()
@@ -77,7 +82,7 @@ def make_groups(seed, split, count, taken):
 def make_group(base, apart, rng):
     """The base and those who differ from it in the attribute only, in any order."""
     part, place = apart
-    never = synthetic.PEOPLE[base.person].never
+    never = pedestrians.PEOPLE[base.person].never
 
     def others(phrase):
         return [word for number, word in enumerate(phrase) if number != place]
@@ -187,7 +192,7 @@ def describe(identity, said, view, rng):
         clauses.append((f"{rng.choice(('with', 'having'))} {head}", f"has {head}"))
     if bag := name(identity, "bag", said, rng):
         clauses.append((f"{rng.choice(('carrying', 'holding'))} {bag}", f"carries {bag}"))
-    remark = synthetic.REMARKS[view[0]][view[1]]
+    remark = pedestrians.REMARKS[view[0]][view[1]]
     if not clauses or rng.random() < 0.5:
         clauses.append((remark, f"is {remark}"))
     rng.shuffle(clauses)
@@ -226,7 +231,7 @@ def obstruct(image, rng):
         "pillar": (width * (x - 0.1 - 0.1 * much), 0, width * (x + 0.1 + 0.1 * much), height),
         "sign": (0, 0, width, height * (0.08 + 0.14 * much)),
     }
-    pen.rectangle(boxes[kind], tone, synthetic.darker(tone), width // 36 + 1)
+    pen.rectangle(boxes[kind], tone, pedestrians.darker(tone), width // 36 + 1)
 
 
 def make_hard_dataset(
@@ -245,13 +250,13 @@ def make_hard_dataset(
     """As synthetic.make_dataset, a hard set. noise: share of the training captions that describe another
     person than their image shows; images and right captions are the same for any noise. rewritten: with
     diversity_captions, and all else the same."""
-    counts = synthetic.counts_of(format, train_ids, val_ids, test_ids)
-    synthetic.check_arguments(format, counts, images_per_id, size)
+    counts = drawn_files.counts_of(format, train_ids, val_ids, test_ids)
+    drawn_files.check_arguments(format, counts, images_per_id, size)
     if 1 in counts.values():
         raise InputError("of 1 identity nobody is near-identical: give 2 or more of each split")
     if not 0 <= noise <= 1:
         raise InputError(f"a share of {noise} wrong captions cannot be drawn: give 0 to 1")
-    arguments = {"hard": VERSION, "version": synthetic.VERSION, "ids": counts, "images": images_per_id}
+    arguments = {"hard": VERSION, "version": pedestrians.VERSION, "ids": counts, "images": images_per_id}
     arguments |= {"seed": seed, "size": size and list(size), "noise": noise}
     arguments |= {"rewritten": True} if rewritten else {}
 
@@ -269,7 +274,7 @@ def make_hard_dataset(
                     bar.update()
         return records
 
-    return synthetic.made(Path(root) / format, arguments, draw_records)
+    return drawn_files.made(Path(root) / format, arguments, draw_records)
 
 
 def draw_split(crowd, split, first_pid, images_per_id, noise, rewritten, imgs, format, seed, size):
@@ -282,8 +287,8 @@ def draw_split(crowd, split, first_pid, images_per_id, noise, rewritten, imgs, f
         for number in range(images_per_id):
             rng = Random(f"{seed}/hard/{split}/{index}/{number}")
             view, captions, rewrites, described, fits = rng.choice(VIEWS), [], [], [], []
-            file = synthetic.image_name(format, pid, number)
-            synthetic.draw_file(imgs / file, member.identity, view, rng, size, obstruct)
+            file = drawn_files.image_name(format, pid, number)
+            drawn_files.draw_file(imgs / file, member.identity, view, rng, size, obstruct)
             for n in range(captions_per_image):
                 words = Random(f"{seed}/hard/{split}/{index}/{number}/words/{n}")
                 other = wrong.get((index, number * captions_per_image + n), index)

@@ -5,9 +5,12 @@ from random import Random
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from datasets import synthetic
-from datasets.synthetic import draw, main, make_dataset, make_identities
+from datasets import pedestrians
+from datasets.drawn_files import FORMATS
+from datasets.pedestrians import draw, make_identities
+from datasets.synthetic import main, make_dataset
 from utils.errors import InputError
 
 SMALL = {"train_ids": 3, "val_ids": 2, "test_ids": 2, "images_per_id": 2, "size": (64, 28)}
@@ -18,16 +21,18 @@ def contents(folder):
 
 
 def records_of(folder):
-    return json.loads((folder / synthetic.FORMATS[folder.name][0]).read_text())
+    return json.loads((folder / FORMATS[folder.name][0]).read_text())
 
 
 def all_identities(count):
-    return [identity for split in synthetic.SPLITS for identity in make_identities(0, split, count)]
+    return [identity for split in pedestrians.SPLITS for identity in make_identities(0, split, count)]
 
 
 def plain_words(text):
     """The sentence in the words of the tables: one word for each thing and colour."""
-    key_of = {synonym: key for key, synonyms in synthetic.SYNONYMS.items() for synonym in synonyms if synonym}
+    key_of = {
+        synonym: key for key, synonyms in pedestrians.SYNONYMS.items() for synonym in synonyms if synonym
+    }
     longest_first = "|".join(sorted(map(re.escape, key_of), key=len, reverse=True))
     return re.sub(rf"\b({longest_first})\b", lambda found: key_of[found[0]], text.lower()).replace(
         "plain ", ""
@@ -77,7 +82,7 @@ def test_each_format_has_its_keys_ids_and_captions(tmp_path, format, path_key, i
     for record in records_of(folder):
         assert record.keys() == {"split", "captions", path_key, "id"}
         assert len(record["captions"]) == captions
-        with synthetic.Image.open(folder / "imgs" / record[path_key]) as image:
+        with Image.open(folder / "imgs" / record[path_key]) as image:
             assert image.size == (28, 64) and image.format == "JPEG"
         found.setdefault(record["split"], []).append(record["id"])
     assert found == {split: sorted(2 * persons) for split, persons in ids.items()}
@@ -92,21 +97,21 @@ def test_any_two_persons_differ_in_two_phrases_across_all_splits():
 def test_every_colour_and_kind_of_top_occurs():
     tops = [identity.top for identity in make_identities(0, "train", 400)]
     assert {kind for kind, _, _ in tops} == {"t-shirt", "shirt", "jacket", "coat", "hoodie"}
-    assert {colour for _, _, colour in tops} == set(synthetic.COLOURS)
+    assert {colour for _, _, colour in tops} == set(pedestrians.COLOURS)
 
 
 def test_a_sentence_names_top_and_bottom_and_four_phrases_at_least_and_fits_one_person_only():
     identities, rng = all_identities(60), Random(0)
     for identity in identities:
-        text = plain_words(synthetic.describe(identity, rng.choice(synthetic.VIEWS), rng))
+        text = plain_words(pedestrians.describe(identity, rng.choice(pedestrians.VIEWS), rng))
         assert {"top", "bottom"} <= phrases_said(identity, text), text
         assert [other for other in identities if len(phrases_said(other, text)) >= 4] == [identity], text
 
 
 def test_a_sentence_tells_the_view_truly():
     identity, rng = make_identities(0, "train", 1)[0], Random(0)
-    for direction, walking in synthetic.VIEWS:
-        texts = " ".join(synthetic.describe(identity, (direction, walking), rng) for _ in range(20))
+    for direction, walking in pedestrians.VIEWS:
+        texts = " ".join(pedestrians.describe(identity, (direction, walking), rng) for _ in range(20))
         assert ("walking" in texts) == walking
         assert ("to the left" in texts) == (direction == "left")
 
@@ -126,11 +131,11 @@ def test_more_ids_leave_the_earlier_ones_as_they_are(tmp_path):
 
 
 def test_a_picture_has_the_size_and_the_colours_of_its_person():
-    shirt = synthetic.Identity(
-        "man", synthetic.SKINS[0], ("bald", ""), ("shirt", "plain", "red"), ("trousers", "green"),
+    shirt = pedestrians.Identity(
+        "man", pedestrians.SKINS[0], ("bald", ""), ("shirt", "plain", "red"), ("trousers", "green"),
         ("boots", "black"), ("none", ""),
     )  # fmt: skip
-    for seed, view in enumerate(synthetic.VIEWS):
+    for seed, view in enumerate(pedestrians.VIEWS):
         image = draw(shirt, view, Random(seed), (192, 80))
         assert image.size == (80, 192)
         red, green, blue = np.asarray(image, int).transpose(2, 0, 1)

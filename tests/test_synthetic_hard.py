@@ -9,10 +9,13 @@ from random import Random
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from datasets import synthetic
-from datasets.synthetic import SPLITS, main
+from datasets.drawn_files import FORMATS
+from datasets.pedestrians import SPLITS
+from datasets.synthetic import main
 from datasets.synthetic_hard import (
+    HARD,
     PHRASES,
     VIEWS,
     WORDS,
@@ -123,11 +126,11 @@ def test_a_sentence_says_the_attributes_that_it_is_to_say_and_no_others():
         assert heard(text) == {attribute: values[attribute] for attribute in said}, text
 
 
-@pytest.mark.parametrize("format", synthetic.FORMATS)
+@pytest.mark.parametrize("format", FORMATS)
 def test_recorded_is_whom_a_caption_describes_and_how_many_it_fits(tmp_path, format):
     folder = make_hard_dataset(tmp_path, format, **SMALL, noise=0.3)
     groups = members(train=14, val=0 if format == "ICFG-PEDES" else 4, test=9)
-    first = synthetic.FORMATS[format][2]
+    first = FORMATS[format][2]
     persons = [(split, member) for split in SPLITS for member in groups[split]]
     for record in records_of(folder):
         split = record["split"]
@@ -215,20 +218,20 @@ def test_the_same_arguments_give_the_same_bytes_in_any_process(tmp_path):
 
 
 def test_a_size_says_what_is_not_typed_and_the_command_tells_of_the_sentences(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(synthetic.HARD["small"], "ids", 6)
+    monkeypatch.setitem(HARD["small"], "ids", 6)
     words = ["--hard", "small", "--val_ids", "2", "--test_ids", "4", "--noise", "0.25"]
     assert main([*words, "--root", str(tmp_path)]) == 0
     first, second = capsys.readouterr().out.splitlines()
     assert first == f"{tmp_path}/CUHK-PEDES holds 12 persons in 36 images with 72 sentences."
     assert second.startswith("Of the 36 training sentences 9 describe another person than their image shows")
-    with synthetic.Image.open(next((tmp_path / "CUHK-PEDES").rglob("*.jpg"))) as image:
+    with Image.open(next((tmp_path / "CUHK-PEDES").rglob("*.jpg"))) as image:
         assert image.size == (48, 128)
 
 
 def test_half_of_the_pictures_have_something_in_front_that_leaves_more_than_half_to_be_seen():
     covered = []
     for seed in range(400):
-        image = synthetic.Image.new("RGB", (80, 192), (1, 2, 3))
+        image = Image.new("RGB", (80, 192), (1, 2, 3))
         obstruct(image, Random(seed))
         covered.append((np.asarray(image) != (1, 2, 3)).any(axis=2).mean())
     there = [share for share in covered if share]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from benchmarks import harness, words
-from datasets.synthetic import SKINS, VIEWS, Identity, describe, make_identities
+from datasets.pedestrians import SKINS, VIEWS, Identity, describe, make_identities
 from tests.tiny_run import make_run
 
 PERSON = Identity(
