@@ -45,7 +45,8 @@ class Row(NamedTuple):
     source: str = ""  # of the published figures
     published: tuple = ()  # for each of DATA_SETS: Rank-1, Rank-5, Rank-10, mAP, mINP; None: not given
     below: str = ""  # where below --root_dir its data sets are; {seed}: of the run
-    last: str = "last"  # the checkpoint of the last epoch that is tested
+    best: str = "best"  # the checkpoint that is tested as the best one
+    last: str = "last"  # and as that of the last epoch
 
 
 IRRA, RDE, NAM = "arXiv 2303.12501", "arXiv 2308.09911", "arXiv 2405.04940"
@@ -70,6 +71,10 @@ ROWS = {
 "clip_baseline_rn50": Row("clip_baseline", "--pretrain_choice RN50"),
 # temperatures; irra's is 0.02
 **{f"irra_temperature_{x}": Row("irra", f"--temperature {x}") for x in ("0.01", "0.04", "0.07")},
+# of no paper: docs/methods.md
+"irra_ema": Row("irra", "--ema 0.999", best="best_ema"),
+"irra_learn_temperature": Row("irra", "--learn_temperature"),
+"irra_rate_per_step": Row("irra", "--lr_per step"),
 # other methods and other starts: docs/methods.md
 "rde": Row("rde", "", RDE, (
     (75.94, 90.14, 94.12, 67.56, 51.44), (67.68, 82.47, 87.36, 40.06, 7.87),
@@ -134,17 +139,18 @@ def runs_in(output_dir, rows=ROWS):
     return found
 
 
-def results(folder, name="results"):
-    """What test.py has found with --i2t; None where it has not, or half."""
+def results(folder, checkpoint, other=""):
+    """What test.py --i2t has found, on the run's data set or on another; None where it has not, or half."""
+    name = ["results", *[checkpoint] * (checkpoint != "best"), *[f"{other}_test"] * bool(other)]
     try:
-        found = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+        found = json.loads((folder / f"{'_'.join(name)}.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return found if table_report.are_figures(found) else None
 
 
 def is_finished(folder, row):
-    best, last = results(folder), results(folder, f"results_{row.last}")
+    best, last = results(folder, row.best), results(folder, row.last)
     try:
         return bool(best and last) and last["epoch"] == read_run_options(folder / "configs.yaml").num_epoch
     except InputError:  # who asks for this run is told
@@ -192,22 +198,24 @@ def commands(run, args, folder=None):
         words += ["--resume", "--resume_ckpt_file", str(folder)]
     else:
         folder = Path(args.output_dir) / run.dataset / f"{PATTERN}{run.name}"
-    last = ["--checkpoint", str(folder / f"{row.last}.pth")]
-    return [[str(ROOT / "train.py"), *words], test_words(folder, root), test_words(folder, root, *last)]
+    tests = [test_words(folder, root, checkpoint) for checkpoint in (row.best, row.last)]
+    return [[str(ROOT / "train.py"), *words], *tests]
 
 
-def test_words(folder, root, *more):
-    return [str(ROOT / "test.py"), "--config_file", str(folder), "--i2t", "--root_dir", root, *more]
+def test_words(folder, root, checkpoint, *more):
+    words = [str(ROOT / "test.py"), "--config_file", str(folder), "--i2t", "--root_dir", root, *more]
+    return words + ["--checkpoint", str(folder / f"{checkpoint}.pth")] * (checkpoint != "best")
 
 
 def cross_commands(run, args, folder):
     """Test a run on the other data sets that are asked for, where that is still to be done."""
-    best = results(folder)
+    row = args.known[run.row]
+    best = results(folder, row.best)
     others = [name for name in args.datasets if name != run.dataset]
     return [
-        test_words(folder, root_of(run, args), "--dataset_name", other)
+        test_words(folder, root_of(run, args), row.best, "--dataset_name", other)
         for other in others
-        if (results(folder, f"results_{other}_test") or {}).get("epoch") != best["epoch"]
+        if (results(folder, row.best, other) or {}).get("epoch") != best["epoch"]
     ]
 
 
@@ -396,8 +404,8 @@ def seconds_of(log):
 
 def record_of(run, folder, row):
     options = differing(vars(read_run_options(folder / "configs.yaml")), vars(get_args(recipe(run, row))))
-    best, last = results(folder), results(folder, f"results_{row.last}")
-    others = {other: results(folder, f"results_{other}_test") for other in DATA_SETS if other != run.dataset}
+    best, last = results(folder, row.best), results(folder, row.last)
+    others = {other: results(folder, row.best, other) for other in DATA_SETS if other != run.dataset}
     return {
         "row": run.row,
         "dataset": run.dataset,

@@ -180,6 +180,33 @@ def test_what_is_half_done_goes_on_and_only_results_of_the_last_epoch_make_it_fi
     assert left() == []
 
 
+def test_of_averaged_weights_the_best_average_is_tested_here_and_on_other_sets(tmp_path):
+    words = ["--rows", "irra_ema", "--datasets", "CUHK-PEDES,RSTPReid", "--output_dir", str(tmp_path)]
+    args = table.read_words([*words, "--", "--num_epoch", "3"])
+    run, folder = Run("irra_ema", "CUHK-PEDES", 1), tmp_path / "CUHK-PEDES" / "20261124_101500_irra_ema_seed1"
+    folder.mkdir(parents=True)
+    options = vars(get_args(table.train_words(run, args)))
+    (folder / "configs.yaml").write_text(yaml.safe_dump(options))
+    (folder / "last.pth").touch()
+
+    def keep(name, epoch, R1):
+        (folder / f"{name}.json").write_text(json.dumps({**record(1, R1)["best"], "epoch": epoch}))
+
+    keep("results", 1, 60.0)  # of best.pth, which is not what the row is about
+    keep("results_last", 3, 70.0)
+    _, best, last = table.commands(run, args, folder)
+    assert best[-2:] == ["--checkpoint", f"{folder}/best_ema.pth"] and last[-1] == f"{folder}/last.pth"
+    keep("results_best_ema", 2, 80.0)
+    assert table.commands(run, args, folder) == []
+    (cross,) = table.cross_commands(run, args, folder)
+    assert {"RSTPReid", f"{folder}/best_ema.pth"} <= set(cross)
+    keep("results_best_ema_RSTPReid_test", 2, 50.0)
+    assert table.cross_commands(run, args, folder) == []
+    found = table.record_of(run, folder, table.ROWS["irra_ema"])
+    figures = [found[key]["t2i"]["R1"] for key in ("best", "last")], found["cross"]["RSTPReid"]["t2i"]["R1"]
+    assert figures == ([80.0, 70.0], 50.0)
+
+
 # ---- running ----
 
 
