@@ -7,6 +7,17 @@ from benchmarks.table_report import about_machines, as_markdown, shown_mean
 
 FIGURES = {"R1": "Rank-1", "mAP": "mAP"}
 BASELINES = {"clip": "CLIP", "sdm": "sdm"}  # the row of each, and its name
+PARTS = {  # a row, and the one that has a part less: what is in it besides
+    ("rde", "rde_no_division"): "division",
+    ("rde_no_division", "tal"): "token selection",
+    ("rda", "rde"): "second captions",
+    ("nam", "sdm_masked"): "masks by similarity instead of any masks",
+    ("sdm_masked", "sdm"): "masks",
+    ("irra_clean", "irra"): "masks for mlm only",
+    ("irra_ema", "irra"): "averaged weights",
+    ("sdm_mlm", "sdm_masked"): "the mlm loss",
+    ("tbps_views", "tbps"): "views, their augmentations and losses",
+}
 # two-sided 95 % quantiles of Student's t for 1, 2, … degrees of freedom
 T95 = (
     *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145),
@@ -101,7 +112,7 @@ def tables(runs, rows, noise_of):
         parts.append(f"## {f'{noise:.0%} of the training captions wrong' if noise else 'No wrong captions'}")
         if any(groups.values()):
             measured = {name: group for name, group in groups.items() if group}
-            parts += [table(measured, rows, names), verdicts(measured, names)]
+            parts += [table(measured, rows, names), verdicts(measured, names), of_parts(measured)]
         if empty := [name for name, group in groups.items() if not group]:
             parts.append(f"Not run: {', '.join(empty)}.")
     return "\n\n".join(part for part in [*parts, about_machines(runs)] if part)
@@ -109,8 +120,7 @@ def tables(runs, rows, noise_of):
 
 def baselines_of(names):
     """{row: its name} of those that the rows of a section are held against."""
-    methods = {row: row.split("_noise")[0] for row in names}
-    return {row: BASELINES[method] for row, method in methods.items() if method in BASELINES}
+    return {row: BASELINES[method_of(row)] for row in names if method_of(row) in BASELINES}
 
 
 def table(groups, rows, names):
@@ -145,3 +155,17 @@ def verdicts(groups, names):
         if any(kinds.values()):
             lines.append(f"- Rank-1 against {title}: {said}.")
     return "\n".join(lines)
+
+
+def method_of(row):
+    return row.split("_noise")[0]
+
+
+def of_parts(groups):
+    """What each part by itself brings to Rank-1: a table of the pairs of which both rows were run."""
+    by_method = {method_of(row): group for row, group in groups.items()}
+    lines = []
+    for (row, without), what in PARTS.items():
+        if found := difference(by_method.get(row, []), by_method.get(without, []), "R1"):
+            lines.append([what, f"{row} − {without}", shown_difference(found)])
+    return as_markdown([["part", "rows", "Rank-1"], ["---"] * 3, *lines]) if lines else ""

@@ -83,6 +83,15 @@ def test_a_row_with_wrong_captions_is_held_against_baselines_with_as_many():
     assert f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]" in section and "| clip |" not in section
 
 
+def test_a_part_is_held_against_the_row_that_has_all_but_it():
+    assert {row for pair in drawn_report.PARTS for row in pair} <= drawn.METHODS.keys()
+    runs = runs_of("rde", 12.0, 13.0, 17.0) + runs_of("rde_no_division", 10.0, 12.0, 14.0)
+    runs += runs_of("irra_clean", 5.0, 6.0) + runs_of("rde_noise_0.2", 7.0, 8.0)
+    lines = drawn_report.page(runs, drawn.ROWS, drawn.NOISE_OF).splitlines()
+    (line,) = [line for line in lines if " − rde_no_division" in line]
+    assert line == "| division | rde − rde_no_division | +2.00 [-0.48, +4.48] |"
+
+
 def test_the_page_in_docs_is_what_the_kept_runs_give(capsys):
     assert drawn.main(["--check"]) == 0, capsys.readouterr().err
 
