@@ -21,6 +21,7 @@ import processor.trainer  # noqa: F401
 import solver  # noqa: F401
 import train
 from datasets.synthetic import make_dataset
+from tests.conftest import PATIENCE
 from utils.data_sets import DATA_SETS
 
 START_METHOD = multiprocessing.get_start_method()  # of the loading processes, as in a program of its own
@@ -82,24 +83,26 @@ class Cue(logging.Handler):
             os.waitpid(sender, 0)
 
 
-def _train(argv, output, cue):
+def train_in_child(argv, output, *cues):
+    """What start runs in the process that it starts."""
     os.setsid()
     multiprocessing.set_start_method(START_METHOD, force=True)  # a child of a forkserver has its method
     sys.stdout = sys.stderr = open(output, "a", buffering=1)
     torch.set_num_threads(1)
-    if cue:
+    for cue in cues:
         handler = Cue(*cue)
         for name in ("IRRA.train", "IRRA.eval"):
             logging.getLogger(name).addHandler(handler)
     sys.exit(train.main(argv))
 
 
-def start(argv, output, cue=None):
+def start(argv, output, *cues, way=train_in_child):
     """Start `train.py argv`; what it prints is appended to the file output.
 
-    cue: (text, signal number), to have the whole group signalled as soon as a log line holds the text.
+    cues: (text, signal number), to have the whole group signalled as soon as a log line holds the text.
+    way: what the process runs, a function of the tests' own that does something to train_in_child.
     """
-    process = CONTEXT.Process(target=_train, args=(list(map(str, argv)), str(output), cue))
+    process = CONTEXT.Process(target=way, args=(list(map(str, argv)), str(output), *cues))
     path, os.environ["PYTHONPATH"] = os.environ.get("PYTHONPATH"), str(ROOT)  # for the server's first start
     try:
         process.start()
@@ -108,7 +111,7 @@ def start(argv, output, cue=None):
     return process
 
 
-def end(process, seconds=120):
+def end(process, seconds=PATIENCE):
     """Exit status, or minus the signal's number."""
     process.join(seconds)
     if process.exitcode is None:
@@ -117,8 +120,8 @@ def end(process, seconds=120):
     return process.exitcode
 
 
-def run(argv, output, cue=None, seconds=120):
-    return end(start(argv, output, cue), seconds)
+def run(argv, output, *cues, seconds=PATIENCE, way=train_in_child):
+    return end(start(argv, output, *cues, way=way), seconds)
 
 
 def only_run(output_dir):
@@ -163,7 +166,7 @@ def progress_lines(folder):
     return [line for line in said if re.match(r"Epoch|Validation|Saving|best R1|\| *t2i", line)]
 
 
-def wait_for(condition, process, seconds=60):
+def wait_for(condition, process, seconds=PATIENCE):
     """Poll until the condition holds; False when the process ended before."""
     limit = time.monotonic() + seconds
     while not condition():

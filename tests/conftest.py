@@ -4,6 +4,7 @@ import importlib.util
 import logging
 import os
 import signal
+import socket
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 ROOT = Path(__file__).parent.parent
+PATIENCE = 300  # seconds: what a test waits for longer hangs; what takes one takes twenty on busy cores
 SLOW = {  # what --fast leaves out, by what takes it long: a file, or file::beginning of a test's name
     "several processes": (
         "test_distributed.py",
@@ -141,6 +143,14 @@ def train_script():
 @pytest.fixture(scope="session")
 def test_script():
     return load_script("test")
+
+
+@pytest.fixture
+def closed_port():
+    """A port at which nobody answers, and which no program gets meanwhile."""
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        yield bound.getsockname()[1]
 
 
 @pytest.fixture(autouse=True)

@@ -7,11 +7,14 @@ when every training ended with the same weights and no checkpoint was ever unrea
 """
 
 import argparse
+import os
 import random
 import shutil
+import signal
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,6 +45,18 @@ def half_written(logs):
     return [path.name for path in Path(logs).glob("*/*/.*.pth.[0-9]*")]
 
 
+def halt_in_a_save(process, logs, pause):
+    """Halt it so many seconds after it has begun to save; where that was too late, sooner in a later save."""
+    while children.wait_for(lambda: half_written(logs), process):
+        time.sleep(pause)
+        with suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGSTOP)
+            if half_written(logs):
+                return
+            os.kill(process.pid, signal.SIGCONT)
+        pause /= 2
+
+
 def kill_once(argv, logs, output, moment, rng, seconds):
     """Start a training and kill it; returns a Kill, or None where it had ended before.
 
@@ -55,18 +70,18 @@ def kill_once(argv, logs, output, moment, rng, seconds):
 
     if moment == "any":
         process.join(rng.uniform(0, 0.7 * seconds))
-    elif children.wait_for(says("start training"), process, 600):
+    elif children.wait_for(says("start training"), process):
         if moment == "saving":
             # the first file or a later one, at a random byte of it
             for _ in range(rng.randint(1, 3)):
-                children.wait_for(lambda: not half_written(logs), process, 600)
-                children.wait_for(lambda: half_written(logs), process, 600)
-            time.sleep(rng.uniform(0, 0.03))
+                children.wait_for(lambda: not half_written(logs), process)
+                children.wait_for(lambda: half_written(logs), process)
+            halt_in_a_save(process, logs, rng.uniform(0, 0.03))
         elif moment == "evaluation":
-            children.wait_for(says("Validation Results"), process, 600)
+            children.wait_for(says("Validation Results"), process)
             time.sleep(rng.uniform(0, 0.02))
         else:
-            children.wait_for(says(f"Iteration[{rng.choice((2, 4, 6))}"), process, 600)
+            children.wait_for(says(f"Iteration[{rng.choice((2, 4, 6))}"), process)
             time.sleep(rng.uniform(0, 0.3))
     if not children.kill(process):
         return None

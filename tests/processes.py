@@ -4,9 +4,10 @@ they come from the forkserver of tests/children.py, which has loaded PyTorch."""
 import logging
 import os
 import signal
+import subprocess
+import sys
 import tempfile
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from processor.similarity import WordSimilarities
 from processor.trainer import Steps, train_one_epoch
 from solver import build_lr_scheduler, build_optimizer
 from tests.children import CONTEXT, ROOT
-from tests.conftest import load_script
+from tests.conftest import PATIENCE, load_script
 from utils.dist import gather, process_group, process_sum, replicate
 from utils.losses import LOSSES, Loss
 from utils.options import get_args
@@ -60,7 +61,7 @@ class Group:
         finally:
             os.environ.pop("PYTHONPATH") if path is None else os.environ.update(PYTHONPATH=path)
 
-    def end(self, seconds=120):
+    def end(self, seconds=PATIENCE):
         """Exit status of each; minus the signal's number where one ended a process."""
         limit = time.monotonic() + seconds
         for process in self.processes:
@@ -213,48 +214,60 @@ def evaluate_split(argv):
         return evaluate(features, i2t=True), features
 
 
-def main_of(script, argv, stop_at=None):
-    """train.py's or test.py's main. stop_at: a line of the log at which this process gets a SIGTERM."""
+def main_of(script, argv, stop_at=None, number=signal.SIGTERM):
+    """train.py's or test.py's main. stop_at: a line of the log at which this process gets a signal."""
     if stop_at:
-        logging.getLogger("IRRA.train").addHandler(SignalAt(stop_at))
+        At(stop_at, lambda: signal.raise_signal(number))
     status = (train if script == "train" else load_script(script)).main(list(map(str, argv)))
     if status:
         raise SystemExit(status)
 
 
-class SignalAt(logging.Handler):
-    def __init__(self, text):
+class At(logging.Handler):
+    """From here on a function is called whenever a line of the log holds the text."""
+
+    def __init__(self, text, function):
         super().__init__()
-        self.text = text
+        self.text, self.function = text, function
+        logging.getLogger("IRRA.train").addHandler(self)
 
     def emit(self, record):
         if self.text in record.getMessage():
-            signal.raise_signal(signal.SIGTERM)
+            self.function()
 
 
-@contextmanager
-def torchrun(number, output, *argv, options=()):
-    """The real torchrun, of one machine; yields its Popen, with `output` for what all print."""
-    import subprocess
-    import sys
-
+def torchrun(number, output, what, text, *argv, options=()):
+    """The exit status of the real torchrun, of one machine, which trains; `output` is for what all print.
+    what: a function of HAPPENS, which the main process calls when its log holds the text."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={number}"]
-    command += [*options, str(ROOT / "train.py"), *map(str, argv)]
+    command += [*options, "-m", "tests.processes", what, text, *map(str, argv)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with open(output, "w") as file:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        process = subprocess.Popen(command, stdout=file, stderr=file, env=environment, cwd=ROOT)
-    try:
-        yield process
-    finally:
-        if process.poll() is None:
-            process.terminate()
-            process.wait(60)
+        quiet = {"stdout": file, "stderr": file, "timeout": PATIENCE}
+        return subprocess.run(command, env=environment, cwd=ROOT, **quiet).returncode
 
 
-def workers_of(process):
+def kill_the_other():
+    if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        os.kill(workers_of(os.getppid())[1], signal.SIGKILL)
+
+
+def stop_torchrun():
+    """Go on when torchrun has passed the signal on to this process."""
+    answered = []
+    At("finishing the batch", lambda: answered.append(True))
+    os.kill(os.getppid(), signal.SIGTERM)
+    while not answered:
+        time.sleep(0.01)
+
+
+HAPPENS = {"kill the other": kill_the_other, "stop torchrun": stop_torchrun}
+
+
+def workers_of(launcher):
     """Process ids of what torchrun has started, in order of rank."""
     found = {}
-    for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+    for pid in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split():
         variables = Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
         ranks = [line[5:] for line in variables if line.startswith("RANK=")]
         if ranks:
@@ -270,3 +283,10 @@ def divided(argv):
         loader, *_, num_classes = build_dataloader(args)
         loader.set_epoch(1)
         return divide(build_model(args, num_classes), loader, CPU, 5, False)
+
+
+if __name__ == "__main__":  # as torchrun starts it
+    what, text, *argv = sys.argv[1:]
+    if os.environ["RANK"] == "0":
+        At(text, HAPPENS[what])
+    sys.exit(train.main(argv))

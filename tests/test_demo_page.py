@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from tests.conftest import ROOT
+from tests.conftest import PATIENCE, ROOT
 from tests.tiny_run import make_run, missing
 
 needed = [
@@ -74,14 +74,14 @@ def served(home, gallery, *more, **environment):
             text=True,
             env={**os.environ, "no_proxy": "127.0.0.1,localhost", **environment},
         )
-        watchdog = threading.Timer(120, server.kill)
+        watchdog = threading.Timer(PATIENCE, server.kill)
         watchdog.start()
         line = server.stdout.readline()
         watchdog.cancel()
         assert "the page is at http://127.0.0.1:" in line, (home / "log").read_text()
         yield line.split()[4].rstrip("/")
         server.send_signal(signal.SIGINT)
-        assert server.wait(timeout=30) == 0, (home / "log").read_text()  # Ctrl-C is how it ends
+        assert server.wait(PATIENCE) == 0, (home / "log").read_text()  # Ctrl-C is how it ends
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +114,7 @@ def page(browser, address):
     return browser
 
 
-def until(condition, seconds=60):
+def until(condition, seconds=PATIENCE):
     """The first truthy value of condition(); what is not there yet is asked for again."""
     end = time.monotonic() + seconds
     while True:
@@ -339,7 +339,8 @@ class StripsPrefix(http.server.BaseHTTPRequestHandler):
         url = self.server.page + self.path.removeprefix("/irra")
         asked = urllib.request.Request(url, self.rfile.read(length) if length else None, headers)
         try:
-            answer = urllib.request.build_opener(urllib.request.ProxyHandler({})).open(asked, timeout=60)
+            opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+            answer = opener.open(asked, timeout=PATIENCE)
         except urllib.error.HTTPError as error:
             answer = error
         self.send_response(answer.status)
@@ -391,7 +392,7 @@ def test_behind_a_proxy_that_strips_a_prefix_all_of_it_works(browser, home, imgs
 def status_of(url, data=None, headers=None):
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with opener.open(urllib.request.Request(url, data, headers or {}), timeout=30) as answer:
+        with opener.open(urllib.request.Request(url, data, headers or {}), timeout=PATIENCE) as answer:
             return answer.status, answer.read()
     except urllib.error.HTTPError as error:
         return error.code, error.read()
@@ -507,7 +508,11 @@ def test_a_port_in_use_is_one_sentence(address, home, imgs):
         address.rsplit(":", 1)[1],
     ]
     done = subprocess.run(
-        [sys.executable, "demo.py", *map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=120
+        [sys.executable, "demo.py", *map(str, words)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
     )
     assert done.returncode == 2 and "give another --port" in done.stderr and "Traceback" not in done.stderr
 

@@ -166,18 +166,22 @@ def error_of(output):
     return text.splitlines()[-1]
 
 
-def limited_training(argv, output, size):
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-    children._train(argv, output, None)
+def limited_training(argv, output):
+    """The first checkpoint, without the moments of the optimiser, is smaller: the second does not fit."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20 * MIB, 20 * MIB))
+    children.train_in_child(argv, output)
+
+
+def training_killed_in_a_save(argv, output):
+    """Of the second checkpoint 20 MiB are written; then the system ends the process, as a SIGKILL would."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # Python ignores it
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    limited_training(argv, output)
 
 
 def test_a_training_without_room_ends_in_one_sentence_and_goes_on_later(data, tmp_path):
-    """The first checkpoint, without the moments of the optimiser, is smaller: the second does not fit."""
     output = tmp_path / "output"
-    argv = [str(word) for word in children.words(data, tmp_path)]
-    process = children.CONTEXT.Process(target=limited_training, args=(argv, str(output), 20 * MIB))
-    process.start()
-    assert children.end(process) == 2
+    assert children.run(children.words(data, tmp_path), output, way=limited_training) == 2
     folder = children.only_run(tmp_path)
     sentence = rf"error: cannot write {folder}/last.pth \((\d+.\d) MiB are needed\): File too large; what .*"
     needed = float(re.fullmatch(sentence, error_of(output))[1])
@@ -245,19 +249,13 @@ def test_a_training_whose_folder_cannot_be_made_ends_in_one_sentence(data, train
 
 
 def test_a_resumed_run_removes_what_a_kill_left(data, tmp_path):
-    output = tmp_path / "output"
-    process = children.start(children.words(data, tmp_path), output)
-
-    def saving():
-        return [path for path in tmp_path.glob("*/*/.last.pth.*") if path.stat().st_size > MIB]
-
-    assert children.wait_for(saving, process) and children.kill(process)
-    left = saving()
-    assert left
-    folder = left[0].parent
-    if (folder / "last.pth").exists():  # else the first save was hit, and there is nothing to resume
-        assert children.run(["--resume", "--output_dir", tmp_path], output) == 0
-        assert not saving()
+    output, argv = tmp_path / "output", children.words(data, tmp_path)
+    assert children.run(argv, output, way=training_killed_in_a_save) == -signal.SIGXFSZ
+    folder = children.only_run(tmp_path)
+    (left,) = folder.glob(".*")
+    assert left.name.startswith(".last.pth.") and left.stat().st_size == 20 * MIB
+    assert children.run(["--resume", "--output_dir", tmp_path], output) == 0
+    assert not list(folder.glob(".*")) and load_checkpoint(folder / "last.pth")["epoch"] == 3
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)

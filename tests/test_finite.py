@@ -5,6 +5,7 @@ import logging
 import math
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from tests.children import differ, draw, only_run, run, words
 from utils.checkpoint import load_checkpoint
 from utils.dist import out_of_memory
 from utils.errors import InputError, reports_errors
-from utils.run import Stopped, StopSignals
+from utils.run import GRACE, Stopped, StopSignals
 
 CPU = torch.device("cpu")
 GIVEN = dict(pids=[3, 5], image_ids=[7, 9], caption_ids=[[1, 2], [3, 4]])
@@ -267,16 +268,13 @@ def poison(argv, output):
                     model.classifier.weight[0, 0] = math.nan
 
     logging.getLogger("IRRA.train").addHandler(Poison())
-    children._train(argv, output, None)
+    children.train_in_child(argv, output)
 
 
 def test_the_last_checkpoint_stays_good_and_goes_on(data, tmp_path):
     """The NaN comes from outside, so that the same run, resumed, ends as one that never met it."""
     output = tmp_path / "output"
-    argv = [str(word) for word in words(data, tmp_path / "logs")]
-    process = children.CONTEXT.Process(target=poison, args=(argv, str(output)))
-    process.start()
-    assert children.end(process) == 2
+    assert run(words(data, tmp_path / "logs"), output, way=poison) == 2
     folder = only_run(tmp_path / "logs")
     assert "in epoch 2, iteration 3 (" in error_of(output)
     evidence = json.loads((folder / "bad_batch.json").read_text())
@@ -395,21 +393,19 @@ def test_what_loading_processes_lack_is_a_sentence(said, advice, capsys):
 
 def test_an_error_that_nobody_foresaw_ends_at_once_with_loading_processes(data, tmp_path):
     """They used to be waited for a minute, since a SIGTERM does not end them at once."""
-    began, output = time.monotonic(), tmp_path / "output"
-    process = children.CONTEXT.Process(target=fail_unforeseen, args=(data, tmp_path, str(output)))
-    process.start()
-    assert children.end(process, 100) not in (0, 2)
-    assert time.monotonic() - began < 40
+    output = tmp_path / "output"
+    argv = words(data, tmp_path / "logs", "--num_workers", "2")
+    assert run(argv, output, way=fail_unforeseen) not in (0, 2)
+    assert time.time() - (tmp_path / "output.failed").stat().st_mtime < GRACE / 2
     assert "device-side assert" in output.read_text().splitlines()[-1]
 
 
-def fail_unforeseen(data, tmp_path, output):
+def fail_unforeseen(argv, output):
     import processor.trainer
 
     def fail(report):
+        Path(f"{output}.failed").touch()
         raise RuntimeError("CUDA error: device-side assert triggered")
 
     processor.trainer.total_loss = fail
-    argv = words(data, tmp_path / "logs")
-    argv[argv.index("--num_workers") + 1] = "2"
-    children._train([str(word) for word in argv], output, None)
+    children.train_in_child(argv, output)

@@ -1,7 +1,6 @@
 """--pretrain_choice by name: OpenAI's in both spellings, repositories of a hub that tests serve, folders."""
 
 import http.server
-import socket
 import threading
 
 import pytest
@@ -82,10 +81,8 @@ def hub(tmp_path, monkeypatch, cache):
 
 
 @pytest.fixture
-def no_network(cache, monkeypatch):
-    with socket.create_server(("127.0.0.1", 0)) as closed:
-        port = closed.getsockname()[1]
-    serve(monkeypatch, port)
+def no_network(cache, monkeypatch, closed_port):
+    serve(monkeypatch, closed_port)
 
 
 @pytest.mark.parametrize("choice", [f"{HUB}{REPOSITORY}", REPOSITORY])
@@ -113,10 +110,10 @@ def test_another_model_is_refused_before_its_weights_are_fetched(hub):
     assert hub.asked == ["open_clip_config.json"]
 
 
-def test_what_is_in_the_cache_needs_no_network(hub, monkeypatch):
+def test_what_is_in_the_cache_needs_no_network(hub, monkeypatch, closed_port):
     with_config(weights_of(reference()), hub.folder, "open_clip_pytorch_model.bin")
     path = locate(REPOSITORY)
-    serve(monkeypatch, 9)
+    serve(monkeypatch, closed_port)
     assert locate(REPOSITORY) == path
 
 

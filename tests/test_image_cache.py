@@ -17,6 +17,7 @@ from PIL import Image
 from datasets import build_dataloader, image_cache
 from datasets.image_cache import CacheFile, DecodedImages, open_images
 from datasets.synthetic import make_dataset
+from tests.conftest import PATIENCE
 from tests.full_disk import limited
 from utils.errors import InputError
 from utils.options import get_args
@@ -183,7 +184,7 @@ def test_runs_that_build_at_once_build_one_cache(tmp_path, paths):
     for run in runs:
         run.start()
     for run in runs:
-        run.join(120)
+        run.join(PATIENCE)
     assert [run.exitcode for run in runs] == [0, 0, 0]
     assert same(opened(tmp_path / "cache", paths), paths)
     assert len(list((tmp_path / "cache").iterdir())) == 2

@@ -12,6 +12,7 @@ import yaml
 from datasets import annotations
 from model import clip_model, fetch, objectives, pretrained
 from solver import build as solver
+from tests.conftest import PATIENCE
 from utils import options
 from utils.errors import InputError
 from utils.losses import LOSSES
@@ -481,7 +482,9 @@ sys.argv = {[script, *argv]!r}
 sys.path.insert(0, {str(ROOT)!r})
 runpy.run_path({str(ROOT / script)!r}, run_name="__main__")
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=cwd, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=cwd, timeout=PATIENCE
+    )
     err, _, loaded = done.stderr.rpartition("torch loaded: ")
     return done.returncode, done.stdout, err, loaded.strip() == "True"
 

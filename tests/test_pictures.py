@@ -16,6 +16,7 @@ from retrieval.contact_sheet import BORDER, CELL, GREY, draw_framed, fitted
 from retrieval.encoders import open_picture
 from retrieval.relevance import heat
 from tests.children import ROOT
+from tests.conftest import PATIENCE
 
 STEPS = np.arange(48 * 20).reshape(48, 20) / (48 * 20 - 1)  # 0 to 1
 COLOURED = Image.fromarray(np.random.RandomState(0).randint(0, 256, (48, 20, 3), dtype=np.uint8))
@@ -190,7 +191,9 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 def test_a_pictures_shape_does_not_decide_the_memory(size):
     """Its 5 million pixels are 20 MB. As wide as the input of a model they would be 2.5 GB."""
     code = LINES.replace("SIZE", str(size))
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=PATIENCE
+    )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 400
 

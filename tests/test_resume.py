@@ -16,7 +16,7 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from datasets.build import build_dataloader
-from tests.children import differ, draw, end, only_run, progress_lines, run, start, words
+from tests.children import differ, draw, only_run, progress_lines, run, words
 from utils.checkpoint import load_checkpoint
 from utils.errors import InputError
 from utils.files import lock
@@ -123,14 +123,9 @@ def test_a_run_may_be_stopped_again_and_again(data, unbroken, tmp_path):
 
 def test_a_second_signal_ends_it_at_once_and_the_last_save_goes_on(data, unbroken, tmp_path):
     output = tmp_path / "output"
-    output.touch()
-    process = start(
-        words(data, tmp_path, "--save_period", "2"), output, ("finishing the batch", signal.SIGINT)
-    )  # the second comes when the first is answered
-    while process.is_alive() and "Epoch[2] Iteration[2" not in output.read_text():
-        process.join(0.001)
-    os.killpg(process.pid, signal.SIGINT)
-    assert end(process) == 130 and output.read_text().splitlines()[-1] == "interrupted"
+    twice = [(text, signal.SIGINT) for text in ("Epoch[2] Iteration[2", "finishing the batch")]
+    assert run(words(data, tmp_path, "--save_period", "2"), output, *twice) == 130
+    assert output.read_text().splitlines()[-1] == "interrupted"
     assert run(["--resume", "--output_dir", tmp_path], output) == 0
     whole, folder = unbroken(), only_run(tmp_path)
     assert differ(folder / "last.pth", whole / "last.pth") == []
@@ -307,9 +302,8 @@ def test_an_epoch_goes_on_with_the_samples_that_are_left_whatever_the_batch(size
     """48 captions, some 12 of them done in batches of 4."""
     argv = words(data, tmp_path, "--save_period", "3", epochs=1)
     argv[argv.index("--batch_size") + 1] = "4"
-    assert (
-        run([*argv, "--log_period", "1"], tmp_path / "output", cue=("Iteration[3/12]", signal.SIGTERM)) == 3
-    )
+    cue = ("Iteration[3/12]", signal.SIGTERM)
+    assert run([*argv, "--log_period", "1"], tmp_path / "output", cue) == STOPPED
     folder = only_run(tmp_path)
     last = load_checkpoint(folder / "last.pth")
     assert last["samples"] == 4 * last["iteration"] < 48

@@ -11,7 +11,7 @@ import pytest
 from packaging.specifiers import SpecifierSet
 
 from scripts import environment
-from tests.conftest import SLOW
+from tests.conftest import PATIENCE, SLOW
 
 ROOT = Path(__file__).parent.parent
 
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 def run(*words, cwd=ROOT, **variables):
     """Exit status, stdout and stderr."""
     variables = {**os.environ, "PYTHON": sys.executable, **variables}
-    done = subprocess.run(words, cwd=cwd, env=variables, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(words, cwd=cwd, env=variables, capture_output=True, text=True, timeout=PATIENCE)
     return done.returncode, done.stdout, done.stderr
 
 

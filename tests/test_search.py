@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from retrieval.gallery import Stamp
-from tests.conftest import ROOT, load_script
+from tests.conftest import PATIENCE, ROOT, load_script
 from tests.tiny_run import make_run, missing
 from utils.errors import InputError
 from utils.option_types import number_list
@@ -380,22 +380,19 @@ def test_two_programs_take_turns_at_an_index(tmp_path):
 
     from retrieval.gallery import locked
 
-    order = []
+    order, waits = [], threading.Event()
 
     def second():
-        with locked(tmp_path, lambda line: order.append("waits")):
+        with locked(tmp_path, lambda line: waits.set()):
             order.append("second")
 
     with locked(tmp_path, order.append):
         thread = threading.Thread(target=second)
         thread.start()
-        for _ in range(100):
-            if order:
-                break
-            time.sleep(0.01)
+        assert waits.wait(PATIENCE)
         order.append("first")
-    thread.join(5)
-    assert order == ["waits", "first", "second"]
+    thread.join(PATIENCE)
+    assert order == ["first", "second"]
 
 
 # ---- galleries as people have them ----

@@ -21,6 +21,7 @@ from benchmarks import table, table_report
 from benchmarks.table import ROWS, Run
 from datasets.synthetic import make_dataset
 from tests.children import ARCHITECTURE, draw, rewritten
+from tests.conftest import PATIENCE
 from utils.data_sets import DATA_SETS
 from utils.errors import InputError
 from utils.options import get_args, parser_of
@@ -228,12 +229,12 @@ def program(*words):
 def interrupted(command, output):
     """The exit status of a table that is told to stop once a run has something to go on with."""
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
-    limit = time.monotonic() + 120
+    limit = time.monotonic() + PATIENCE
     while not list(output.glob("*/*/last.pth")) and process.poll() is None:
         assert time.monotonic() < limit
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
-    return process.wait(60)
+    return process.wait(PATIENCE)
 
 
 class Table:
