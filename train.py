@@ -84,9 +84,9 @@ def train(args, checkpoint=None, changed=()):
     if checkpoint and not training.resume(state, checkpoint):
         return
     del state
-    run.open(args, logger, first_epoch=training.done["epoch"] + 1)
     try:
         with StopSignals(run.log) as training.stop, out_of_memory(settings.device, args.batch_size):
+            run.open(args, logger, first_epoch=training.done["epoch"] + 1)
             if not checkpoint:
                 training.save()  # from here on there is something to resume, and room for it
             run.log.info("start training")

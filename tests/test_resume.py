@@ -16,7 +16,7 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from datasets.build import build_dataloader
-from tests.children import differ, draw, only_run, progress_lines, run, words
+from tests.children import differ, draw, only_run, progress_lines, run, train_in_child, words
 from utils.checkpoint import load_checkpoint
 from utils.errors import InputError
 from utils.files import lock
@@ -130,6 +130,27 @@ def test_a_second_signal_ends_it_at_once_and_the_last_save_goes_on(data, unbroke
     whole, folder = unbroken(), only_run(tmp_path)
     assert differ(folder / "last.pth", whole / "last.pth") == []
     assert curves(folder) == curves(whole)
+
+
+def signalled_without_a_checkpoint(argv, output, number):
+    """The signal comes when TensorBoard's file is opened: the run has a folder, and nothing to go on with."""
+    from torch.utils import tensorboard
+
+    class Writer(tensorboard.SummaryWriter):
+        def __init__(self, *words, **options):
+            signal.raise_signal(number)
+            super().__init__(*words, **options)
+
+    tensorboard.SummaryWriter = Writer
+    train_in_child(argv, output)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+def test_a_run_that_is_stopped_before_its_first_save_can_be_resumed(number, data, unbroken, tmp_path):
+    output = tmp_path / "output"
+    assert run(words(data, tmp_path), output, number, way=signalled_without_a_checkpoint) == STOPPED
+    assert run(["--resume", "--output_dir", tmp_path], output) == 0
+    assert_same(only_run(tmp_path), unbroken())
 
 
 def test_resume_takes_the_newest_run_of_that_name(data, train_script, tmp_path, monkeypatch):
