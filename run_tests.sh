@@ -11,10 +11,11 @@ Checks formatting and code with ruff, then runs the tests with pytest, which get
 All three run even when one fails; the exit code is 0 only when all passed.
 
   ./run_tests.sh                             everything: about a quarter of an hour on two CPU cores
-  ./run_tests.sh --fast                      all but the slow tests, on each core: two and a half minutes; names the five slowest
+  ./run_tests.sh --fast                      all but the slow tests: two and a half minutes; names the five slowest
   ./run_tests.sh -x -k sampler               stop at the first failure; only tests with that in their name
-  ./run_tests.sh tests/test_objectives.py    one file
+  ./run_tests.sh tests/test_objectives.py    one file, in one process, as python -m pytest runs it
 
+Unless files are named there is a process for each core, of up to four, with two GB of memory each; -n 0 asks for one.
 What ruff finds, it mostly repairs too: python -m ruff format . && python -m ruff check --fix .
 
 Environment: PYTHON   the Python to use, 3.10 or newer (default: the active one, else python3.13 ... python3.10)
@@ -32,7 +33,7 @@ use_environment requirements-dev.txt
 status=0
 "$python" -m ruff format --check . || status=$?
 "$python" -m ruff check . || status=$?
-# a process for each core, of up to four, each with a file at a time; what is typed comes last and wins
-case " $* " in *" --fast "*) set -- -n auto --maxprocesses 4 --dist loadfile "$@" ;; esac
+# each process has a file at a time; what is typed comes last and wins
+case " $* " in *.py* | *" tests"*) ;; *) set -- -n auto --maxprocesses 4 --dist loadfile "$@" ;; esac
 "$python" -m pytest "$@" || status=$?
 exit "$status"

@@ -5,6 +5,7 @@ import logging
 import os
 import signal
 import socket
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -114,12 +115,16 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     if config.option.fast and config.option.durations is None:
         config.option.durations = 5  # a new slow test is seen here
+    config.option.loadscopereorder = False  # xdist's: by the number of a file's tests
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m looks at the marks
 def pytest_collection_modifyitems(config, items):
     rows = tuple(row for rows in SLOW.values() for row in rows)
     slow = [item for item in items if f"{item.path.name}::{item.name}".startswith(rows)]
+    if hasattr(config, "workerinput"):  # several processes: what lasts begins first, for all to end together
+        lasting = Counter(item.path for item in slow)
+        items.sort(key=lambda item: -lasting[item.path])
     for item in slow:
         item.add_marker("slow")
     if config.option.fast:

@@ -94,6 +94,19 @@ def test_the_demo_trains_its_small_clip_once_and_says_what_it_did(tmp_path):
     assert demo()[3] == [draws, draws, trains, trains, "test.py"]
 
 
+@pytest.mark.parametrize("words", ["", "--fast", "-x -k sampler", "tests/test_a.py", "-x tests", "a.py::b"])
+def test_each_core_runs_a_file_of_tests_unless_files_are_named(words, tmp_path):
+    shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
+    shutil.copy(ROOT / "run_tests.sh", tmp_path)
+    (tmp_path / "python").write_text(PYTHON)
+    (tmp_path / "python").chmod(0o755)
+    assert run("./run_tests.sh", *words.split(), cwd=tmp_path, PYTHON=str(tmp_path / "python")) == (0, "", "")
+    *ruff, tests = (tmp_path / "asked").read_text().splitlines()
+    assert ruff == ["-m ruff format --check .", "-m ruff check ."]
+    each_core = "" if "tests" in words or ".py" in words else "-n auto --maxprocesses 4 --dist loadfile "
+    assert tests == f"-m pytest {each_core}{words}".strip()
+
+
 @pytest.mark.parametrize("row", [row for rows in SLOW.values() for row in rows])
 def test_what_is_listed_as_slow_is_there(row):
     file, _, name = row.partition("::")
