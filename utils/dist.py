@@ -303,8 +303,8 @@ def average_gradients(model):
         return
     for parameter in model.parameters():
         if parameter.grad is not None:
+            parameter.grad /= world_size()  # first, as there: a sum in fp16 may be above 65504
             dist.all_reduce(parameter.grad)
-            parameter.grad /= world_size()
 
 
 def unwrapped(model):
