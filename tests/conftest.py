@@ -25,6 +25,7 @@ PATIENCE = 300  # seconds: what a test waits for longer hangs; what takes one ta
 SLOW = {  # what --fast leaves out, by what takes it long: a file, or file::beginning of a test's name
     "several processes": (
         "test_distributed.py",
+        "test_device.py::test_its_sentence_is_said",
         "test_methods.py::test_two_processes",
         "test_tbps.py::test_two_processes",
         "test_noise.py::test_processes_divide",

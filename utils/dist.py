@@ -4,21 +4,31 @@ Several processes are started by torchrun. One process that was started alone is
 function here then does nothing.
 """
 
+import atexit
+import functools
 import gc
 import os
 import sys
 import time
 import traceback
 import uuid
+import warnings
 from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from utils.errors import InputError, first_line
+from utils.errors import InputError, first_line, last_line, say_once
 
 _store = None  # torchrun's, which outlives the processes; see process_group
+NCCL_FAULTS = (  # of this machine, not of another process that has ended
+    "ncclUnhandledCudaError",
+    "ncclSystemError",
+    "ncclInternalError",
+    "ncclInvalidArgument",
+    "ncclInvalidUsage",
+)
 
 
 def launched():
@@ -36,31 +46,64 @@ def world_size():
 
 def pick_device(name="auto"):
     """torch.device for --device auto|cpu|cuda[:n]; under torchrun `cuda` is the process's own GPU."""
-    available = torch.cuda.is_available()
-    if name == "auto":
-        name = "cuda" if available else "cpu"
+    kind, _, index = str(name).partition(":")
+    if kind == "auto":
+        number, complaint = gpus()
+        if complaint:
+            say_once(f"warning: the CPU is used, since no GPU can be: {complaint}")
+        name = kind = "cuda" if number else "cpu"
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if launched() else 1
-    if ":" in str(name) and processes > 1:
+    if index and processes > 1:
         raise InputError(
             f"--device {name} is one GPU for the {processes} processes here: with --device cuda each takes "
             "its own"
         )
-    if str(name).startswith("cuda"):
-        if not available:
-            raise InputError(f"--device {name}: PyTorch sees no CUDA device here; use --device cpu")
-        index = torch.device(name).index
-        if index is None and launched():
-            index = int(os.environ.get("LOCAL_RANK", 0))
-        index = index or 0
-        if index >= torch.cuda.device_count():
-            raise InputError(
-                f"--device {name}: GPU {index} is asked for, but there are {torch.cuda.device_count()}, "
-                "from cuda:0"
-            )
-        if launched():
-            torch.cuda.set_device(index)
-            name = f"cuda:{index}"
+    if kind == "cuda":
+        own = int(os.environ.get("LOCAL_RANK", 0)) if launched() else 0
+        take(name, int(index or own), processes)
+        name = f"cuda:{int(index or own)}" if launched() else name
     return torch.device(name)
+
+
+@functools.cache
+def gpus():
+    """How many GPUs PyTorch can use, and what it complains of where it finds a driver that it cannot use; it
+    does so once."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        number = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    complaints = [str(warning.message) for warning in said if not number]
+    return number, first_line(complaints[0]).removeprefix("CUDA initialization: ") if complaints else ""
+
+
+def why_no_gpu():
+    """In brackets, or nothing where it is not known."""
+    _, why = gpus()
+    if not (torch.version.cuda or torch.version.hip):
+        why = "it is one for CPUs only: pytorch.org says how to install another one"
+    elif os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1"):
+        why = "CUDA_VISIBLE_DEVICES hides them all"
+    return f" ({why})" if why else ""
+
+
+def take(name, index, processes):
+    """Make the GPU this process's current one: what names none, as page-locked memory and NCCL's objects do,
+    then takes no memory of GPU 0."""
+    number, _ = gpus()
+    if not number:
+        raise InputError(f"--device {name}: PyTorch sees no CUDA device here{why_no_gpu()}; use --device cpu")
+    if index >= number:
+        several = f" for the {processes} processes here (torchrun's --nproc_per_node)" * (processes > 1)
+        raise InputError(
+            f"--device {name}: GPU {index} is asked for, but there are {number}, from cuda:0{several}"
+        )
+    try:
+        torch.cuda.set_device(index)
+    except RuntimeError as error:
+        raise InputError(
+            f"--device {name}: GPU {index} cannot be used ({first_line(error)}): nvidia-smi shows who uses "
+            "it; wait, or choose another one with --device cuda:N"
+        ) from error
 
 
 def to_device(value, device):
@@ -87,10 +130,10 @@ def process_group(device):
     if not launched() or dist.is_initialized():
         yield
         return
+    backend = "nccl" if device.type == "cuda" else "gloo"
     try:
         _store, number, size = next(rendezvous("env://"))
         fresh = dist.PrefixStore(_name_of_this_start(_store, number, size), _store)
-        backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=fresh, rank=number, world_size=size)
     except (ValueError, RuntimeError) as error:
         raise InputError(
@@ -102,6 +145,10 @@ def process_group(device):
         _leave_if_said(str(error), fresh)
         raise
     except RuntimeError as error:
+        if any(kind in str(error) for kind in NCCL_FAULTS):
+            raise InputError(
+                f"NCCL, by which the GPUs exchange, failed: {last_line(error)} (NCCL_DEBUG=INFO says more)"
+            ) from error
         if not any(word in str(error) for word in ("gloo", "Gloo", "NCCL", "onnection", "TCPStore")):
             raise
         message = (
@@ -111,9 +158,21 @@ def process_group(device):
         _leave_if_said(message, fresh)
         raise InputError(message) from error
     finally:
-        _let_go_of_replicas()
-        dist.destroy_process_group()
+        if backend == "nccl" and (error := sys.exc_info()[1]):
+            atexit.register(_end_at_once, 2 if isinstance(error, (InputError, SystemExit)) else 1)
+        else:
+            _let_go_of_replicas()
+            dist.destroy_process_group()
         _store = None
+
+
+def _end_at_once(status):
+    """The end of a process whose error has been said, while the others may wait for it in an exchange on
+    their GPUs. NCCL takes leave of all together only: this one would wait for the others, and torchrun, which
+    ends them, for this one (https://github.com/NVIDIA/nccl/issues/1777)."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(status)
 
 
 def _let_go_of_replicas():

@@ -30,6 +30,17 @@ def first_line(error, most=200):
     return (str(error).strip() or type(error).__name__).splitlines()[0][:most]
 
 
+def last_line(error, most=200):
+    """The last line of what it says, cut likewise: where NCCL names the cause."""
+    return (str(error).strip() or type(error).__name__).splitlines()[-1][:most]
+
+
+@functools.cache
+def say_once(sentence):
+    """What the user should know and no log can hold yet."""
+    print(printable(sentence), file=sys.stderr)
+
+
 def printable(text, keep=""):
     """The text on one line: file names and records may hold line ends and a terminal's control sequences.
     keep: such characters that stay."""

@@ -1,0 +1,200 @@
+"""What goes wrong with a GPU, and about which: one sentence each. CUDA's part is played, since most machines
+that run this have none."""
+
+import atexit
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from utils import dist, errors
+from utils.dist import pick_device, process_group
+from utils.errors import InputError
+
+GPU = torch.device("cuda:1")
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def asked_anew():
+    """What has been found out of this machine is found out again."""
+    dist.gpus.cache_clear()
+    errors.say_once.cache_clear()
+    yield
+    dist.gpus.cache_clear()
+    errors.say_once.cache_clear()
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """A machine with two GPUs; gives what it was told to make current."""
+    current = []
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    return current
+
+
+def launch(monkeypatch, processes, number):
+    for name, value in (("RANK", number), ("WORLD_SIZE", processes), ("LOCAL_WORLD_SIZE", processes)):
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("LOCAL_RANK", str(number))
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "made_current"),
+    [("auto", "cuda", 0), ("cuda", "cuda", 0), ("cuda:0", "cuda:0", 0), ("cuda:1", "cuda:1", 1)],
+)
+def test_the_gpu_that_is_named_is_the_current_one(name, device, made_current, cuda):
+    """Page-locked memory and NCCL's objects name none: they would take memory of GPU 0."""
+    assert pick_device(name) == torch.device(device)
+    assert cuda == [made_current]
+
+
+def test_under_torchrun_each_process_has_the_gpu_of_its_number(cuda, monkeypatch):
+    launch(monkeypatch, 2, 1)
+    assert pick_device("auto") == pick_device("cuda") == torch.device("cuda:1")
+    assert set(cuda) == {1}
+    launch(monkeypatch, 4, 2)
+    with pytest.raises(InputError, match="GPU 2 .*there are 2.*4 processes here .*--nproc_per_node"):
+        pick_device("cuda")
+
+
+@pytest.mark.parametrize("number", ["2", "256", "300", "99999999999"])
+def test_a_gpu_that_there_is_not_is_refused(number, cuda):
+    """PyTorch takes cuda:256 for cuda:0."""
+    with pytest.raises(InputError, match=f"cuda:{number}: GPU {number} is asked for, but there are 2"):
+        pick_device(f"cuda:{number}")
+    assert not cuda
+
+
+def test_a_gpu_that_cannot_be_used_is_a_sentence(cuda, monkeypatch):
+    def refuse(index):
+        raise RuntimeError("CUDA error: CUDA-capable device(s) is/are busy or unavailable\nCUDA kernel …")
+
+    monkeypatch.setattr(torch.cuda, "set_device", refuse)
+    with pytest.raises(InputError, match="GPU 1 cannot be used .CUDA error: .* unavailable.: nvidia-smi"):
+        pick_device("cuda:1")
+
+
+OLD = (
+    "CUDA initialization: The NVIDIA driver on your system is too old (found version 11040). Please update "
+    "your GPU driver"
+)
+
+
+@pytest.fixture
+def old_driver(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+
+    def is_available():
+        warnings.warn(OLD, stacklevel=2)
+        return False
+
+    monkeypatch.setattr(torch.cuda, "is_available", is_available)
+
+
+def test_without_a_gpu_the_sentence_says_why(old_driver, monkeypatch):
+    with pytest.raises(InputError, match=r"sees no CUDA device here \(The NVIDIA driver .* too old .*11040"):
+        pick_device("cuda")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(InputError, match="CUDA_VISIBLE_DEVICES hides them all"):
+        pick_device("cuda")
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch.version, "hip", None)
+    with pytest.raises(InputError, match="one for CPUs only.*use --device cpu"):
+        pick_device("cuda")
+
+
+def test_a_driver_that_is_too_old_is_told_once_where_the_cpu_steps_in(old_driver, capsys):
+    """Else a training goes on a hundred times slower, and nothing says why."""
+    for _ in range(3):
+        assert pick_device("auto") == torch.device("cpu")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: the CPU is used, since no GPU can be: The NVIDIA driver")
+
+
+def test_where_the_cpu_is_meant_nothing_is_said(old_driver, capsys):
+    assert pick_device("cpu") == torch.device("cpu")
+    assert capsys.readouterr().err == ""
+
+
+# ---- NCCL, with gloo in its place ----
+
+
+@pytest.fixture
+def nccl(monkeypatch):
+    """torchrun's only process; gives the statuses with which it is to end without taking leave."""
+    launch(monkeypatch, 1, 0)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "0")
+    begin, statuses = torch.distributed.init_process_group, []
+    monkeypatch.setattr(
+        torch.distributed,
+        "init_process_group",
+        lambda backend, **how: begin({"nccl": "gloo"}[backend], **how),
+    )
+    monkeypatch.setattr(atexit, "register", lambda function, status: statuses.append(status))
+    yield statuses
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+REMOTE = "NCCL error in: x.hpp:328, remote process exited\nncclRemoteError: A call failed possibly …"
+FULL_SHM = "NCCL error in: x.hpp:328\nncclSystemError: System call failed.\nLast error:\nno space in /dev/shm"
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence", "status"),
+    [
+        (InputError("no room"), "no room", 2),
+        (RuntimeError(REMOTE), "one of the 1 processes has ended", 2),
+        (RuntimeError(FULL_SHM), "NCCL, by which .* failed: no space in /dev/shm .NCCL_DEBUG=INFO", 2),
+        (ValueError("a fault"), "a fault", 1),
+    ],
+    ids=["input", "remote", "here", "fault"],
+)
+def test_a_process_that_fails_does_not_take_leave_of_the_others(error, sentence, status, nccl):
+    """They may wait in an exchange for ever, and NCCL's end of a group waits for all of its processes."""
+    with pytest.raises(type(error) if status == 1 else InputError, match=sentence):
+        with process_group(GPU):
+            raise error
+    assert nccl == [status] and torch.distributed.is_initialized()
+
+
+def test_one_that_ends_well_does(nccl):
+    with process_group(GPU):
+        assert torch.distributed.is_initialized()
+    assert not nccl and not torch.distributed.is_initialized()
+
+
+WAITS_FOR_EVER = """
+import atexit, os, time
+import torch.distributed
+from utils.errors import InputError, reports_errors
+from utils.dist import process_group
+
+os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+begin = torch.distributed.init_process_group
+torch.distributed.init_process_group = lambda backend, **how: begin("gloo", **how)
+torch.distributed.destroy_process_group = lambda: time.sleep(900)
+atexit.register(time.sleep, 900)
+
+@reports_errors
+def main(argv):
+    with process_group(torch.device("cuda:0")):
+        raise InputError("no room")
+
+raise SystemExit(main([]))
+"""
+
+
+def test_its_sentence_is_said_and_it_ends_though_nccl_would_wait():
+    done = subprocess.run(
+        [sys.executable, "-c", WAITS_FOR_EVER], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 2 and done.stderr.splitlines()[-1] == "error: no room"
