@@ -14,7 +14,7 @@ def main(argv=None):
     from utils.dist import out_of_memory, pick_device, process_group
 
     device = pick_device(args.device)
-    with process_group(device), out_of_memory(device, args.test_batch_size):
+    with process_group(device), out_of_memory(device, args.test_batch_size, "--test_batch_size"):
         test(args, device)
 
 

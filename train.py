@@ -13,11 +13,12 @@ def main(argv=None):
     args = get_args(argv)  # before PyTorch is loaded: --help and a mistyped option answer at once
     if not args.training:
         raise InputError("--test: evaluating a run is the work of test.py --config_file RUN/configs.yaml")
-    from utils.dist import pick_device, process_group, recall
+    from utils.dist import out_of_memory, pick_device, process_group, recall
 
     argv = sys.argv[1:] if argv is None else argv
     beginning = options_to_resume(args, checkpoint_to_resume(args), argv)
-    with process_group(pick_device(beginning[0].device)):
+    device = pick_device(beginning[0].device)
+    with process_group(device), out_of_memory(device, beginning[0].batch_size):
         begun = recall("run")
         if begun:  # torchrun has started the processes anew, after one that ended badly
             beginning = options_to_resume(get_args(argv), Path(begun) / "last.pth", argv)
@@ -66,7 +67,6 @@ def train(args, checkpoint=None, changed=()):
 
     from processor.trainer import NotFinite
     from utils.checkpoint import load_checkpoint
-    from utils.dist import out_of_memory
     from utils.run import RunFiles, Stopped, StopSignals, setup_logger
     from utils.settings import resolve
 
@@ -85,7 +85,7 @@ def train(args, checkpoint=None, changed=()):
         return
     del state
     try:
-        with StopSignals(run.log) as training.stop, out_of_memory(settings.device, args.batch_size):
+        with StopSignals(run.log) as training.stop:
             run.open(args, logger, first_epoch=training.done["epoch"] + 1)
             if not checkpoint:
                 training.save()  # from here on there is something to resume, and room for it

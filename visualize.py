@@ -53,6 +53,7 @@ def split_pictures(args, folder):
     from retrieval.curves import draw_cmc
     from retrieval.encoders import open_run
     from retrieval.queries import choose, draw_query, outcomes
+    from utils.dist import out_of_memory
     from utils.extras import extra
     from utils.metrics import rank_features
     from utils.run import setup_logger
@@ -68,7 +69,8 @@ def split_pictures(args, folder):
             "from 0"
         )
     encoders = open_run(args)
-    features = encode(encoders.model, img_loader, txt_loader, encoders.device, progress=True)
+    with out_of_memory(encoders.device, args.test_batch_size, "--test_batch_size"):
+        features = encode(encoders.model, img_loader, txt_loader, encoders.device, progress=True)
     text, text_pids, image, image_pids = features
     written = []
     if args.cmc:

@@ -19,6 +19,7 @@ from datasets.transforms import as_rgb, open_image, resize
 from model.build import build_trained_model, facts_to_keep
 from model.irra import PARTS
 from utils.checkpoint import load_checkpoint
+from utils.dist import out_of_memory
 from utils.errors import InputError, printable
 from utils.settings import resolve
 
@@ -52,14 +53,16 @@ class Encoders:
     @torch.inference_mode()
     def text_features(self, sentences):
         """[n, D]. Sentence by sentence: a query's answer does not depend on what else is asked."""
-        features = [F.normalize(self.model.encode_text(self.tokens(text)), dim=1) for text in sentences]
-        return torch.cat(features).cpu().numpy()
+        with out_of_memory(self.device):
+            features = [F.normalize(self.model.encode_text(self.tokens(text)), dim=1) for text in sentences]
+            return torch.cat(features).cpu().numpy()
 
     @torch.inference_mode()
     def image_features(self, pictures):
         """[n, D] of uint8 tensors [3, H, W], as `pixels` gives them."""
-        images = finish(torch.stack(pictures), self.device)
-        return F.normalize(self.model.encode_image(images), dim=1).cpu().numpy()
+        with out_of_memory(self.device, len(pictures), "--encode_batch"):
+            images = finish(torch.stack(pictures), self.device)
+            return F.normalize(self.model.encode_image(images), dim=1).cpu().numpy()
 
     def pixels(self, path):
         return resize(open_picture(path), self.img_size)
@@ -99,12 +102,13 @@ def open_run(args):
     """Encoders of the run that a tool's options name (utils.options.tool_args)."""
     checkpoint = Path(args.checkpoint or Path(args.run_dir) / "best.pth")
     state = load_checkpoint(checkpoint)
-    weights = state["model"]
-    model = build_trained_model(args, weights, checkpoint, state.get("clip"))
+    weights, device = state["model"], resolve(args).device
+    with out_of_memory(device):
+        model = build_trained_model(args, weights, checkpoint, state.get("clip"))
     applied = [args.select_ratio, args.text_length] if model.selects else []
     applied += [sorted(facts.items()) for facts in facts_to_keep(model).values()]
     fingerprint = fingerprint_of(weights, args.img_size, args.stride_size, *applied)
-    return Encoders(model, args.img_size, args.text_length, resolve(args).device, fingerprint)
+    return Encoders(model, args.img_size, args.text_length, device, fingerprint)
 
 
 def fingerprint_of(weights, img_size, stride_size, *more):

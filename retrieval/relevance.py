@@ -14,6 +14,7 @@ from datasets.tokenizer import clean, tokenize
 from datasets.transforms import normalise, resize, resized
 from model.irra import at_eot, pooled
 from retrieval.contact_sheet import PAPER, font_of, shortened, write
+from utils.dist import out_of_memory
 from utils.errors import InputError
 
 
@@ -61,8 +62,9 @@ def word_maps(encoders, sentence, picture, by="relevance", numbers=None):
     """
     words = words_of(sentence, encoders.tokenizer, encoders.text_length)
     words = words if numbers is None else [words[number] for number in numbers]
-    pixels = normalise(resize(picture, encoders.img_size)[None].to(encoders.device))
-    seen = WAYS[by](encoders, sentence, pixels, [positions for _, positions in words])
+    with out_of_memory(encoders.device):
+        pixels = normalise(resize(picture, encoders.img_size)[None].to(encoders.device))
+        seen = WAYS[by](encoders, sentence, pixels, [positions for _, positions in words])
     maps = []
     for (word, _), row in zip(words, seen, strict=True):
         row = row[1:].cpu().numpy()

@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from retrieval.encoders import Encoders
 from utils import dist, errors
-from utils.dist import pick_device, process_group
-from utils.errors import InputError
+from utils.dist import out_of_memory, pick_device, process_group
+from utils.errors import InputError, reports_errors
 
 GPU = torch.device("cuda:1")
+GIB = 2**30
 ROOT = Path(__file__).parent.parent
 
 
@@ -121,6 +123,97 @@ def test_a_driver_that_is_too_old_is_told_once_where_the_cpu_steps_in(old_driver
 def test_where_the_cpu_is_meant_nothing_is_said(old_driver, capsys):
     assert pick_device("cpu") == torch.device("cpu")
     assert capsys.readouterr().err == ""
+
+
+# ---- memory, and GPUs that fail ----
+
+
+def memory(monkeypatch, free, peak, reserved):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free * GIB, 24 * GIB))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: peak * GIB)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: reserved * GIB)
+
+
+def said(error, *where):
+    with pytest.raises(InputError) as raised, out_of_memory(GPU, *where):
+        raise error
+    return str(raised.value)
+
+
+FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nsecond line")
+
+
+def test_out_of_memory_says_whose_the_memory_is(monkeypatch):
+    memory(monkeypatch, free=0.5, peak=22, reserved=23)
+    alone = said(FULL, 64)
+    assert "at --batch_size 64 (peak 22.0 of 24.0 GiB): lower --batch_size" in alone
+    assert "--micro_batch" in alone and "--test_batch_size" in alone
+    memory(monkeypatch, free=0.5, peak=4, reserved=5)
+    assert "(peak 4.0 of 24.0 GiB; other programs use 18.0, see nvidia-smi)" in said(FULL, 64)
+
+
+def test_each_program_names_its_own_option(monkeypatch):
+    memory(monkeypatch, free=0.5, peak=22, reserved=23)
+    for option in ("--test_batch_size", "--encode_batch"):
+        assert said(FULL, 512, option).endswith(f"at {option} 512 (peak 22.0 of 24.0 GiB): lower {option}")
+    assert said(FULL).endswith("free some, or use --device cpu")
+
+
+def test_memory_that_cannot_be_asked_for_is_no_second_error(monkeypatch):
+    def refuse(device):
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", refuse)
+    assert "out of memory on cuda:1 at --batch_size 8; nvidia-smi" in said(FULL, 8)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("CUDA error: out of memory\nCUDA kernel errors might be", "out of memory on cuda:1 at"),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", "out of memory on"),
+        ("cuDNN error: CUDNN_STATUS_ALLOC_FAILED", "out of memory on"),
+        ("CUDA error: no kernel image is available for execution on the device", "has no code for this GPU"),
+        ("CUDA error: all CUDA-capable devices are busy or unavailable", "the GPU is taken"),
+        ("CUDA error: uncorrectable ECC error encountered", "the GPU has failed"),
+        ("CUDA error: unspecified launch failure", "--resume"),
+    ],
+)
+def test_what_a_gpu_complains_of_is_a_sentence(words, sentence, monkeypatch, capsys):
+    memory(monkeypatch, free=0.5, peak=22, reserved=23)
+
+    @reports_errors
+    def main(argv):
+        with out_of_memory(GPU, 64):
+            raise RuntimeError(words)
+
+    assert main([]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and sentence in line
+
+
+def test_a_fault_of_the_code_keeps_its_traceback():
+    with pytest.raises(RuntimeError, match="device-side assert"), out_of_memory(GPU, 64):
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+
+class Full(torch.nn.Module):
+    """A model for which no memory is left."""
+
+    width = 4
+
+    def encode_image(self, images):
+        raise FULL
+
+    encode_text = encode_image
+
+
+def test_search_and_the_page_say_it_too():
+    encoders = Encoders(Full(), (8, 8), 77, torch.device("cpu"), "none")
+    with pytest.raises(InputError, match="out of memory on cpu at --encode_batch 2: lower --encode_batch"):
+        encoders.image_features([torch.zeros(3, 8, 8, dtype=torch.uint8)] * 2)
+    with pytest.raises(InputError, match="out of memory on cpu: free some"):
+        encoders.text_features(["a man"])
 
 
 # ---- NCCL, with gloo in its place ----

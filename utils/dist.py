@@ -379,28 +379,66 @@ LOADING = {  # words in what PyTorch says when its loading processes lack someth
 }
 
 
+NO_MEMORY = (  # words in what allocators say, PyTorch's own on a CPU and those of CUDA's libraries
+    "can't allocate memory",
+    "CUDA error: out of memory",
+    "CUDA driver error: out of memory",
+    "STATUS_ALLOC_FAILED",
+)
+GPU_FAILS = {  # words in what CUDA says: what to do
+    "no kernel image is available": "this PyTorch has no code for this GPU: install a PyTorch that has "
+    "(pytorch.org says which), or use --device cpu",
+    "busy or unavailable": "the GPU is taken: another program has it for itself (nvidia-smi shows it); wait, "
+    "or choose another one with --device cuda:N",
+    **dict.fromkeys(
+        ("unspecified launch failure", "ECC error", "GPU is lost", "fallen off the bus", "unknown error"),
+        "the GPU has failed: see nvidia-smi and dmesg, it may need a restart (a training goes on from its "
+        "last checkpoint with --resume)",
+    ),
+}
+LESS = {  # what else takes less memory
+    "--batch_size": " or --img_size, train the same in less with --micro_batch or --grad_checkpointing, or "
+    "in evaluation lower --test_batch_size",
+}
+
+
 @contextmanager
-def out_of_memory(device, batch_size):
-    """Turn running out of memory, or of what loading processes need, into a sentence that says what to do."""
+def out_of_memory(device, number=None, option="--batch_size"):
+    """Turn running out of memory, or of what loading processes need, and a GPU that fails into a sentence
+    that says what to do. number: of samples at once, as the option says; None: there is nothing to lower."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError) as error:
-        raise InputError(_memory_message(device, batch_size)) from error
+        raise InputError(_memory_message(device, number, option)) from error
     except RuntimeError as error:
-        if "can't allocate memory" in str(error):  # what the CPU allocator says
-            raise InputError(_memory_message(device, batch_size)) from error
+        if any(sign in str(error) for sign in NO_MEMORY):
+            raise InputError(_memory_message(device, number, option)) from error
         for sign, message in LOADING.items():
             if sign in str(error):
                 raise InputError(message) from error
+        for sign, message in GPU_FAILS.items() if "CUDA" in str(error) else ():
+            if sign in str(error):
+                raise InputError(f"{message} ({first_line(error)})") from error
         raise
 
 
-def _memory_message(device, batch_size):
-    peak = ""
-    if device.type == "cuda":
-        total = torch.cuda.get_device_properties(device).total_memory
-        peak = f" (peak {torch.cuda.max_memory_allocated(device) / 2**30:.1f} of {total / 2**30:.1f} GiB)"
-    return (
-        f"out of memory on {device} at --batch_size {batch_size}{peak}: lower --batch_size or --img_size, or "
-        "in evaluation --test_batch_size"
-    )
+def _memory_message(device, number, option):
+    if number in (None, 1):
+        where, mend = "", "free some, or use --device cpu"
+    else:
+        where, mend = f" at {option} {number}", f"lower {option}{LESS.get(option, '')}"
+    return f"out of memory on {device}{where}{memory_in_use(device)}: {mend}"
+
+
+def memory_in_use(device):
+    """In words: the most that this process had on a GPU, and what others have there."""
+    if device.type != "cuda":
+        return ""
+    try:
+        free, total = (size / 2**30 for size in torch.cuda.mem_get_info(device))
+        peak, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.memory_reserved(device)
+    except RuntimeError:  # so little is left that it cannot be asked
+        return "; nvidia-smi shows who uses it"
+    others = total - free - reserved / 2**30 - 0.5  # or so, for the libraries' own
+    used = f"; other programs use {others:.1f}, see nvidia-smi" if others > 1 else ""
+    return f" (peak {peak / 2**30:.1f} of {total:.1f} GiB{used})"
