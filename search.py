@@ -21,7 +21,8 @@ def main(argv=None):
 
     extra("faiss")
     sentences = [
-        checked_sentence(sentence, f"query {number}") for number, sentence in enumerate(sentences, start=1)
+        checked_sentence(sentence, f"query {number}", args.plain_captions)
+        for number, sentence in enumerate(sentences, start=1)
     ]
     for path in args.image:
         open_picture(path)  # before the gallery is encoded: that may take long

@@ -36,7 +36,8 @@ def words(args, folder):
     from retrieval.encoders import checked_sentence, cut_notice, open_picture, open_run
     from retrieval.relevance import draw_word_maps, word_maps
 
-    sentence, picture = checked_sentence(args.words, "--words"), open_picture(args.image)
+    sentence = checked_sentence(args.words, "--words", args.plain_captions)
+    picture = open_picture(args.image)
     encoders = open_run(args)
     if notice := cut_notice(encoders, sentence):
         print(printable(notice))

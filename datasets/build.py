@@ -21,7 +21,7 @@ from datasets.image_text import (
 )
 from datasets.records import BESIDE
 from datasets.sampler import BatchShares, IdentityOrder, RandomOrder, Share, mixed
-from datasets.tokenizer import START_SIMILARITY
+from datasets.tokenizer import PUNCTUATION, START_SIMILARITY
 from utils.batch import Batch
 from utils.data_sets import ignored_name
 from utils.dist import process_sum, world_size
@@ -123,6 +123,8 @@ def build_dataloader(args):
     keys = [key for key, row in BESIDE.items() if args.training and vars(args)[row.option]]
     splits = read_splits(source, keys=keys)
     log_statistics(splits)
+    if args.plain_captions:
+        logger.info(f"captions are read without {' '.join(PUNCTUATION)}")
     device = resolve(args).device
     images = images_of(args, splits, evaluated)
     loaders = eval_loaders(args, splits, evaluated, device, images)
@@ -173,6 +175,7 @@ def train_loader(args, splits, device, images):
         augment=args.text_aug,
         drop=args.text_drop,
         back_translation=args.back_translation,
+        plain=args.plain_captions,
     )
     strong = any(LOSSES[name].of == "strong" for name in names_of(args))
     views = Views(args.second_view, strong, args.two_of_six)
@@ -261,7 +264,7 @@ def eval_loaders(args, splits, name, device, images):
         **workers(args, device),
     )
     captions = DataLoader(
-        CaptionDataset(split.caption_pids, split.captions, args.text_length),
+        CaptionDataset(split.caption_pids, split.captions, args.text_length, args.plain_captions),
         batch_size=args.test_batch_size,
         sampler=Share(len(split.captions)),
         pin_memory=device.type == "cuda",

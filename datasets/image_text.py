@@ -15,6 +15,7 @@ from datasets.tokenizer import (
     augment_tokens,
     drop_words,
     mask_tokens,
+    plain_caption,
     similarity_mask,
     tokenize,
     tokenize_all,
@@ -55,7 +56,7 @@ class Images(NamedTuple):
 
 
 class CaptionChanges(NamedTuple):
-    """What becomes of a training caption, each time anew."""
+    """What becomes of a training caption, but for plain each time anew."""
 
     masking: tuple | None = None  # (mask_rate, unchanged_rate); None: there are no masked ids
     by_similarity: bool = False  # they are not drawn with the batch: see masked_by
@@ -63,6 +64,7 @@ class CaptionChanges(NamedTuple):
     augment: bool = False  # by tokenizer.augment_tokens
     drop: float = 0.0  # tokenizer.drop_words' probability, before that
     back_translation: float = 0.0  # the probability of its back-translation instead, first of all
+    plain: bool = False  # it is read by tokenizer.plain_caption, as sentences are in testing
 
 
 class Views(NamedTuple):
@@ -88,8 +90,9 @@ class PairDataset(Dataset):
         self.changes = changes or CaptionChanges()
         self.second_captions = beside.get("diversity_captions", ())
         self.back_translations = beside.get("captions_bt", ())
-        self.tokenizer = SimpleTokenizer() if self.changes.drop or beside else None
-        self.caption_ids = tokenize_all([sample.caption for sample in samples], text_length)
+        self.tokenizer = SimpleTokenizer(plain=self.changes.plain) if self.changes.drop or beside else None
+        captions = [sample.caption for sample in samples]
+        self.caption_ids = tokenize_all(captions, text_length, self.changes.plain)
 
     def __len__(self):
         return len(self.samples)
@@ -142,6 +145,8 @@ class PairDataset(Dataset):
             rng = random.Random(mixed(self.seed, epoch, index, 9))
             exchange = rng.random() < self.changes.back_translation
             caption = self.back_translations[index] if exchange else caption
+        if self.changes.drop and self.changes.plain:  # as published, of what is left and in reach
+            caption = plain_caption(self.tokenizer.clean(caption), most=self.caption_ids.shape[1])
         if self.changes.drop:
             caption = drop_words(caption, self.changes.drop, random.Random(mixed(self.seed, epoch, index, 3)))
         return caption
@@ -230,11 +235,11 @@ class ImageDataset(Dataset):
 
 
 class CaptionDataset(Dataset):
-    """Queries: (pid, caption ids [L])."""
+    """Queries: (pid, caption ids [L]). plain: see tokenizer.SimpleTokenizer."""
 
-    def __init__(self, pids, captions, text_length):
+    def __init__(self, pids, captions, text_length, plain=False):
         self.pids, self.captions = pids, captions
-        self.caption_ids = tokenize_all(captions, text_length)
+        self.caption_ids = tokenize_all(captions, text_length, plain)
 
     def __len__(self):
         return len(self.pids)

@@ -17,6 +17,7 @@ from utils.errors import InputError
 
 MASK, SOT, EOT = 49405, 49406, 49407
 SPECIAL = ("<|mask|>", "<|startoftext|>", "<|endoftext|>")  # their pieces
+PUNCTUATION = '.!"()*#:;~'  # what plain_caption takes out
 START_SIMILARITY = 0.85  # of a word and its image, before any is known: a rate of 0.15 for each word
 MERGES = 49152 - 256 - 2
 VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"  # OpenAI's; shipped inside the package open_clip_torch
@@ -56,9 +57,10 @@ def read_vocabulary(path):
 
 
 class SimpleTokenizer:
-    """encode(text) -> ids without SOT and EOT; decode(ids) -> text."""
+    """encode(text) -> ids without SOT and EOT; decode(ids) -> text. plain: text is read by plain_caption."""
 
-    def __init__(self, bpe_path=None):
+    def __init__(self, bpe_path=None, plain=False):
+        self.plain = plain
         self.merge_rank, self.encoder, self.decoder = read_vocabulary(bpe_path or vocabulary_file())
         self.byte_encoder = bytes_to_unicode()
         self.byte_decoder = {character: byte for byte, character in self.byte_encoder.items()}
@@ -91,9 +93,13 @@ class SimpleTokenizer:
         self.cache[word] = tuple(pieces)
         return self.cache[word]
 
+    def clean(self, text):
+        """What of a text is read: lower case, single spaces."""
+        return plain_caption(clean(text)) if self.plain else clean(text)
+
     def encode(self, text):
         ids = []
-        for word in self.pattern.findall(clean(text)):
+        for word in self.pattern.findall(self.clean(text)):
             word = "".join(self.byte_encoder[byte] for byte in word.encode("utf-8"))
             ids.extend(self.encoder[piece] for piece in self.bpe(word))
         return ids
@@ -107,6 +113,12 @@ class SimpleTokenizer:
 def clean(text):
     text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
     return regex.sub(r"\s+", " ", text).strip().lower()
+
+
+def plain_caption(caption, most=None):
+    """As TBPS-CLIP (arXiv 2308.10045) reads it: lower case, PUNCTUATION as spaces, at most so many words."""
+    spaces = str.maketrans(PUNCTUATION, " " * len(PUNCTUATION))
+    return " ".join(caption.lower().translate(spaces).split()[:most])
 
 
 def tokenize(caption, tokenizer, text_length=77, truncate=True):
@@ -124,9 +136,9 @@ def tokenize(caption, tokenizer, text_length=77, truncate=True):
     return padded
 
 
-def tokenize_all(captions, text_length=77):
-    """[len(captions), text_length] ids, each distinct caption encoded once."""
-    tokenizer, known = SimpleTokenizer(), {}
+def tokenize_all(captions, text_length=77, plain=False):
+    """[len(captions), text_length] ids, each distinct caption encoded once. plain: see SimpleTokenizer."""
+    tokenizer, known = SimpleTokenizer(plain=plain), {}
     for caption in captions:
         if caption not in known:
             known[caption] = tokenize(caption, tokenizer, text_length)

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
+from datasets.tokenizer import PUNCTUATION
 from model.fetch import openai_name
 from utils.data_sets import name_of
 from utils.run import results_of
@@ -12,13 +13,15 @@ from utils.run import results_of
 class Use(NamedTuple):
     """How a form is used: the hub's name of the library, what to know, and the example's imports and body.
 
-    The body takes sentences and person.jpg to similarities, (sentences, 1).
+    The body takes sentences and person.jpg to similarities, (sentences, 1). unread: who leaves out the
+    punctuation that a run with --plain_captions does not read.
     """
 
     library: str
     text: str
     imports: str
     body: str
+    unread: str
 
 
 USE = {
@@ -34,12 +37,13 @@ from model.irra import at_eot
 from model.pretrained import load_clip""",
         """clip = load_clip("model.safetensors", ({H}, {W}), {stride}).eval()
 image = normalise(resize(read_image("person.jpg"), ({H}, {W})))[None]
-ids = tokenize_all(sentences, {L})
+ids = tokenize_all(sentences, {L}{plain})
 with torch.no_grad():
     image_features = clip.encode_image(image, class_only=True).flatten(1)
     text_features = at_eot(clip.encode_text(ids), ids)
 image_features, text_features = map(torch.nn.functional.normalize, (image_features, text_features))
 similarities = text_features @ image_features.T""",
+        "`plain=True` leaves them out",
     ),
     "onnx": Use(
         "onnx",
@@ -62,6 +66,7 @@ ids = numpy.array([encoding.ids for encoding in tokenizer.encode_batch(sentences
 image_features = normalised_features("image_encoder.onnx", "images", pixels)
 text_features = normalised_features("text_encoder.onnx", "ids", ids)
 similarities = text_features @ image_features.T""",
+        "`tokenizer.json` leaves them out",
     ),
     "open_clip": Use(
         "open_clip",
@@ -75,10 +80,11 @@ from PIL import Image""",
 tokenizer = open_clip.get_tokenizer("local-dir:.")
 model.eval()
 image = preprocess(Image.open("person.jpg"))[None]
-with torch.no_grad():
+{translation}with torch.no_grad():
     image_features = model.encode_image(image, normalize=True)
-    text_features = model.encode_text(tokenizer(sentences), normalize=True)
+    text_features = model.encode_text(tokenizer({texts}), normalize=True)
 similarities = text_features @ image_features.T""",
+        "open_clip's tokeniser reads them, so take them out first, as the example does",
     ),
     "transformers": Use(
         "transformers",
@@ -95,6 +101,7 @@ inputs = processor(text=sentences, images=image, return_tensors="pt", padding=Tr
 with torch.no_grad():
     outputs = model(**inputs, interpolate_pos_encoding=True)
 similarities = outputs.text_embeds @ outputs.image_embeds.T""",
+        "the processor leaves them out",
     ),
 }
 EXAMPLE = """```python
@@ -165,6 +172,10 @@ Each call of the model needs `interpolate_pos_encoding=True`, since images are n
 not pass it). The positions in the file are those of a square grid, made so that their interpolation gives
 the run's."""
 
+PLAIN = """
+
+The run was trained on sentences without `{marks}` (each is a space): {unread}."""
+
 
 def model_card(args, facts, kind, difference):
     """README.md as the hub reads it: what the model is, how it is used, what it can do and what it cannot."""
@@ -181,14 +192,16 @@ def model_card(args, facts, kind, difference):
         "temperature": facts["temperature"],
         "longer": CUT.format(L=L) if L < sizes["context_length"] else "",
         "interpolation": NOT_SQUARE if H != W else "",
+        **as_it_reads(args.plain_captions),
     }
+    text = use.text + (PLAIN if args.plain_captions else "")
     return CARD.format(
         **values,
         library=use.library,
         kind=kind,
         args=args,
         data_set=name_of(args),
-        use=use.text.format(**values),
+        use=text.format(**values, marks=" ".join(PUNCTUATION), unread=use.unread),
         example=EXAMPLE.format(imports=use.imports, body=use.body.format(**values)),
         start=args.pretrain_choice
         if openai_name(args.pretrain_choice) or args.pretrain_choice == "random"
@@ -196,6 +209,17 @@ def model_card(args, facts, kind, difference):
         figures=figures_of(args),
         difference=difference,
     )
+
+
+def as_it_reads(plain):
+    """What of an example depends on whether the run reads sentences without punctuation."""
+    if not plain:
+        return {"plain": "", "translation": "", "texts": "sentences"}
+    return {
+        "plain": ", plain=True",
+        "translation": f"""marks = dict.fromkeys(map(ord, '{PUNCTUATION}'), " ")\n""",
+        "texts": "[text.translate(marks) for text in sentences]",
+    }
 
 
 def figures_of(args):

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from PIL import UnidentifiedImageError
 
 from datasets.image_text import finish
-from datasets.tokenizer import EOT, SimpleTokenizer, tokenize
+from datasets.tokenizer import EOT, SimpleTokenizer, clean, plain_caption, tokenize
 from datasets.transforms import as_rgb, open_image, resize
 from model.build import build_trained_model, facts_to_keep
 from model.irra import PARTS
@@ -27,11 +27,11 @@ from utils.settings import resolve
 class Encoders:
     """model: an IRRA on its device. Features are L2-normalised fp32 numpy arrays [n, D]."""
 
-    def __init__(self, model, img_size, text_length, device, fingerprint):
+    def __init__(self, model, img_size, text_length, device, fingerprint, plain=False):
         self.model, self.device = model.eval(), device
         self.img_size, self.text_length = tuple(img_size), text_length
         self.fingerprint = fingerprint  # as fingerprint_of gives it
-        self.tokenizer = SimpleTokenizer()
+        self.tokenizer = SimpleTokenizer(plain=plain)
         self.width = model.width
 
     @functools.cached_property
@@ -108,7 +108,7 @@ def open_run(args):
     applied = [args.select_ratio, args.text_length] if model.selects else []
     applied += [sorted(facts.items()) for facts in facts_to_keep(model).values()]
     fingerprint = fingerprint_of(weights, args.img_size, args.stride_size, *applied)
-    return Encoders(model, args.img_size, args.text_length, device, fingerprint)
+    return Encoders(model, args.img_size, args.text_length, device, fingerprint, args.plain_captions)
 
 
 def fingerprint_of(weights, img_size, stride_size, *more):
@@ -166,9 +166,15 @@ def shown(text):
     return printable(str(text).encode("utf-8", "surrogateescape").decode("utf-8", "replace"))
 
 
-def checked_sentence(sentence, what="the query"):
+def checked_sentence(sentence, what="the query", plain=False):
+    """plain: whether it is read without punctuation; see datasets.tokenizer.SimpleTokenizer."""
     if not sentence.strip():
         raise InputError(f"{what} is empty: describe a person in a sentence")
+    if plain and not plain_caption(clean(sentence)):
+        raise InputError(
+            f"{what} is empty but for punctuation, which this run does not read: describe a person in a "
+            "sentence"
+        )
     return sentence.strip()
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from datasets.tokenizer import EOT, MASK, SOT, VOCABULARY, tokenize_all, vocabulary_file
+from datasets.tokenizer import EOT, MASK, PUNCTUATION, SOT, VOCABULARY, tokenize_all, vocabulary_file
 from datasets.transforms import MEAN, STD
 from model.irra import at_eot
 from model.pretrained import architecture, image_grid, new_clip
@@ -26,10 +26,11 @@ from utils.extras import extra
 
 MOST = 1e-4  # the largest difference that is accepted, absolute, of features that are not normalised
 OPSET = 18
-SENTENCES = (  # what the exported text encoder is checked with: short, long, with a mask, cut at the end
+SENTENCES = (  # what the exported text encoder is checked with: short, with a mask and marks, cut at the end
     "a woman in a red coat with a black bag",
     "man",
     "a <|mask|> man with grey trousers, white sneakers and a green backpack, walking away from the camera",
+    'A "tall" man (about 30): brown shoes; no bag! * and # a ~ hat.',
     "a boy in a striped t-shirt " * 30,
 )
 
@@ -88,6 +89,9 @@ def described(encoders, args):
     """What a program needs beside the weights: how pixels and words become numbers."""
     clip = encoders.model.base_model
     sizes = architecture(clip.state_dict(), facts=clip.facts)
+    cleaning = "ftfy, html unescaped twice, whitespace collapsed, lower case"
+    if encoders.tokenizer.plain:
+        cleaning += f"; each of {' '.join(PUNCTUATION)} to a space, and whitespace collapsed again"
     return {
         "architecture": {**sizes, "stride_size": args.stride_size},
         "image": {
@@ -103,7 +107,7 @@ def described(encoders, args):
             "end": EOT,
             "mask": MASK,
             "padding": 0,
-            "cleaning": "ftfy, html unescaped twice, whitespace collapsed, lower case",
+            "cleaning": cleaning,
             "note": f"id {MASK} is <|mask|>; in OpenAI's vocabulary it is jekyll</w>, here two pieces",
         },
         "features": "fp32, not L2-normalised; similarity is the inner product after normalising",
@@ -335,7 +339,7 @@ def sample_inputs(encoders):
     """Noise as images and a few sentences as ids; two and more of each."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(2, 3, *encoders.img_size, generator=generator)
-    return images, tokenize_all(list(SENTENCES), encoders.text_length)
+    return images, tokenize_all(list(SENTENCES), encoders.text_length, encoders.tokenizer.plain)
 
 
 @torch.no_grad()

@@ -62,7 +62,7 @@ class Page:
 
     def search(self, sentence, own):
         """(Result, [(thumbnail, caption), …], remark)."""
-        sentence = checked_sentence(sentence or "", "the sentence")
+        sentence = checked_sentence(sentence or "", "the sentence", self.encoders.tokenizer.plain)
         if len(sentence) > LONGEST:
             raise InputError(f"the sentence has {len(sentence)} characters; at most {LONGEST} are taken here")
         index, whose = (own, "your ") if own else (self.index, "")

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch.overrides import TorchFunctionMode
 
-from datasets.tokenizer import clean, tokenize
+from datasets.tokenizer import tokenize
 from datasets.transforms import normalise, resize, resized
 from model.irra import at_eot, pooled
 from retrieval.contact_sheet import PAPER, font_of, shortened, write
@@ -29,7 +29,7 @@ def words_of(sentence, tokenizer, text_length):
     Punctuation at a word has tokens of its own; they are left out where the word has others.
     """
     words, position = [], 1  # position 0 is SOT
-    for word in clean(sentence).split(" "):
+    for word in tokenizer.clean(sentence).split(" "):
         positions, letters = [], []
         for piece in tokenizer.pattern.findall(word):
             ids = tokenizer.encode(piece)

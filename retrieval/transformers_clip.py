@@ -6,7 +6,7 @@ import ftfy.chardata
 import torch
 import torch.nn.functional as F
 
-from datasets.tokenizer import EOT, MASK, SOT
+from datasets.tokenizer import EOT, MASK, PUNCTUATION, SOT
 from model.weights import TRANSFORMERS
 
 # ---- the weights ----
@@ -149,6 +149,7 @@ def fast_tokenizer(own, tokenizers):
     quotes = {ftfy.chardata.SINGLE_QUOTE_RE.pattern: "'", ftfy.chardata.DOUBLE_QUOTE_RE.pattern: '"'}
     names = [text.strip("<|>") for text in SPECIAL.values()]
     after_punctuation = r"(?<=[^\s\p{L}\p{N}])" + "".join(rf"(?<!<\|{name}\|>)" for name in names)
+    left_out = [normal.Replace(mark, " ") for mark in PUNCTUATION] if own.plain else []
     typed = rf"{after_punctuation}<\|(?=({'|'.join(names)})\|>)"
     tokenizer.normalizer = normal.Sequence(
         [
@@ -156,6 +157,7 @@ def fast_tokenizer(own, tokenizers):
             *(normal.Replace(chr(old), new) for old, new in characters.items()),
             *(normal.Replace(tokenizers.Regex(old), new) for old, new in quotes.items()),
             normal.NFC(),
+            *left_out,
             normal.Replace(tokenizers.Regex(r"\s+"), " "),
             normal.Strip(),
             normal.Lowercase(),

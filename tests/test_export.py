@@ -65,6 +65,22 @@ def exported(home):
     return call
 
 
+@pytest.fixture(scope="module")
+def plain(home, tmp_path_factory):
+    """Folder of a form of a run that reads sentences without punctuation, and its encoders: plain("onnx")."""
+    folder, done = tmp_path_factory.mktemp("plain"), {}
+    os.symlink(home / "data", folder / "data")
+    run = make_run(folder, plain_captions=True)
+
+    def call(kind):
+        if kind not in done:
+            assert load_script("export").main([str(run), "--format", kind]) == 0
+            done[kind] = run / "export" / kind
+        return done[kind], open_run(export_args([str(run), "--format", kind]))
+
+    return call
+
+
 @pytest.fixture
 def picture(home):
     return sorted((home / "data" / "CUHK-PEDES" / "imgs").rglob("*.jpg"))[0]
@@ -76,22 +92,38 @@ def own_features(encoders, picture):
         return image.numpy(), encoders.model.encode_text(tokenize_all(SENTENCES, 77)).numpy()
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_example_of_each_card_runs_as_it_stands_and_ranks_as_the_run(kind, encoders, exported, picture):
-    """A reader has nothing else. Only the safetensors form needs this repository's code."""
-    folder = exported(kind)
+def example_of(folder, kind, picture, old="", new=""):
+    """[[similarity, sentence], …]: what the example of a card prints, in which the old words are new ones."""
     (folder / "person.jpg").write_bytes(picture.read_bytes())
-    code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0].replace(old, new)
     path = [str(ROOT)] * (kind == "safetensors") + [os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path)), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    shown = [line.split("  ", 1) for line in done.stdout.splitlines()]
+    return [line.split("  ", 1) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_example_of_each_card_runs_as_it_stands_and_ranks_as_the_run(kind, encoders, exported, picture):
+    """A reader has nothing else. Only the safetensors form needs this repository's code."""
+    shown = example_of(exported(kind), kind, picture)
     assert len(shown) == 2
     image = encoders.image_features([encoders.pixels(picture)])
     own = encoders.text_features([sentence for _, sentence in shown]) @ image.T
     assert [float(value) for value, _ in shown] == pytest.approx(own[:, 0].tolist(), abs=2e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_in_each_form_of_a_run_that_leaves_punctuation_out_the_example_does_too(kind, plain, picture):
+    folder, encoders = plain(kind)
+    shown = example_of(folder, kind, picture, "a woman in", "A *woman* (30): in!")
+    assert shown[0][1].startswith("A *woman* (30): in! a red coat")
+    image = encoders.image_features([encoders.pixels(picture)])
+    own = encoders.text_features(["a woman 30 in a red coat with a black bag", shown[1][1]]) @ image.T
+    assert [float(value) for value, _ in shown] == pytest.approx(own[:, 0].tolist(), abs=2e-4)
+    card, settings = (folder / "README.md").read_text(), json.loads((folder / "irra.json").read_text())
+    assert """without `. ! " ( ) * # : ; ~`""" in card and "to a space" in settings["text"]["cleaning"]
 
 
 def test_each_form_has_a_writer_and_a_card():
@@ -255,19 +287,23 @@ CAPTIONS = [
 
 
 @needs_transformers
-def test_transformers_tokeniser_gives_our_ids_padding_included(exported):
-    _, processor = loaded(exported("transformers"))
+@pytest.mark.parametrize("leaves_out", [False, True])
+def test_transformers_tokeniser_gives_our_ids_padding_included(leaves_out, exported, plain):
+    _, processor = loaded(plain("transformers")[0] if leaves_out else exported("transformers"))
     ids = processor(text=CAPTIONS, return_tensors="pt", padding="max_length", truncation=True).input_ids
-    for caption, found, own in zip(CAPTIONS, ids, tokenize_all(CAPTIONS, 77), strict=True):
+    for caption, found, own in zip(CAPTIONS, ids, tokenize_all(CAPTIONS, 77, leaves_out), strict=True):
         assert found.tolist() == own.tolist(), caption
     assert len(processor.tokenizer) == 49408
 
 
 @needs_transformers
-def test_transformers_tokeniser_gives_our_ids_for_whatever_is_typed(exported):
+@pytest.mark.parametrize("leaves_out", [False, True])
+def test_transformers_tokeniser_gives_our_ids_for_whatever_is_typed(leaves_out, exported, plain):
     from tokenizers import Tokenizer
 
-    own, theirs = SimpleTokenizer(), Tokenizer.from_file(str(exported("transformers") / "tokenizer.json"))
+    folder = plain("transformers")[0] if leaves_out else exported("transformers")
+    own = SimpleTokenizer(plain=leaves_out)
+    theirs = Tokenizer.from_file(str(folder / "tokenizer.json"))
     letters = string.printable.replace("&", "")  # entities need html's list
     pieces = [*letters, "<|mask|> ", ",<|Mask|> ", " <|endoftext|>", "jekyll", "'s", "n't"]
     drawn = random.Random(0)

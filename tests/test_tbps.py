@@ -19,13 +19,16 @@ from datasets import augmentations, build_dataloader
 from datasets.augmentations import six_transforms, strong_view, two_of_six
 from datasets.image_text import finish
 from datasets.sampler import mixed
-from datasets.tokenizer import SimpleTokenizer, drop_words, tokenize
+from datasets.tokenizer import SimpleTokenizer, drop_words, plain_caption, tokenize
 from datasets.transforms import STD, normalise, resize
 from model import build_model, objectives
 from model.build import build_trained_model
+from retrieval.encoders import open_run
+from retrieval.page import Page
+from retrieval.relevance import words_of
 from solver import build_lr_scheduler, build_optimizer
 from tests import processes
-from tests.children import differ, draw, only_run, words
+from tests.children import differ, draw, only_run, rewritten, words
 from tests.children import run as run_of
 from tests.conftest import ROOT, load_script
 from tests.processes import together
@@ -36,7 +39,7 @@ from tests.tiny_run import missing
 from utils.batch import Batch
 from utils.errors import InputError
 from utils.losses import LOSSES, is_loss, total_loss
-from utils.options import get_args, get_test_args
+from utils.options import get_args, get_test_args, parser_of, tool_args
 from utils.tool_options import export_args
 
 TBPS, TEXT, SCHEDULE = (figures(f"methods/tbps_{name}") for name in ("losses", "text", "schedule"))
@@ -448,6 +451,128 @@ def test_second_embeddings_and_the_division_have_no_second_view():
 # ---- captions ----
 
 
+@pytest.mark.parametrize("most", [77, 5])
+@pytest.mark.parametrize("row", TEXT["pre_caption"], ids=lambda row: row["text"][:12].strip())
+def test_captions_are_cleaned_as_published(row, most):
+    assert plain_caption(row["text"], most) == row[f"out{most}"]
+    assert plain_caption(row[f"out{most}"]) == row[f"out{most}"]
+
+
+@pytest.mark.parametrize("caption", ["", "...", "\n", '."!()*#:;~'])
+def test_a_caption_of_nothing_else_is_empty_and_has_the_ids_of_an_empty_one(caption):
+    """Published: the next step raises TypeError."""
+    assert plain_caption(caption) == drop_words(plain_caption(caption), 1.0, random.Random(0)) == ""
+    assert SimpleTokenizer(plain=True).encode(caption) == []
+
+
+MARKED = 'The "tall" (young) man: {}; 50% grey-blue coat!! * # ~ And the lady\'s bag, too...'
+
+
+@pytest.fixture(scope="module")
+def marked(tmp_path_factory):
+    """A drawn data set whose captions, of every kind, are full of punctuation."""
+    root = rewritten(draw(tmp_path_factory.mktemp("marked")))
+    path = root / "CUHK-PEDES" / "reid_raw.json"
+    records = json.loads(path.read_text())
+    for record in records:
+        captions = [MARKED.format(caption) for caption in record["captions"]]
+        record.update(captions=captions, captions_bt=[f"(Again.) {caption}" for caption in captions])
+        if record["split"] == "train":
+            record["diversity_captions"] = [f"Once more: {caption}" for caption in captions]
+    path.write_text(json.dumps(records))
+    return root
+
+
+def by_hand(caption):
+    """The published rule, mark by mark."""
+    for mark in '. ! " ( ) * # : ; ~'.split():
+        caption = caption.replace(mark, " ")
+    return " ".join(caption.lower().split())
+
+
+def test_every_caption_of_a_run_is_read_without_punctuation(marked):
+    options = words(marked, marked, "--plain_captions", "--second_caption", loss_names="sdm")
+    loader, _, captions, _ = build_dataloader(get_args(options))
+    dataset, tokenizer = loader.dataset, SimpleTokenizer()
+
+    def expected(sentences):
+        return torch.stack([tokenize(by_hand(sentence), tokenizer, 48) for sentence in sentences])
+
+    assert torch.equal(dataset.caption_ids, expected([sample.caption for sample in dataset.samples]))
+    assert torch.equal(captions.dataset.caption_ids, expected(captions.dataset.captions))
+    seconds = dataset.drawn_second([(1, index) for index in range(48)])["second_caption_ids"]
+    assert torch.equal(seconds, expected(dataset.second_captions))
+
+
+def test_punctuation_goes_before_words_are_left_out_and_from_back_translations_too(marked):
+    options = ("--plain_captions", "--back_translation", "1", "--text_drop", "0.3")
+    dataset = build_dataloader(get_args(words(marked, marked, *options)))[0].dataset
+    for index, translation in enumerate(dataset.back_translations):
+        whole = " ".join(by_hand(translation).split()[:48])  # of which text_length would cut the rest
+        rng = random.Random(mixed(dataset.seed, 2, index, 3))
+        assert dataset.drawn_caption(2, index) == drop_words(whole, 0.3, rng)
+        assert whole.startswith("again the tall young man")
+
+
+def test_without_the_switch_captions_are_read_as_they_are(marked):
+    dataset = build_dataloader(get_args(words(marked, marked)))[0].dataset
+    tokenizer = SimpleTokenizer()
+    for ids, sample in zip(dataset.caption_ids, dataset.samples, strict=True):
+        assert torch.equal(ids, tokenize(sample.caption, tokenizer, 48))
+        assert not torch.equal(ids, tokenize(by_hand(sample.caption), tokenizer, 48))
+
+
+@pytest.fixture(scope="module")
+def reading(marked, tmp_path_factory):
+    """(folder of a run that reads captions without punctuation, folder of pictures)."""
+    logs = tmp_path_factory.mktemp("logs")
+    argv = words(marked, logs, "--plain_captions", loss_names="sdm", epochs=1)
+    assert load_script("train").main(argv) == 0
+    return only_run(logs), marked / "CUHK-PEDES" / "imgs"
+
+
+def test_a_run_is_tested_as_it_was_trained_and_says_so(reading, test_script):
+    folder, _ = reading
+    line = 'captions are read without . ! " ( ) * # : ; ~'
+    assert test_script.main(["--config_file", str(folder), "--device", "cpu"]) == 0
+    logs = [(folder / f"{name}_log.txt").read_text() for name in ("train", "test")]
+    assert all(line in log for log in logs)
+    args = get_test_args(["--config_file", str(folder), "--device", "cpu"])
+    _, captions, _ = build_dataloader(args)
+    tokenizer = SimpleTokenizer()
+    for ids, caption in zip(captions.dataset.caption_ids, captions.dataset.captions, strict=True):
+        assert torch.equal(ids, tokenize(by_hand(caption), tokenizer, 48))
+
+
+def test_sentences_that_are_typed_are_read_as_the_run_was_trained(reading):
+    encoders = open_run(tool_args(parser_of("search"), ["--config_file", str(reading[0]), "--device", "cpu"]))
+    typed, read = MARKED.format("a red coat."), by_hand(MARKED.format("a red coat."))
+    assert np.array_equal(*(encoders.text_features([sentence]) for sentence in (typed, read)))
+    assert encoders.token_count(typed) == 2 + len(SimpleTokenizer().encode(read))
+    shown = words_of(typed, encoders.tokenizer, encoders.text_length)
+    assert shown == words_of(read, SimpleTokenizer(), encoders.text_length)
+    assert [word for word, _ in shown][:5] == ["the", "tall", "young", "man", "a"]
+
+
+@pytest.mark.parametrize("program", ["search", "visualize", "page"])
+def test_a_sentence_of_punctuation_alone_is_one_sentence(program, reading, capsys):
+    folder, pictures = reading
+    run = ["--config_file", str(folder), "--device", "cpu"]
+    if program == "page":
+        encoders = open_run(tool_args(parser_of("demo"), run))
+        with pytest.raises(InputError, match="the sentence is empty but for punctuation"):
+            Page(encoders, None, 3, 3).search("...!", None)
+        return
+    asked = {
+        "search": ["--gallery", str(pictures), "--query", "...!"],
+        "visualize": ["--words", "(*)", "--image", str(next(pictures.rglob("*.jpg")))],
+    }
+    assert load_script(program).main([*run, *asked[program]]) == 2
+    error = capsys.readouterr().err
+    assert "is empty but for punctuation, which this run does not read" in error and error.count("\n") == 1
+    assert not (folder / "search").exists()
+
+
 @pytest.mark.parametrize("case", TEXT["deletion"], ids=lambda case: f"{case['seed']}-{case['p']}")
 def test_words_are_left_out_as_published(case):
     texts = [row["text"] for row in TEXT["pre_caption"]]
@@ -588,7 +713,11 @@ def test_the_recipe_trains(translated, tmp_path):
     tiny = words(translated, tmp_path, "--batch_size", "24", "--lr", "1e-4", loss_names=losses, epochs=1)
     tiny.remove("--img_aug")
     args = get_args([*recipe, *tiny])
-    assert args.learn_temperature and (args.soft_label, args.text_drop, args.lr_per) == (0.5, 0.05, "step")
+    assert (
+        args.plain_captions
+        and args.learn_temperature
+        and (args.soft_label, args.text_drop, args.lr_per) == (0.5, 0.05, "step")
+    )
     assert get_args(recipe).loss_names == losses and args.second_view and args.two_of_six
     assert load_script("train").main([*recipe, *tiny]) == 0
     state = torch.load(only_run(tmp_path) / "last.pth", weights_only=True)

@@ -112,6 +112,7 @@ OPTIONS = {
     ("--split", {"test visualize": "test", "search demo": None}, split, "split to look at or to search"),
     ("--noisy_rate", {"train": 0.0}, fraction, "share of training captions to exchange"),
     ("--noisy_file", {"train": None}, "FILE", ".npy file: sample i gets the caption of sample FILE[i]"),
+    ("--plain_captions", {"train": False}, bool, 'sentences are read without .!"()*#:;~ (TBPS-CLIP)'),
     ("--text_aug", {"train": False}, bool, "mask, exchange and drop words (RDE), whatever the losses"),
     ("--text_drop", {"train": 0.0}, fraction, "share of training captions' words to leave out"),
     ("--back_translation", {"train": 0.0}, fraction, "share of captions exchanged for their captions_bt"),
@@ -392,7 +393,7 @@ def numbered_best(args):
 
 AT_TEST = (  # options of train.py alone that testing depends on
     "img_size stride_size text_length vocab_size temperature cmt_depth activation pretrain_choice "
-    "select_ratio tse_norm"
+    "select_ratio tse_norm plain_captions"
 ).split()
 
 
