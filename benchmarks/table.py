@@ -88,6 +88,7 @@ ROWS = {
 "rda": Row("rda", "", ICL, (
     (76.41, 90.48, 94.33, 68.04, 51.99), (68.11, 82.59, 87.52, 40.81, 8.18),
     (67.70, 86.05, 91.75, 52.62, 29.36))),
+"rde_from_nam": Row("rde_from_nam", "--pretrain_choice weights/nam/best{number}.pth"),
 "rda_from_nam": Row("rda_from_nam", "--pretrain_choice weights/nam/best{number}.pth", ICL, (
     (78.18, 91.63, 94.83, 69.58, 53.48), (69.22, 83.49, 88.06, 42.34, 9.01),
     (70.00, 86.60, 91.70, 54.16, 30.93))),
