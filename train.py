@@ -116,10 +116,13 @@ def log_beginning(logger, args, settings, run):
 def build_training(args, device, run):
     from datasets import build_dataloader
     from model.build import build_model, facts_to_keep
+    from processor.division import gaussian_mixture
     from solver import WeightAverage, build_lr_scheduler, build_optimizer
     from utils.run import leave_signals_to_parent
 
     *loaders, num_classes = build_dataloader(args)
+    if args.division:  # what it lacks is known before weights are loaded and anything is written
+        gaussian_mixture(len(loaders[0].dataset))
     for loader in loaders:
         loader.worker_init_fn = leave_signals_to_parent
     model = build_model(args, num_classes)

@@ -26,6 +26,15 @@ def careful(args, moved):
     return name_of(args) == "RSTPReid" or moved > 0.4
 
 
+def gaussian_mixture(samples):
+    """scikit-learn's. Raises InputError where it is not installed, or there are too few samples for two."""
+    if samples < FEWEST:
+        raise InputError(
+            f"--division needs at least {FEWEST} training samples, and there are {samples}: leave it out"
+        )
+    return extra("sklearn.mixture", "requirements-methods.txt").GaussianMixture
+
+
 def divide(model, loader, device, seed, careful, after_batch=None):
     """(weights [N] of the training samples, 0 or 1; how many both, one and none of the votes call clean).
 
@@ -33,7 +42,7 @@ def divide(model, loader, device, seed, careful, after_batch=None):
     that is not seen, as the identity sampler leaves some out, counts as clean. after_batch: called after each
     batch; may raise.
     """
-    mixture = extra("sklearn.mixture", "requirements-methods.txt").GaussianMixture  # before a pass over all
+    mixture = gaussian_mixture(len(loader.dataset))  # before a pass over all
     kinds = sample_losses(model, loader, device, after_batch)
     votes = [clean(losses, mixed(seed, n) % 2**32, careful, mixture) for n, losses in enumerate(kinds)]
     agreed = torch.from_numpy(sum(vote.astype(np.int64) for vote in votes))
@@ -63,8 +72,7 @@ def clean(losses, seed, careful, mixture):
     """[N] truth values: whether a sample is taken for right. seed: of the mixture's start, below 2^32."""
     seen = np.isfinite(losses)
     known = losses[seen]
-    if len(known) < FEWEST:
-        raise InputError(f"--division needs at least {FEWEST} training samples, and there are {len(known)}")
+    gaussian_mixture(len(known))
     low, high = known.min(), known.max()
     found = np.ones(len(losses), bool)
     if high > low:

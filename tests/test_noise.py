@@ -1,7 +1,9 @@
 """RDE's answer to wrong pairs (arXiv 2308.09911): their division, captions augmented or exchanged."""
 
+import json
 import random
 import signal
+import sys
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from datasets.tokenizer import EOT, MASK, SOT, augment_tokens
 from processor.division import careful, clean, split
 from tests import processes
 from tests.children import differ, draw, only_run, run, words
+from tests.conftest import load_script
 from tests.processes import together
 from tests.recipe import arrays, figures, pixels
 from tests.tiny_run import missing
@@ -91,6 +94,25 @@ def test_too_few_samples_are_a_sentence_and_equal_ones_are_clean():
     with pytest.raises(InputError, match="--division needs at least 4 training samples, and there are 3"):
         clean(np.array([1.0, np.nan, 2.0, 3.0]), 0, False, mixture())
     assert clean(np.ones(9), 0, False, mixture()).all()
+
+
+@needs_sklearn
+@pytest.mark.parametrize("lacks", ["captions", "scikit-learn"])
+def test_what_a_division_lacks_is_said_before_anything_is_written(lacks, data, tmp_path, monkeypatch, capsys):
+    argv = [*words(data, tmp_path / "logs", "--division", loss_names="tal"), "--batch_size", "2"]
+    if lacks == "captions":
+        records = json.loads((data / "CUHK-PEDES" / "reid_raw.json").read_text())
+        first = next(record for record in records if record["split"] == "train")
+        others = [record for record in records if record["split"] != "train"]
+        (tmp_path / "few.json").write_text(json.dumps([first, *others]))
+        images = data / "CUHK-PEDES" / "imgs"
+        argv += ["--annotations", str(tmp_path / "few.json"), "--images", str(images)]
+    else:
+        monkeypatch.setitem(sys.modules, "sklearn.mixture", None)
+    assert load_script("train").main(argv) == 2
+    error = capsys.readouterr().err
+    said = {"captions": "at least 4 training samples, and there are 2", "scikit-learn": "-methods.txt"}
+    assert said[lacks] in error and error.count("\n") == 1 and not (tmp_path / "logs").exists()
 
 
 @needs_sklearn
@@ -204,10 +226,22 @@ def test_sample_i_has_the_caption_of_sample_file_i(data, tmp_path):
     assert noisy == [plain[place] for place in places]
 
 
+def several(path):
+    with path.open("wb") as file:
+        np.savez(file, a=np.arange(48))
+
+
 WRONG = {
-    "of another length": (lambda path: np.save(path, np.arange(7)), "must hold 48 whole numbers"),
-    "of places that are not there": (lambda path: np.save(path, np.arange(48) + 1), "from 0 to 47"),
-    "of fractions": (lambda path: np.save(path, np.zeros(48)), "must hold 48 whole numbers"),
+    "of another length": (
+        lambda path: np.save(path, np.arange(7)),
+        r"\[7\] of int64, and must hold 48 whole",
+    ),
+    "of places that are not there": (
+        lambda path: np.save(path, np.arange(48) + 1),
+        "from 1 to 48, and must hold 48 whole numbers from 0 to 47",
+    ),
+    "of fractions": (lambda path: np.save(path, np.zeros(48)), "of float64, and must hold 48 whole numbers"),
+    "of several arrays": (lambda path: several(path), "holds several arrays, and must hold 48 whole numbers"),
     "of objects": (lambda path: np.save(path, np.array([{}] * 48), allow_pickle=True), "is not an .npy file"),
     "of text": (lambda path: path.write_text("0 1 2"), "is not an .npy file"),
     "that is not there": (lambda path: None, "No such file"),
