@@ -188,10 +188,9 @@ def compute_asdm(image_features, text_features, pids, logit_scale, strength=0.1,
     """
     true = same_person(pids)
     log_true = log_label(true, epsilon)
-    first = true.argmax(dim=1, keepdim=True)
 
     def one_direction(similarity):
-        gap = similarity.max(dim=1).values - similarity.gather(1, first)[:, 0]
+        gap = gap_to_first(similarity, true)
         return ((1 + strength * gap) * row_kls(logit_scale * similarity, log_true)).mean()
 
     similarity = cosines(image_features, text_features)
@@ -297,13 +296,23 @@ def compute_tse_second(image_selected, second_selected, second_factor, compared)
     return second_factor[0] * compared(image_selected, second_selected)
 
 
+def gap_to_first(similarity, same):
+    """[B]: how far each row's best entry is above that of its first match. same: [B, B], 1 for matches."""
+    return similarity.max(dim=1).values - similarity.gather(1, same.argmax(dim=1, keepdim=True))[:, 0]
+
+
 def aggregated(text_tokens, image_patches):
-    """[B, L, D]: for each word the patches, weighed by how well they agree with it; those below 1/N out."""
+    """[B, L, D]: for each word the patches, weighed by how well they agree with it."""
+    return agreement_weights(text_tokens, image_patches) @ image_patches
+
+
+def agreement_weights(text_tokens, image_patches):
+    """[B, L, N]: the patches' shares in each word's row, of sum 1; those that agree less than 1/N are out."""
     agreement = text_tokens @ image_patches.transpose(1, 2)  # (B, L, N)
     low, high = agreement.amin(dim=2, keepdim=True), agreement.amax(dim=2, keepdim=True)
     weights = (agreement - low) / (high - low).clamp(min=1e-12)
     weights = weights.masked_fill(weights <= 1 / image_patches.shape[1], 0)
-    return weights / weights.sum(dim=2, keepdim=True).clamp(min=1e-12) @ image_patches
+    return weights / weights.sum(dim=2, keepdim=True).clamp(min=1e-12)
 
 
 def efa_side(tokens, gathered, margin):

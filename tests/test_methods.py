@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 
-from model import build_model, objectives
+from model import build_model, objectives, token_selection
 from model.irra import PARTS
 from model.token_selection import SelectedPatches, SelectedWords
 from processor.evaluator import Features, evaluate
@@ -27,9 +27,10 @@ from solver import build_lr_scheduler, build_optimizer
 from solver.build import lr_and_decay
 from tests import processes
 from tests.children import draw, only_run, words
-from tests.conftest import load_script
+from tests.conftest import ROOT, load_script
 from tests.processes import together
 from tests.recipe import arguments, arrays, clip_weights, figures, fill, off, pixels, refused_in_one_sentence
+from tests.test_model_reference import full_model_on_paper
 from tests.tiny_run import missing
 from utils.batch import Batch
 from utils.losses import total_loss
@@ -53,6 +54,17 @@ def assert_gradient(found, expected, l2=1e-5, values=2e-5):
         assert off(flat[expected["index"]], expected["value"]) < values
 
 
+def assert_summary(found, expected, tolerance=1e-5):
+    """expected: shape, sum, l2 and first entries of a published array."""
+    found = found.detach().double()
+    assert list(found.shape) == expected["shape"]
+    assert float(found.norm()) == pytest.approx(expected["l2"], rel=tolerance)
+    assert abs(float(found.sum()) - expected["sum"]) <= tolerance * float(found.abs().sum())
+    assert float((found.flatten()[:4] - torch.tensor(expected["first4"])).abs().max()) <= tolerance * float(
+        found.abs().max()
+    )
+
+
 # ---- losses ----
 
 
@@ -72,6 +84,7 @@ def test_each_sample_loses_what_it_does_in_the_published_code(case):
     given = {"image_features": image, "text_features": text, "pids": PIDS, **constants(case)}
     each = objectives.compute(OURS[case["loss_type"]], given, kind="each")
     assert off(each.detach(), case["per_sample"]) < 1e-5
+    assert off(objectives.cosines(image, text).diagonal().detach(), case["diag"]) < 1e-5
     each.sum().backward()
     assert_gradient(image.grad, case["grad_of_sum"]["image"])
     assert_gradient(text.grad, case["grad_of_sum"]["text"])
@@ -88,8 +101,9 @@ def test_samples_that_are_called_noisy_do_not_count(case):
         assert loss.item() == pytest.approx(case[name], rel=1e-5)
         total = total + loss
     total.backward()
-    assert_gradient(image.grad, case["grad"]["image"])
-    assert_gradient(text.grad, case["grad"]["text"])
+    names = ("image", "text", "image_tse", "text_tse")
+    for name, values in zip(names, (image, text, *selected), strict=True):
+        assert_gradient(values.grad, case["grad"][name])
 
 
 @pytest.mark.parametrize("name", ["tal", "trl", "itc", "sdm"])
@@ -156,6 +170,11 @@ def test_asdm_is_the_published_one_and_without_its_weight_sdm(case):
     loss.backward()
     assert_gradient(image.grad, case["grad"]["image"], 3e-5, 3e-5)
     assert_gradient(text.grad, case["grad"]["text"], 3e-5, 3e-5)
+    same, similarity = objectives.same_person(PIDS), objectives.cosines(image, text).detach()
+    for name, rows in (("gap_t2i", similarity), ("gap_i2t", similarity.t())):
+        assert (objectives.gap_to_first(rows, same) - torch.tensor(case[name])).abs().max() < 1e-6
+    falling = -torch.arange(12.0).expand(12, 12)  # so that a row's gap is the place of its match
+    assert objectives.gap_to_first(falling, same).tolist() == case["first_label"]
     if not strength:
         sdm = objectives.compute_sdm(image, text, PIDS, case["logit_scale"])
         assert sdm.item() == pytest.approx(loss.item(), rel=1e-6)
@@ -214,12 +233,34 @@ def layer_of(kind, norm):
     return layer, (features, row, ids if kind == "text" else TSE["image"]["k"])
 
 
+@pytest.fixture
+def taken(monkeypatch):
+    """[(B, k) places of tokens, …]: what the embeddings were made of."""
+    seen, take = [], token_selection.take
+
+    def noted(among, x):
+        seen.append(among)
+        return take(among, x)
+
+    monkeypatch.setattr(token_selection, "take", noted)
+    return seen
+
+
+def assert_places(places, counting, every=None):
+    """counting: in each row the places that count, most attended first. every: with those that fill up."""
+    for row, expected in zip(places.tolist(), counting, strict=True):
+        assert row[: len(expected)] == expected
+    assert every is None or torch.equal(places, every)
+
+
 @pytest.mark.parametrize("norm", ["train", "eval"])
 @pytest.mark.parametrize("kind", ["text", "image"])
-def test_the_selected_tokens_embedding_is_the_published_one(kind, norm):
+def test_the_selected_tokens_embedding_is_the_published_one(kind, norm, taken):
     published = TSE[f"{kind}_cases"][norm]
     layer, (features, *more) = layer_of(kind, norm)
     out = layer.train()(features, *more)
+    assert_summary(out, published["out"])
+    assert_places(taken[0], published["selected"], RDE["tse_text_index_all"] if kind == "text" else None)
     assert off(out[:, ::8].detach(), RDE[f"tse_{kind}_{norm}"]) < 1e-5
     (out * pixels(123, tuple(out.shape))).sum().backward()
     if published["features_grad"]:
@@ -229,8 +270,10 @@ def test_the_selected_tokens_embedding_is_the_published_one(kind, norm):
         if isinstance(expected, str):
             continue  # zero up to rounding: a bias in front of a normalisation
         assert_gradient(parameters[name].grad, expected)
-    for name, expected in (published["running"] or {}).items():
-        assert off(layer.get_buffer(name).flatten()[:4], expected["first4"]) < 1e-5
+    for name, expected in published["running"].items():
+        assert_summary(layer.get_buffer(name), expected)
+    for name, number in published["num_batches_tracked"].items():
+        assert layer.get_buffer(name) == number
 
 
 def test_a_caption_without_words_is_finite_and_leaves_the_others_as_they_are():
@@ -317,16 +360,36 @@ def test_both_embeddings_of_the_tiny_model_are_the_published_ones():
     assert off((image * text).sum(1), (bge + tse) / 2) < 1e-6
 
 
-def test_the_attention_that_selects_is_the_published_one():
+def test_the_attention_that_selects_and_what_it_selects_are_the_published_ones(taken):
     _, model = rde()
     batch = batch_of()
     with torch.no_grad():
-        *_, image = model.image_side(batch["images"], all_tokens=True, attention=True)
-        *_, text = model.text_side(batch["caption_ids"], attention=True)
-    for found, published in ((image, MODEL["attention"]["image"]), (text, MODEL["attention"]["text"])):
-        assert list(found.shape) == published["shape"]
-        assert off(found[0, :4], published["first4"]) < 1e-5
-        assert float(found.norm()) == pytest.approx(published["l2"], rel=1e-5)
+        _, *image = model.image_side(batch["images"], all_tokens=True, attention=True)
+        _, *text = model.text_side(batch["caption_ids"], attention=True)
+        model.visul_emb_layer(*image, model.selected_patches())
+        model.texual_emb_layer(*text, batch["caption_ids"])
+    assert_summary(image[1], MODEL["attention"]["image"])
+    assert_summary(text[1], MODEL["attention"]["text"])
+    assert_places(taken[0], MODEL["selected_image"])
+    assert_places(taken[1], MODEL["selected_text"], RDE["model_text_index_all"])
+    sizes = {"image": image[0].shape[1], "image_selected": taken[0].shape[1]}
+    assert {**sizes, "text_selected": taken[1].shape[1]} == MODEL["tokens"]
+
+
+FEATURES = {"image": "image_features", "text": "text_features"}
+FEATURES.update(image_tse="image_selected", text_tse="text_selected")
+
+
+def test_features_and_each_samples_losses_of_the_tiny_model_are_the_published_ones():
+    _, model = rde()
+    batch = Batch.of({**batch_of(), "indices": torch.arange(12)}).planned()
+    with torch.no_grad():
+        found, _ = model.eval().features(batch)
+        _, losses = model.losses_of_samples(batch)
+    for name, expected in MODEL["eval_features"].items():
+        assert_summary(found[FEATURES[name]], expected)
+    for each, name in zip(losses, ("bge", "tse"), strict=True):
+        assert off(each, MODEL["compute_per_loss_eval"][name]) < 1e-5
 
 
 @pytest.mark.parametrize("case", MODEL["cases"])
@@ -338,7 +401,10 @@ def test_losses_and_gradients_of_the_tiny_model_are_the_published_ones(case):
     assert {key for key in report if key.endswith("_loss")} == {f"{name}_loss", "tse_loss"}
     assert report[f"{name}_loss"].item() == pytest.approx(published["bge_loss"], rel=1e-5)
     assert report["tse_loss"].item() == pytest.approx(published["tse_loss"], rel=1e-5)
-    total_loss(report).backward()
+    assert report["temperature"].item() == pytest.approx(published["temperature"])
+    total = total_loss(report)
+    assert total.item() == pytest.approx(published["total_loss"], rel=1e-5)
+    total.backward()
     parameters = dict(model.named_parameters())
     for key, expected in published["grads"].items():
         if norm == "train" and key.endswith("mlp.layers.0.bias"):
@@ -351,8 +417,7 @@ def test_losses_and_gradients_of_the_tiny_model_are_the_published_ones(case):
         else:
             assert float(parameters[key].grad.norm()) == pytest.approx(l2, rel=2e-5), key
     for key, expected in (published["running"] or {}).items():
-        if ".bns.0." in key and expected.get("first4"):
-            assert off(model.get_buffer(key).flatten()[:4], expected["first4"]) < 1e-5
+        assert_summary(model.get_buffer(key), expected)
 
 
 def test_features_are_gone_with_their_losses():
@@ -375,7 +440,11 @@ def test_rates_are_the_published_ones():
     """The published code has groups of the parameters that never take part too; here they are not trained."""
     args, model = rde()
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    groups = build_optimizer(args, model).param_groups
+    optimizer, published = build_optimizer(args, model), MODEL["optimizer"]
+    groups = optimizer.param_groups
+    assert type(optimizer).__name__ == published["type"] and args.lr == published["lr"]
+    for group in groups:
+        assert (group["eps"], list(group["betas"])) == (published["eps"], published["betas"])
     found = {
         f"lr {group['lr']:g} weight_decay {group['weight_decay']:g}": {names[id(p)] for p in group["params"]}
         for group in groups
@@ -404,14 +473,24 @@ def test_twenty_steps_are_the_published_ones(norm):
         tolerance = 5e-6 if number < 5 else 1e-3
         assert report["tal_loss"].item() == pytest.approx(step["bge_loss"], rel=tolerance), number
         assert report["tse_loss"].item() == pytest.approx(step["tse_loss"], rel=tolerance), number
+        total = total_loss(report)
+        assert total.item() == pytest.approx(step["total_loss"], rel=tolerance), number
         optimizer.zero_grad()
-        total_loss(report).backward()
+        total.backward()
         optimizer.step()
+    schedule.step()
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(run["lr_after"], abs=1e-12)
     for name, parameter in model.named_parameters():
         if not name.endswith(("in_proj_bias", "mlp.layers.0.bias")):
             assert parameter.norm().item() == pytest.approx(run["final"][name]["l2"], rel=2e-3), name
+            apart = parameter.double().sum().item() - run["final"][name]["sum"]
+            assert abs(apart) <= 2e-3 * parameter.double().abs().sum().item(), name
     first = batch_of(images=trajectory["image_seeds"][0], ids=RDE["traj_caption_ids"][0])
     assert_directions(model.eval(), first, f"traj_{norm}", (16, 16), tolerance=2e-3)
+    with torch.no_grad():
+        found, _ = model.features(Batch.of(first).planned())
+    for name, expected in run["features_after"].items():
+        assert_summary(found[FEATURES[name]], expected, tolerance=2e-3)
 
 
 def test_as_many_parameters_of_the_full_size_have_each_rate_as_published():
@@ -420,18 +499,20 @@ def test_as_many_parameters_of_the_full_size_have_each_rate_as_published():
     for name in published["keys"]:
         if not name.endswith(("running_mean", "running_var", "num_batches_tracked")):
             lr, decay = lr_and_decay(name, args, PARTS)
-            found[f"lr {lr:g} weight_decay {decay:g}"] += 1
+            key = f"lr {lr:g} weight_decay {decay:g}"
+            found[key] += 1
+            assert all(key == other for other, group in published["groups"].items() if name in group["names"])
     assert found == {key: group["count"] for key, group in published["groups"].items()}
 
 
 def test_names_and_shapes_are_those_of_the_published_checkpoints():
-    published = figures("methods/rde_state_dict")["keys"]
-    _, model = rde()
-    ours = {name: list(value.shape) for name, value in model.state_dict().items()}
-    heads = {name: shape for name, (shape, _) in published.items() if not name.startswith("base_model.")}
-    assert {name: shape for name, shape in ours.items() if not name.startswith("base_model.")} == heads
-    untouched = {name for name in published if ".resblocks." not in name}
-    assert untouched == {name for name in ours if ".resblocks." not in name}
+    published, model = figures("methods/rde_state_dict"), full_model_on_paper("tal+tse")
+    ours = {
+        name: [list(value.shape), str(value.dtype).removeprefix("torch.")]
+        for name, value in model.state_dict().items()
+    }
+    assert ours == published["keys"] and len(ours) == published["entries"]
+    assert sum(parameter.numel() for parameter in model.parameters()) == published["parameters"]
 
 
 @pytest.mark.parametrize("which", ["BGE", "TSE", "BGE+TSE"])
@@ -455,7 +536,11 @@ def test_figures_of_each_embedding_and_of_both_are_the_published_ones(which):
     table, _ = evaluate(Features(features["text"], pids["text"], features["image"], pids["image"]), i2t=True)
     first = next(number for number, row in enumerate(rows) if row[0] == f"{which}-t2i")
     for task, row in zip(("t2i", "i2t"), rows[first : first + 2], strict=True):
-        assert list(table[task].values()) == pytest.approx(row[1:6], abs=1e-3), task
+        found = list(table[task].values())
+        assert found == pytest.approx(row[1:6], abs=1e-3), task
+        assert row[6:] in ([], [pytest.approx(sum(found[:3]), abs=1e-3)])  # of the first three, the rSum
+    if which == "BGE+TSE":  # best.pth is picked on it
+        assert table["t2i"]["R1"] == pytest.approx(published["returned"], abs=1e-3)
 
 
 def test_losses_and_gradients_of_the_tiny_fmfa_are_the_published_ones():
@@ -467,9 +552,29 @@ def test_losses_and_gradients_of_the_tiny_fmfa_are_the_published_ones():
     report = model.train()(batch)
     for name, value in published["returned"].items():
         assert report[name.replace("a-sdm", "asdm")].item() == pytest.approx(value, rel=1e-5), name
-    total_loss(report).backward()
+    total = total_loss(report)
+    assert total.item() == pytest.approx(published["total_loss"], rel=1e-5)
+    total.backward()
     for name, parameter in model.named_parameters():
         assert_gradient(parameter.grad, published["grads"][name], 2e-5, 5e-5)
+    with torch.no_grad():
+        found, _ = model.features(Batch.of(batch).planned(), words=True)
+    tokens, expected = (found["text_tokens"], found["image_patches"]), published["aggregation"]
+    weights = objectives.agreement_weights(*tokens)
+    assert off(weights[0, 0], expected["weights_row_0_0"]) < 1e-5
+    assert float((weights > 0).double().mean()) == pytest.approx(expected["kept_share"], abs=1e-4)
+    assert_summary(objectives.aggregated(*tokens), expected["aggregated"])
+
+
+def test_rates_of_fmfa_are_the_published_ones():
+    """No factors: biases and new layers at the base rate, and biases decay too."""
+    recipe = ["--config_file", str(ROOT / "configs" / "fmfa.yaml"), "--device", "cpu", "--cmt_depth", "1"]
+    args = get_args([*recipe, "--pretrain_choice", str(clip_file()[1]), "--img_size", "96", "32"])
+    optimizer = build_optimizer(args, build_model(args, 37))
+    published = figures("methods/fmfa_model")["optimizer"]
+    assert {group["lr"] for group in optimizer.param_groups} == {*published["lr"]} == {args.lr}
+    assert {group["weight_decay"] for group in optimizer.param_groups} == {*published["weight_decay"]}
+    assert args.lr == published["default_lr"] and optimizer.defaults["eps"] == published["eps"]
 
 
 # ---- bad input ----

@@ -25,6 +25,7 @@ from tests.recipe import (
     pixels,
     refused_in_one_sentence,
 )
+from tests.test_methods import assert_summary
 from utils.losses import total_loss
 from utils.options import get_args
 
@@ -53,14 +54,6 @@ def model(tmp_path_factory):
 
 def inputs():
     return pixels(MODEL["image_seed"], (12, 3, 96, 32)), caption_ids(MODEL["caption_seed"], 12)
-
-
-def assert_summary(found, expected):
-    found = found.detach().double()
-    assert list(found.shape) == expected["shape"]
-    assert float(found.norm()) == pytest.approx(expected["l2"], rel=1e-5)
-    assert off(found.flatten()[:4], expected["first4"]) < 1e-5
-    assert abs(float(found.sum()) - expected["sum"]) < 1e-5 * float(found.abs().sum())
 
 
 def test_words_resemble_their_images_as_in_the_published_code(model):
@@ -93,6 +86,7 @@ def test_sdm_of_the_masked_captions_and_its_gradients_are_the_published_ones(mod
 
 
 def test_words_are_masked_by_similarity_as_published():
+    assert FIGURES["mask"]["start"].endswith(f"every word has similarity {START_SIMILARITY}")
     ids, out, labels = (NAM[f"mask_{name}"] for name in ("ids_in", "out", "labels"))
     similarity = (pixels(162, (8, 77)) + 2) / 4
     for seed, *expected in zip(FIGURES["mask"]["seeds"], out, labels, strict=True):

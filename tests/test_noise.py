@@ -1,5 +1,6 @@
 """RDE's answer to wrong pairs (arXiv 2308.09911): their division, captions augmented or exchanged."""
 
+import functools
 import json
 import random
 import signal
@@ -21,7 +22,7 @@ from tests.tiny_run import missing
 from utils.errors import InputError
 from utils.options import get_args
 
-CCD = figures("methods/rde_ccd")
+CCD, AUGMENT = figures("methods/rde_ccd"), figures("methods/rde_textaug")
 RDE = arrays("methods/rde")
 
 
@@ -65,14 +66,62 @@ def test_samples_that_the_published_division_is_sure_of_are_divided_so(published
         assert low <= found.sum() <= high
 
 
+def noted(made, *args, **kwargs):
+    made.append(mixture()(*args, **kwargs))
+    return made[-1]
+
+
+def fit_of(fitted):
+    """What the figures say of a mixture."""
+    low, high = fitted.means_[:, 0].argsort()
+    found = {"low_mean": fitted.means_[low, 0], "high_mean": fitted.means_[high, 0]}
+    found.update(low_var=fitted.covariances_[low, 0, 0], high_var=fitted.covariances_[high, 0, 0])
+    return {**found, "low_weight": fitted.weights_[low], "n_iter": fitted.n_iter_}
+
+
+def assert_fit(fitted, recorded):
+    """recorded: what the published mixture was asked for and found from NumPy's seed 0."""
+    settings = {name: recorded[name] for name in ("max_iter", "tol", "reg_covar")}
+    assert {name: fitted.get_params()[name] for name in settings} == settings
+    expected = {name: pytest.approx(value, rel=1e-4) for name, value in recorded["seed_0"].items()}
+    assert fit_of(fitted) == expected and fitted.converged_ == recorded["converged"]
+
+
+@needs_sklearn
+@pytest.mark.parametrize("published", CCD["runs"], ids=lambda run: run["dataset_name"])
+def test_over_seeds_divisions_vary_as_the_published_ones(published):
+    divisions, made = [], []
+    for seed in range(published["numpy_seeds"]):
+        stream, strict = np.random.RandomState(seed), published["dataset_name"] == "RSTPReid"
+        fit = functools.partial(noted, made)
+        divisions.append([clean(losses_of(w).astype(np.float64), stream, strict, fit) for w in ("A", "B")])
+    divisions = np.array(divisions)  # (seeds, votes, N)
+    assert (divisions == divisions[0]).all((1, 2)).sum() == published["same_division_as_seed_0"]
+    for vote, recorded in enumerate(published["gmm"]):
+        counts, fits = divisions[:, vote].sum(1), [fit_of(one) for one in made[vote::2]]
+        assert [counts.min(), counts.max()] == recorded["clean_range"]
+        for name, limits in recorded["range_over_seeds"].items():
+            values = [fit[name] for fit in fits]
+            assert [min(values), max(values)] == pytest.approx(limits, rel=1e-4), name
+
+
 @needs_sklearn
 @pytest.mark.parametrize("published", CCD["runs"], ids=lambda run: run["dataset_name"])
 def test_from_the_published_start_the_division_is_the_published_one(published):
     """Both mixtures start from one stream of numbers, that of NumPy's seed 0."""
     name, stream, votes = published["dataset_name"], np.random.RandomState(0), []
-    for which in ("A", "B"):
-        votes.append(clean(losses_of(which).astype(np.float64), stream, name == "RSTPReid", mixture()))
-        assert (votes[-1] == split(RDE[f"ccd_{name}_{which}_prob_seed_0"].numpy())).all()
+    for which, recorded in zip(("A", "B"), published["gmm"], strict=True):
+        made = []  # the mixture
+        losses = losses_of(which).astype(np.float64)
+        votes.append(clean(losses, stream, name == "RSTPReid", functools.partial(noted, made)))
+        probability = RDE[f"ccd_{name}_{which}_prob_seed_0"].numpy()
+        assert (votes[-1] == split(probability)).all() and votes[-1].sum() == recorded["clean_seed_0"]
+        assert_fit(made[0], recorded)
+        scaled = (losses - losses.min()) / (losses.max() - losses.min())
+        found = made[0].predict_proba(scaled[:, None])[:, made[0].means_.argmin()]
+        assert np.abs(found - probability).max() < 1e-4
+        steady = RDE[f"ccd_{name}_{which}_steady"].numpy()
+        assert (steady == -1).sum() == recorded["undecided"]
     agreed = sum(vote.astype(int) for vote in votes)
     found = {key: int((agreed == n).sum()) for n, key in enumerate(("none_clean", "one_clean", "both_clean"))}
     assert found == {key: published[key] for key in found}
@@ -184,6 +233,22 @@ def test_words_are_masked_exchanged_and_dropped_as_published():
         rng = random.Random(seed)
         found = torch.stack([augment_tokens(ids, rng) for ids in RDE["aug_ids"]])
         assert torch.equal(found, expected)
+        assert bool(((found == EOT).sum(1) == 1).all()) is AUGMENT["eot_kept"]
+
+
+def test_as_many_words_are_masked_and_dropped_as_by_the_published_code():
+    published, rng, ids = AUGMENT["statistics"], random.Random(0), RDE["aug_ids"]
+    words, masked, removed = 0, 0, 0
+    while words < published["words"]:
+        for row in ids:
+            found = augment_tokens(row, rng)
+            words += int(((row > 0) & (row < MASK)).sum())
+            masked += int((found == MASK).sum() - (row == MASK).sum())
+            removed += int((found == 0).sum() - (row == 0).sum())
+    for found, name in ((masked / words, "mask"), (removed / words, "removed")):
+        rate = published["expected"][name]
+        spread = (rate * (1 - rate) / words) ** 0.5
+        assert abs(found - rate) < 4 * spread and abs(published[f"{name}_rate"] - rate) < 4 * spread
 
 
 def test_augmented_captions_are_a_function_of_seed_epoch_and_sample(data):

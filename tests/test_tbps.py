@@ -339,24 +339,31 @@ def test_a_strong_view_is_the_published_one(row):
 
 
 @pytest.mark.parametrize("row", AUGMENT["rows"], ids=lambda row: row["seed"])
-def test_two_of_six_augmentations_are_the_published_ones(row):
+def test_two_of_six_augmentations_are_the_published_ones(row, monkeypatch):
     pixels, before = resize(picture(), AUGMENT["size"]), torch.get_rng_state()
     assert_published_pixels(two_of_six(pixels, row["seed"]), row["choose"])
     assert torch.equal(torch.get_rng_state(), before)
+    assert names_of_drawn(monkeypatch, [row["seed"]]) == row["picked"]
+
+
+def names_of_drawn(monkeypatch, seeds):
+    drawn, names = [], [type(one).__name__ for one in six_transforms((8, 8))]
+    six = [lambda pixels, name=name: drawn.append(name) or pixels for name in names]
+    monkeypatch.setattr(augmentations, "six_transforms", lambda size: six)
+    for seed in seeds:
+        two_of_six(torch.zeros(3, 8, 8, dtype=torch.uint8), seed)
+    return drawn
 
 
 def test_two_are_drawn_with_replacement_as_often_as_published(monkeypatch):
-    drawn, published = [], AUGMENT["two_of_six_with_replacement"]
-    names = [type(one).__name__ for one in six_transforms((8, 8))]
-    six = [lambda pixels, name=name: drawn.append(name) or pixels for name in names]
-    monkeypatch.setattr(augmentations, "six_transforms", lambda size: six)
-    for number in range(4000):
-        two_of_six(torch.zeros(3, 8, 8, dtype=torch.uint8), mixed(1, 1, number, 0))
+    published = AUGMENT["two_of_six_with_replacement"]
+    assert published["draws"] == 4000
+    drawn = names_of_drawn(monkeypatch, [mixed(1, 1, number, 0) for number in range(4000)])
     twice = sum(one == other for one, other in zip(drawn[::2], drawn[1::2], strict=True))
     assert abs(twice - published["same_twice"]) < 5 * math.sqrt(4000 * 5 / 36 + 1)
-    counts = Counter(drawn)
-    assert counts.keys() == published["picked"].keys()
-    assert all(abs(counts[name] - 4000 / 3) < 5 * math.sqrt(4000 / 3) for name in counts)
+    for counts in (Counter(drawn), published["picked"]):
+        assert counts.keys() == published["picked"].keys()
+        assert all(abs(counts[name] - 4000 / 3) < 5 * math.sqrt(4000 / 3) for name in counts)
 
 
 def test_images_of_a_batch_are_two_of_six_to_the_byte(data):
@@ -690,6 +697,8 @@ def test_rates_of_the_steps_are_the_published_ones(case):
     """The published warm-up ends with its last step, ours a step later, before the first one after it."""
     warm, steps = case["warmup_epochs"], case["iterations_per_epoch"]
     args = get_args(["--config_file", str(ROOT / "configs" / "tbps_clip.yaml")])
+    asked = {"lr": args.lr, "lr_start": args.lr * args.warmup_factor, "lr_end": args.target_lr}
+    assert asked == pytest.approx(SCHEDULE["settings"])
     vars(args).update(num_epoch=case["epochs"], warmup_epochs=warm)
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=args.lr)
     schedule = build_lr_scheduler(args, optimizer)
