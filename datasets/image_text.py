@@ -145,7 +145,7 @@ class PairDataset(Dataset):
             rng = random.Random(mixed(self.seed, epoch, index, 9))
             exchange = rng.random() < self.changes.back_translation
             caption = self.back_translations[index] if exchange else caption
-        if self.changes.drop and self.changes.plain:  # as published, of what is left and in reach
+        if self.changes.drop and self.changes.plain:  # as published a word is drawn for after the cleaning
             caption = plain_caption(self.tokenizer.clean(caption), most=self.caption_ids.shape[1])
         if self.changes.drop:
             caption = drop_words(caption, self.changes.drop, random.Random(mixed(self.seed, epoch, index, 3)))

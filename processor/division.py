@@ -26,12 +26,16 @@ def careful(args, moved):
     return name_of(args) == "RSTPReid" or moved > 0.4
 
 
+def check_samples(number):
+    if number < FEWEST:
+        raise InputError(
+            f"--division needs at least {FEWEST} training samples, and there are {number}: leave it out"
+        )
+
+
 def gaussian_mixture(samples):
     """scikit-learn's. Raises InputError where it is not installed, or there are too few samples for two."""
-    if samples < FEWEST:
-        raise InputError(
-            f"--division needs at least {FEWEST} training samples, and there are {samples}: leave it out"
-        )
+    check_samples(samples)
     return extra("sklearn.mixture", "requirements-methods.txt").GaussianMixture
 
 
@@ -72,7 +76,7 @@ def clean(losses, seed, careful, mixture):
     """[N] truth values: whether a sample is taken for right. seed: of the mixture's start, below 2^32."""
     seen = np.isfinite(losses)
     known = losses[seen]
-    gaussian_mixture(len(known))
+    check_samples(len(known))
     low, high = known.min(), known.max()
     found = np.ones(len(losses), bool)
     if high > low:

@@ -551,6 +551,16 @@ def test_a_run_is_tested_as_it_was_trained_and_says_so(reading, test_script):
         assert torch.equal(ids, tokenize(by_hand(caption), tokenizer, 48))
 
 
+def test_a_run_whose_options_do_not_say_how_it_reads_is_not_tested(reading, tmp_path, test_script, capsys):
+    folder, _ = reading
+    text = (folder / "configs.yaml").read_text()
+    assert "plain_captions: true" in text
+    (tmp_path / "configs.yaml").write_text(text.replace("plain_captions: true", "plain_captions: maybe"))
+    assert test_script.main(["--config_file", str(tmp_path), "--device", "cpu"]) == 2
+    error = capsys.readouterr().err
+    assert 'plain_captions: "maybe"' in error and error.count("\n") == 1
+
+
 def test_sentences_that_are_typed_are_read_as_the_run_was_trained(reading):
     encoders = open_run(tool_args(parser_of("search"), ["--config_file", str(reading[0]), "--device", "cpu"]))
     typed, read = MARKED.format("a red coat."), by_hand(MARKED.format("a red coat."))
