@@ -113,8 +113,11 @@ def check_image(image, key, where):
 
 
 def check_captions(captions, where):
-    if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
-        raise InputError(f"{where}: captions must be a list of sentences")
+    listed = isinstance(captions, list)
+    wrong = [one for one in captions if not isinstance(one, str)] if listed else [captions]
+    if wrong:
+        what = f"and holds {_short(wrong[0])}" if listed else f"not {_short(captions)}"
+        raise InputError(f"{where}: captions must be a list of sentences, {what}")
     return captions
 
 

@@ -284,7 +284,12 @@ BAD = {  # file name, contents, what the sentence says
     "captions as a sentence": (
         "a.json",
         '[{"image": "a.jpg", "captions": "x", "id": 1, "split": "test"}]',
-        "record 0: captions must be a list of sentences",
+        "record 0: captions must be a list of sentences, not 'x'",
+    ),
+    "a number among captions": (
+        "a.json",
+        '[{"image": "a.jpg", "captions": ["x", 7], "id": 1, "split": "test"}]',
+        "record 0: captions must be a list of sentences, and holds 7",
     ),
     "a caption as a list": (
         "a.json",
