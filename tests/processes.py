@@ -254,10 +254,10 @@ def kill_the_other():
 
 def stop_torchrun():
     """Go on when torchrun has passed the signal on to this process."""
-    answered = []
+    answered, launcher = [], os.getppid()
     At("finishing the batch", lambda: answered.append(True))
-    os.kill(os.getppid(), signal.SIGTERM)
-    while not answered:
+    os.kill(launcher, signal.SIGTERM)
+    while not answered and os.getppid() == launcher:
         time.sleep(0.01)
 
 
