@@ -15,7 +15,7 @@ All three run even when one fails; the exit code is 0 only when all passed.
   ./run_tests.sh -x -k sampler               stop at the first failure; only tests with that in their name
   ./run_tests.sh tests/test_objectives.py    one file, in one process, as python -m pytest runs it
 
-Unless files are named there is a process for each core, of up to four, with two GB of memory each; -n 0 asks for one.
+Unless files are named there is a process for each core, of up to four, with three GB of memory each; -n 0 asks for one.
 What ruff finds, it mostly repairs too: python -m ruff format . && python -m ruff check --fix .
 
 Environment: PYTHON   the Python to use, 3.10 or newer (default: the active one, else python3.13 ... python3.10)
