@@ -35,6 +35,7 @@ PRODUCTS = {
 }
 UNKNOWN = {aten._local_scalar_dense.default, aten.nonzero.default}
 COPIES = {aten.copy_.default, aten._foreach_copy_.default}
+JOINS = {aten.stack.default, aten.cat.default}  # these take no number of the host's, as others do
 
 
 class WrongDevice(RuntimeError):
@@ -192,7 +193,7 @@ class Pretended(TorchDispatchMode):
                 self.wrap(func(*args, **{**kwargs, "device": self.inside})) if made else func(*args, **kwargs)
             )
         if func not in COPIES:
-            host = [tensor.device for tensor in tensors if tensor.ndim]
+            host = [tensor.device for tensor in tensors if tensor.ndim or func in JOINS]
             if host:
                 raise WrongDevice(f"{func}: tensors on {DEVICE} and on {host[0]}")
         self._count(func, args, here)

@@ -13,11 +13,12 @@ from datasets.image_text import finish
 from datasets.tokenizer import START_SIMILARITY
 from datasets.transforms import erase, normalise
 from model import build_model
+from processor.division import sample_losses
 from processor.evaluator import encode, evaluate
 from processor.similarity import WordSimilarities
 from processor.trainer import FiniteWatch, NotFinite, Steps, train_one_epoch
 from retrieval.encoders import Encoders
-from solver import build_optimizer
+from solver import WeightAverage, build_optimizer
 from tests.recipe import COMBINATIONS
 from utils.batch import Batch
 from utils.metrics import rank_features
@@ -153,6 +154,7 @@ WAYS = {
     "clean captions": dict(clean=True),
     "clipped": dict(max_grad_norm=0.5),
     "SGD": dict(more=["--optimizer", "SGD"]),
+    "normalised tokens": dict(loss_names="tal", more=["--token_selection", "--tse_norm", "train"]),
 }
 
 
@@ -164,6 +166,50 @@ def test_every_way_to_train_computes_there_what_it_does_here(way, precision):
     assert gpu.waits[READS] == 1
     if way not in ("clipped", "SGD"):  # there PyTorch asks C++ for the device, which here is the CPU
         assert gpu.waits["copy to the host"] == 1 + len(there[1]) and len(gpu.waits) == 2
+
+
+def averaged(device):
+    """The averages of three steps in fp16, the weights while they are in place, and those after."""
+    model, optimizer = build(device, "fp16", "sdm")
+    ema, watch = WeightAverage(model, 0.9), FiniteWatch(model, optimizer, 1, period=100)
+    how = Steps(watch=watch, after_step=lambda *_: ema.update(watch.left_out))
+    train_one_epoch(model, Loader(device, 3), optimizer, device, 1, how)
+    with ema.in_place():
+        inside = [weight.detach().cpu().clone() for weight in model.parameters()]
+    after = [weight.detach().cpu() for weight in model.parameters()]
+    return [average.cpu() for average in ema.averages.values()], inside, after
+
+
+def test_weights_are_averaged_there_as_here():
+    here = averaged(CPU)
+    with Pretended():
+        there = averaged(DEVICE)
+    for a, b in zip(here, there, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+class Numbered(Masking):
+    """With what --division asks of a loader."""
+
+    def __init__(self, device, number):
+        super().__init__(device, number)
+        self.dataset = range(6 * number)
+
+    def __iter__(self):
+        return map(Batch.of, super().__iter__())
+
+
+def test_losses_of_samples_are_found_there_and_read_once():
+    found = []
+    for device, context in ((CPU, nullcontext()), (DEVICE, Pretended())):
+        with context as gpu:
+            model, _ = build(device, "fp16", "sdm+tal", "--token_selection")
+            if gpu:
+                gpu.waits.clear()
+            found.append(sample_losses(model, Numbered(device, 3), device))
+            assert not gpu or gpu.waits == {"copy to the host": 1}
+    for here, there in zip(*found, strict=True):
+        assert (here == there).all() and len(here) == 18
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -333,6 +379,15 @@ def test_pixels_are_finished_there_without_a_wait():
 def test_a_tensor_left_on_the_host_is_an_error():
     with Pretended(), pytest.raises(WrongDevice, match="aten.add.Tensor.*cpu"):
         torch.ones(3).to(DEVICE) + torch.ones(3)
+
+
+def test_a_number_of_the_host_joins_no_tensor_there():
+    """Elsewhere it may stand beside one; a list of losses with a constant among them is an error on a GPU."""
+    with Pretended():
+        x = torch.ones(()).to(DEVICE)
+        assert (x + torch.ones(())).device == DEVICE
+        with pytest.raises(WrongDevice, match="stack"):
+            torch.stack([x, torch.ones(())])
 
 
 def test_a_batch_left_on_the_host_is_an_error():
