@@ -26,10 +26,10 @@ def careful(args, moved):
     return name_of(args) == "RSTPReid" or moved > 0.4
 
 
-def check_samples(number):
+def check_samples(number, which=""):
     if number < FEWEST:
         raise InputError(
-            f"--division needs at least {FEWEST} training samples, and there are {number}: leave it out"
+            f"--division needs at least {FEWEST} training samples, and there are {number}{which}: leave it out"
         )
 
 
@@ -65,7 +65,7 @@ def sample_losses(model, loader, device, after_batch=None):
     found = torch.full((1 + model.selects, len(loader.dataset)), torch.nan, device=device)
     for batch in loader:
         indices, losses = model.losses_of_samples(batch.planned().to(device))
-        found[:, indices] = losses.nan_to_num(posinf=torch.nan)
+        found[:, indices] = losses
         if after_batch:
             after_batch()
     model.train(was_training)
@@ -76,7 +76,7 @@ def clean(losses, seed, careful, mixture):
     """[N] truth values: whether a sample is taken for right. seed: of the mixture's start, below 2^32."""
     seen = np.isfinite(losses)
     known = losses[seen]
-    check_samples(len(known))
+    check_samples(len(known), " whose loss is a number")
     low, high = known.min(), known.max()
     found = np.ones(len(losses), bool)
     if high > low:

@@ -12,13 +12,14 @@ import torch
 
 from datasets import build_dataloader
 from datasets.tokenizer import EOT, MASK, SOT, augment_tokens
-from processor.division import careful, clean, split
+from processor.division import careful, clean, sample_losses, split
 from tests import processes
 from tests.children import differ, draw, only_run, run, words
 from tests.conftest import load_script
 from tests.processes import together
 from tests.recipe import arrays, figures, pixels
 from tests.tiny_run import missing
+from utils.batch import Batch
 from utils.errors import InputError
 from utils.options import get_args
 
@@ -136,6 +137,26 @@ def test_the_threshold_is_a_half_or_leaves_one_in_a_hundred(case):
     assert found.sum() == case["ones"]
     if "zeros_at" in case:
         assert np.flatnonzero(~found).tolist() == case["zeros_at"]
+
+
+class Overflowing(torch.nn.Module):
+    """Losses as an overflow in fp16 leaves them."""
+
+    selects = False
+
+    def losses_of_samples(self, batch):
+        return batch.indices, torch.tensor([[0.5, torch.nan, torch.inf, 2.0]])
+
+
+class FourSamples(list):
+    dataset = range(5)  # one of them is not drawn
+
+
+def test_a_loss_that_is_no_number_is_not_taken_for_the_smallest():
+    ids = torch.ones(4, 8, dtype=torch.long)
+    batch = Batch(pids=torch.arange(4), caption_ids=ids, indices=torch.arange(4))
+    (losses,) = sample_losses(Overflowing(), FourSamples([batch]), torch.device("cpu"))
+    assert np.isfinite(losses).tolist() == [True, False, False, True, False]
 
 
 @needs_sklearn
