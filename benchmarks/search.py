@@ -21,7 +21,7 @@ import torch
 
 from benchmarks.harness import record
 from retrieval.encoders import Encoders
-from retrieval.gallery import GalleryIndex
+from retrieval.index import GalleryIndex
 from retrieval.pictures import Stamp
 from retrieval.vectors import new_faiss, set_effort
 from utils.extras import extra

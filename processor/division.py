@@ -29,7 +29,8 @@ def careful(args, moved):
 def check_samples(number, which=""):
     if number < FEWEST:
         raise InputError(
-            f"--division needs at least {FEWEST} training samples, and there are {number}{which}: leave it out"
+            f"--division needs at least {FEWEST} training samples, and there are {number}{which}: leave it "
+            "out"
         )
 
 

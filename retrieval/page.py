@@ -16,7 +16,9 @@ from PIL import Image
 
 from datasets.transforms import resize
 from retrieval.encoders import checked_sentence, cut_notice, open_picture, shown
-from retrieval.gallery import GalleryIndex, Stamp, plural
+from retrieval.gallery import plural
+from retrieval.index import GalleryIndex
+from retrieval.pictures import Stamp
 from retrieval.relevance import heat, word_maps, words_of
 from utils.errors import InputError
 from utils.extras import extra

@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from retrieval.gallery import Stamp
+from retrieval.pictures import Stamp
 from tests.conftest import PATIENCE, ROOT, load_script
 from tests.tiny_run import make_run, missing
 from utils.errors import InputError
@@ -229,7 +229,7 @@ def test_a_moved_gallery_keeps_its_index(search, gallery):
 
 @needs_faiss
 def test_approximate_indices_find_nearly_what_the_exact_one_finds():
-    from retrieval.gallery import new_faiss
+    from retrieval.vectors import new_faiss
 
     rng = np.random.default_rng(0)
     centres = rng.normal(size=(50, 32))
@@ -447,7 +447,7 @@ def test_an_index_that_cannot_be_kept_answers_from_memory(search, gallery, tmp_p
 @needs_faiss
 def test_an_index_is_kept_in_a_folder_whose_name_is_not_utf8(gallery, tmp_path):
     """As unpacked from an archive of another system: Python opens such a name, FAISS does not."""
-    from retrieval.gallery import GalleryIndex
+    from retrieval.index import GalleryIndex
 
     folder = tmp_path / os.fsdecode(b"caf\xe9")
     try:
@@ -464,7 +464,7 @@ def test_an_index_is_kept_in_a_folder_whose_name_is_not_utf8(gallery, tmp_path):
 
 @needs_faiss
 def test_a_disk_that_fills_up_while_the_index_is_written_costs_no_answer(search, gallery, monkeypatch):
-    from retrieval.gallery import GalleryIndex
+    from retrieval.index import GalleryIndex
 
     def full(self):
         raise InputError("cannot write the index in x: No space left on device; what was there is untouched")
@@ -581,7 +581,8 @@ sys.exit(search.main(sys.argv[1:]))
 
 @needs_faiss
 def test_an_index_is_saved_each_minute(home, gallery, tmp_path, monkeypatch):
-    from retrieval import gallery as module
+    from retrieval import index as module
+    from retrieval.pictures import scan
 
     monkeypatch.setattr(module, "SAVE_PAUSE", -1)
     index = module.GalleryIndex(tmp_path, gallery, "mine", 2)
@@ -593,7 +594,7 @@ def test_an_index_is_saved_each_minute(home, gallery, tmp_path, monkeypatch):
             sizes.append(len(json.loads(table.read_text())["paths"]) if table.exists() else 0)
             yield [path], np.ones((1, 2), np.float32), {}
 
-    found, *_ = module.scan(gallery)
+    found, *_ = scan(gallery)
     index.update(found, encode)
     assert sizes[:2] == [0, 1] and len(index) == 6  # while the second was encoded the first was on disk
 
@@ -646,7 +647,7 @@ def unit(rows):
 
 def index_of(vectors, kind, folder=None):
     """A GalleryIndex of pictures "0", "1", … that exist nowhere, and what brings it up to date."""
-    from retrieval.gallery import GalleryIndex
+    from retrieval.index import GalleryIndex
 
     index = GalleryIndex(folder, "/nowhere", "f", vectors[0].size, kind)
 
@@ -702,7 +703,7 @@ def test_features_that_differ_in_the_last_bit_are_no_copies(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_copies_come_and_go_and_a_picture_stays_while_one_is_left(kind, tmp_path):
     """Each state, in memory and read again, answers as an index that was made of it at once."""
-    from retrieval.gallery import GalleryIndex
+    from retrieval.index import GalleryIndex
 
     rng = np.random.default_rng(1)
     vectors = unit(rng.normal(size=(12, 8)))
