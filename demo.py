@@ -18,9 +18,27 @@ def main(argv=None):
     stop_like_an_interrupt()  # visitors' pictures do not stay
     remove_pictures_of_dead_pages()
     with tempfile.TemporaryDirectory(prefix=f"{PREFIX}{os.getpid()}-") as folder:
-        # read when Gradio is imported: no statistics, no hub; what visitors upload goes when the page ends
-        os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_OFFLINE="1", GRADIO_TEMP_DIR=folder)
+        settle_environment(folder)
         serve_page(args)
+
+
+def settle_environment(folder):
+    """What Gradio reads when it is imported. folder: for what visitors upload; it goes when the page ends.
+
+    No statistics, no hub, no history of runs kept there. What is meant for other Gradio programs, as
+    GRADIO_ALLOWED_PATHS, opens nothing here. And no proxy: when it starts, Gradio asks its own server
+    whether it is there, and a proxy would not find that.
+    """
+    for name in [name for name in os.environ if name.startswith("GRADIO_") and name != "GRADIO_ROOT_PATH"]:
+        del os.environ[name]
+    os.environ.update(
+        GRADIO_ANALYTICS_ENABLED="False",
+        GRADIO_RUN_HISTORY="False",
+        GRADIO_TEMP_DIR=folder,
+        HF_HUB_OFFLINE="1",
+        NO_PROXY="*",
+        no_proxy="*",
+    )
 
 
 def remove_pictures_of_dead_pages():
@@ -36,11 +54,12 @@ def remove_pictures_of_dead_pages():
 def serve_page(args):
     from retrieval.encoders import open_run
     from retrieval.gallery import open_gallery
-    from retrieval.page import Page, build, gallery_title, serve
+    from retrieval.page import Page, build, gallery_title, port_to_listen_on, serve
     from utils.extras import extra
 
     extra("faiss")
     extra("gradio", "requirements-demo.txt")
+    port_to_listen_on(args.host, args.port)  # before the gallery is encoded: that may take long
     encoders = open_run(args)
     index = open_gallery(encoders, args, say)
     page = Page(encoders, index, args.top_k, args.max_pictures, args.duplicates)

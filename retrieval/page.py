@@ -8,6 +8,7 @@ import copy
 import functools
 import html
 import os
+import socket
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -286,7 +287,7 @@ def serve(blocks, host, port, max_upload):
     try:
         _, address, _ = blocks.launch(
             server_name=f"[{host}]" if ":" in host else host,  # as an address writes IPv6
-            server_port=port or free_port(host),
+            server_port=port or port_to_listen_on(host, port),
             max_file_size=f"{max_upload}mb",
             allowed_paths=[],
             share=False,
@@ -297,18 +298,27 @@ def serve(blocks, host, port, max_upload):
             css=CSS,
             prevent_thread_lock=True,
         )
-    except OSError as error:
-        raise InputError(f"cannot listen on {host}:{port} ({error}): give another --port") from None
+    except OSError as error:  # taken since it was found free
+        raise cannot_listen(host, port, error) from None
     return address
 
 
-def free_port(host):
-    import socket
-
+def port_to_listen_on(host, port):
+    """The port, or one that is free for 0; InputError where a page cannot be served there."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.bind((host, 0))
-        return probe.getsockname()[1]
+    try:
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # one left a moment ago is free
+            probe.bind((host, port))
+            return probe.getsockname()[1]
+    except OSError as error:
+        raise cannot_listen(host, port, error) from None
+
+
+def cannot_listen(host, port, error):
+    return InputError(
+        f"cannot listen on {host}:{port} ({error.strerror or 'it is in use'}): give another --port or --host"
+    )
 
 
 def gallery_title(index):

@@ -496,25 +496,31 @@ def test_a_folder_with_too_many_files_or_without_a_picture_is_refused(home, tmp_
         page.search("x" * 20_001, None)
 
 
-def test_a_port_in_use_is_one_sentence(address, home, imgs):
-    words = [
-        "--config_file",
-        home / "run",
-        "--gallery",
-        imgs,
-        "--device",
-        "cpu",
-        "--port",
-        address.rsplit(":", 1)[1],
-    ]
+@pytest.mark.parametrize(
+    "host, why", [("127.0.0.1", "Address already in use"), ("nowhere.invalid", ""), ("192.0.2.1", "assign")]
+)
+def test_where_a_page_cannot_be_served_is_told_before_anything_is_encoded(host, why, address, home, imgs):
+    port = address.rsplit(":", 1)[1]
+    words = ["--config_file", home / "run", "--gallery", imgs, "--device", "cpu", "--host", host]
     done = subprocess.run(
-        [sys.executable, "demo.py", *map(str, words)],
+        [sys.executable, "demo.py", *map(str, words), "--port", port],
         cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=PATIENCE,
     )
-    assert done.returncode == 2 and "give another --port" in done.stderr and "Traceback" not in done.stderr
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 2 and line.startswith(f"error: cannot listen on {host}:{port} (")
+    assert why in line and "give another --port or --host" in line
+
+
+def test_a_proxy_or_what_other_gradio_programs_are_told_changes_nothing(home, imgs):
+    proxy = "http://127.0.0.1:9"  # where nobody answers
+    told = {"http_proxy": proxy, "ALL_PROXY": proxy, "no_proxy": "", "GRADIO_ALLOWED_PATHS": str(imgs)}
+    with served(home, imgs, **told, GRADIO_SHARE="True", GRADIO_MCP_SERVER="True") as address:
+        assert status_of(address)[0] == 200
+        (picture, *_) = sorted(imgs.rglob("*.jpg"))
+        assert status_of(f"{address}/gradio_api/file={picture}")[0] == 403
 
 
 # ---- small copies ----
