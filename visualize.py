@@ -1,5 +1,6 @@
 """Pictures of a run: `python visualize.py --config_file RUN --worst 20 --cmc`, and see --help."""
 
+import os
 from pathlib import Path
 
 from utils.data_sets import name_of
@@ -41,7 +42,10 @@ def words(args, folder):
     encoders = open_run(args)
     if notice := cut_notice(encoders, sentence):
         print(printable(notice))
-    path = folder / f"words_{Path(args.image).stem}.png"
+    name = Path(args.image).stem
+    if len(os.fsencode(name)) > 240:  # together it would be longer than file systems take
+        name = name[:60]
+    path = folder / f"words_{name}.png"
     save_picture(draw_word_maps(picture, word_maps(encoders, sentence, picture, args.words_by)), path)
     return [path]
 

@@ -3,6 +3,8 @@
 import bisect
 import functools
 import io
+import math
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,12 +13,13 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from datasets.transforms import as_rgb, open_image, resized
 from utils.errors import InputError, printable
-from utils.files import write_whole
+from utils.files import cannot_write, write_whole
 
 GREEN, RED, GREY, INK, PAPER = (34, 160, 70), (205, 50, 45), (190, 190, 190), (30, 30, 30), (255, 255, 255)
 CELL = (96, 256)  # width, height of an image
 BORDER, GAP, MARGIN, TEXT, FOOT = 5, 10, 18, 46, 20
 LINE_HEIGHT = 22  # of text
+MOST_PIXELS = 1 << 28  # of a sheet: 1 GiB of memory
 BETWEEN = 16  # more space between two queries than between two lines of one
 ACROSS = 12  # images side by side; more go below
 STEP, LINE = CELL[0] + 2 * BORDER + GAP, CELL[1] + 2 * BORDER + FOOT + GAP  # from one image to the next
@@ -43,6 +46,10 @@ def picture_format(path):
         raise InputError(f"cannot write the picture {path}: give it a name that ends in .png or .jpg")
     if not Path(path).parent.is_dir():
         raise InputError(f"cannot write the picture {path}: there is no folder {Path(path).parent}")
+    if os.path.isdir(path):
+        raise InputError(f"cannot write the picture {path}: that is a folder")
+    if why := cannot_write(Path(path).parent):
+        raise InputError(f"cannot write the picture {path}: {why}")
     return kind
 
 
@@ -62,7 +69,12 @@ def contact_sheet(rows):
     most = max(min(len(found), ACROSS) for _, found in rows)
     width = width_of(most)
     heights = [TEXT + max(1, -(-len(found) // ACROSS)) * LINE + BETWEEN for _, found in rows]
-    sheet = Image.new("RGB", (width, 2 * MARGIN + sum(heights) - GAP - BETWEEN), PAPER)
+    size = width, 2 * MARGIN + sum(heights) - GAP - BETWEEN
+    if math.prod(size) > MOST_PIXELS:
+        raise InputError(
+            f"{len(rows)} queries are too many for one picture of {size[0]}x{size[1]}: draw fewer"
+        )
+    sheet = Image.new("RGB", size, PAPER)
     draw, font = ImageDraw.Draw(sheet), font_of(16)
     y = MARGIN
     for (sentence, found), height in zip(rows, heights, strict=True):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from retrieval.contact_sheet import Found, draw_contact_sheet
+from retrieval.contact_sheet import Found, contact_sheet, draw_contact_sheet
 from tests.full_disk import limited
 from utils.errors import InputError
 
@@ -162,3 +162,9 @@ def test_a_frame_is_equally_thick_on_all_sides(images, tmp_path):
 def test_nothing_to_draw_is_an_error(tmp_path):
     with pytest.raises(InputError, match="no query"):
         draw_contact_sheet([], tmp_path / "sheet.png")
+
+
+def test_more_queries_than_a_picture_can_hold_are_one_sentence(images):
+    rows = [("a man", [Found(images[0], 0.5, None)])] * 3000
+    with pytest.raises(InputError, match="3000 queries are too many for one picture of 480x"):
+        contact_sheet(rows)

@@ -16,7 +16,7 @@ from tests import children
 from tests.full_disk import limited
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.errors import InputError
-from utils.files import link_or_copy, remove_leftovers, whole_file, write_whole
+from utils.files import link_or_copy, make_folder, remove_leftovers, whole_file, write_whole
 from utils.run import keep_log, setup_logger
 
 MIB = 1 << 20
@@ -58,6 +58,21 @@ def test_text_that_does_not_fit_leaves_the_earlier_text(tmp_path):
     ):
         write_whole(path, "x" * (3 * MIB))
     assert path.read_text() == "earlier" and names(tmp_path) == ["results.json"]
+
+
+@pytest.mark.parametrize("name", ["n" * 251 + ".png", "名" * 83 + ".png"])
+def test_a_name_as_long_as_can_be_is_written(name, tmp_path):
+    write_whole(tmp_path / name, "first")
+    write_whole(tmp_path / name, "second")
+    assert (tmp_path / name).read_text() == "second" and names(tmp_path) == [name]
+
+
+@pytest.mark.skipif(
+    not os.path.isdir("/proc/self"), reason="a folder that takes no file, not even root's: /proc"
+)
+def test_a_folder_that_takes_no_file_is_told_when_it_is_asked_for():
+    with pytest.raises(InputError, match=r"cannot write in the folder /proc: .* \(see --output\)"):
+        make_folder("/proc", "--output")
 
 
 def test_an_error_in_the_block_leaves_the_earlier_file(tmp_path):

@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import tempfile
+import zlib
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -28,6 +29,7 @@ def uninterrupted():
 
 
 SOCKET = "/pymp-12345678/listener-12345678"  # what multiprocessing adds to the folder for temporary files
+LONGEST_NAME = 255  # bytes of a file's
 LONGEST = 103  # bytes of a socket's path, where they are fewest
 
 
@@ -46,6 +48,14 @@ def room_for_sockets():
     )
 
 
+def name_beside(path):
+    """Of what becomes `path` once it is whole; remove_leftovers finds it, but for names as long as can be."""
+    name = f".{path.name}.{os.getpid()}"
+    if len(os.fsencode(name)) > LONGEST_NAME:
+        name = f".{zlib.crc32(os.fsencode(path.name)):08x}.{os.getpid()}"
+    return path.with_name(name)
+
+
 @contextmanager
 def whole_file(path, needed=None):
     """Open a binary file that becomes `path` at the end of the block, or leaves what was there untouched.
@@ -53,7 +63,7 @@ def whole_file(path, needed=None):
     A full disk or a read-only folder is an InputError; needed: how many bytes it will take, for that message.
     """
     path = Path(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside = name_beside(path)
     try:
         with open(beside, "wb") as file:
             yield file
@@ -81,11 +91,23 @@ def neighbours(path, suffixes):
 
 
 def make_folder(path, option):
-    """Make a folder, and those above it, where it is not there; option: the flag that names it."""
+    """Make a folder, and those above it, where it is not there; option: the flag that names it. InputError
+    too where nothing can be written in it, so that this is known before the work."""
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot make the folder {path}: {error.strerror} (see {option})") from None
+    if why := cannot_write(path):
+        raise InputError(f"cannot write in the folder {path}: {why} (see {option})")
+
+
+def cannot_write(folder):
+    """Why no file can be made in a folder, or None."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return None
+    except OSError as error:
+        return error.strerror
 
 
 def remove(path):
@@ -119,7 +141,7 @@ def write_whole(path, data):
 
 def link_or_copy(source, target):
     """Give a file a second name; where the file system has no hard links, a whole copy."""
-    beside = target.with_name(f".{target.name}.{os.getpid()}")
+    beside = name_beside(target)
     try:
         os.link(source, beside)
         os.replace(beside, target)
@@ -135,7 +157,7 @@ def remove_leftovers(folder, name="*"):
     for path in Path(folder).glob(f".{name}.[0-9]*"):
         pid = path.name.rsplit(".", 1)[1]
         if pid.isdigit() and not lives(int(pid)):
-            remove(path)
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else remove(path)
 
 
 def lock(file, wait=False):
