@@ -79,11 +79,11 @@ def read_sentences(path):
     if path is None:
         return []
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")  # not at what else may end a line
     except OSError as error:
         raise InputError(f"--query_file {path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise InputError(f"--query_file {path} is not a text file in UTF-8") from None
+        raise InputError(f"--query_file {path} is not a text file in UTF-8: save it as one") from None
     sentences = [line for line in lines if line.strip()]
     if not sentences:
         raise InputError(f"--query_file {path} holds no sentence: one a line is wanted")

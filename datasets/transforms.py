@@ -2,6 +2,7 @@
 to floats, so that bytes can be kept and floats made where they are needed."""
 
 import math
+import warnings
 from contextlib import contextmanager
 
 import numpy as np
@@ -20,6 +21,8 @@ LOG_RATIO = torch.tensor(ERASE_RATIO).log().tolist()  # in fp32, as torchvision 
 
 # EPS is a program, and PIL would have Ghostscript run it, also inside a file of another format (IPTC)
 EpsImagePlugin.gs_binary = False
+# of a damaged tag, of a large picture: PIL does not say of which file, and reads it all the same
+warnings.filterwarnings("ignore", module=r"PIL\.")
 TURNS = {  # EXIF's word for how a picture lies, and what sets it upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,

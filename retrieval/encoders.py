@@ -1,5 +1,6 @@
 """A trained run as two functions: sentences to features, pictures to features."""
 
+import contextlib
 import copy
 import functools
 import hashlib
@@ -11,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from datasets.image_text import finish
 from datasets.tokenizer import EOT, SimpleTokenizer, clean, plain_caption, tokenize
@@ -55,14 +56,14 @@ class Encoders:
         """[n, D]. Sentence by sentence: a query's answer does not depend on what else is asked."""
         with out_of_memory(self.device):
             features = [F.normalize(self.model.encode_text(self.tokens(text)), dim=1) for text in sentences]
-            return torch.cat(features).cpu().numpy()
+            return numbers(torch.cat(features).cpu().numpy())
 
     @torch.inference_mode()
     def image_features(self, pictures):
         """[n, D] of uint8 tensors [3, H, W], as `pixels` gives them."""
         with out_of_memory(self.device, len(pictures), "--encode_batch"):
             images = finish(torch.stack(pictures), self.device)
-            return F.normalize(self.model.encode_image(images), dim=1).cpu().numpy()
+            return numbers(F.normalize(self.model.encode_image(images), dim=1).cpu().numpy())
 
     def pixels(self, path):
         return resize(open_picture(path), self.img_size)
@@ -85,10 +86,6 @@ class Encoders:
                 good = [(path, read) for path, read in results if isinstance(read, torch.Tensor)]
                 bad = {path: read for path, read in results if isinstance(read, InputError)}
                 features = self.image_features([r for _, r in good]) if good else np.zeros((0, self.width))
-                if not np.isfinite(features).all():
-                    raise InputError(
-                        "the features of this model are not numbers, so nothing can be searched with it"
-                    )
                 yield [p for p, _ in good], features.astype(np.float32, copy=False), bad
 
     def _read(self, path):
@@ -96,6 +93,12 @@ class Encoders:
             return self.pixels(path)
         except InputError as error:
             return error
+
+
+def numbers(features):
+    if not np.isfinite(features).all():
+        raise InputError("the features of this model are not numbers: it cannot be used")
+    return features
 
 
 def open_run(args):
@@ -121,7 +124,7 @@ def fingerprint_of(weights, img_size, stride_size, *more):
     digest = hashlib.blake2b(applied.encode(), digest_size=16)
     for name in sorted(name for name in weights if PARTS[name.split(".")[0]].encodes):
         digest.update(f"{name} {list(weights[name].shape)}".encode())
-        digest.update(weights[name].contiguous().numpy())
+        digest.update(weights[name].reshape(-1).view(torch.uint8).numpy())  # its bytes, of bfloat16 too
     return digest.hexdigest()
 
 
@@ -145,13 +148,33 @@ def open_picture(path, box=None):
     except IsADirectoryError:
         raise InputError(f"{shown(path)} is a folder, not a picture") from None
     except UnidentifiedImageError:
-        raise NotAPicture(f"{shown(path)} is not a picture that Pillow can read") from None
+        raise NotAPicture(f"{shown(path)} is not a picture that Pillow can read{what_it_is(path)}") from None
+    except Image.DecompressionBombError:
+        most = 2 * Image.MAX_IMAGE_PIXELS // 10**6
+        raise NotAPicture(
+            f"the picture {shown(path)} has too many pixels: make it smaller, at most {most} million are read"
+        ) from None
+    except MemoryError:
+        raise InputError(f"there is not enough memory to read the picture {shown(path)}") from None
     except Exception as error:  # whatever a decoder trips over, the file is no whole picture
         # what the system says, of a permission, of a disk that is away: another time it may be a picture
         system = getattr(error, "strerror", None)
         reason = system or str(error) or type(error).__name__
         kind = InputError if system else NotAPicture
         raise kind(f"the picture {shown(path)} cannot be read ({reason})") from None
+
+
+def what_it_is(path):
+    """' (it is empty)': why a file that is named like a picture is none, where its first bytes tell."""
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        begin = file.read(32)
+        if not begin:
+            return " (it is empty)"
+        if begin[4:8] == b"ftyp":
+            return " (it is HEIC or a film, whatever its name says: export it as JPEG first)"
+        if begin.startswith(b"version https://git-lfs"):
+            return " (only Git LFS's note of it is here: run git lfs pull)"
+    return ""
 
 
 def enough(size, box):
@@ -168,7 +191,7 @@ def shown(text):
 
 def checked_sentence(sentence, what="the query", plain=False):
     """plain: whether it is read without punctuation; see datasets.tokenizer.SimpleTokenizer."""
-    if not sentence.strip():
+    if not clean(sentence):  # as the model gets it
         raise InputError(f"{what} is empty: describe a person in a sentence")
     if plain and not plain_caption(clean(sentence)):
         raise InputError(

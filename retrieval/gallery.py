@@ -2,15 +2,14 @@
 
 import contextlib
 import os
-import tempfile
 from pathlib import Path
 
 from retrieval.encoders import shown
 from retrieval.index import TABLE, GalleryIndex, has_moved, in_common, read_table
-from retrieval.pictures import scan, stamps_of
+from retrieval.pictures import NOT_READ, scan, stamps_of
 from utils.data_sets import ignored_name
 from utils.errors import InputError
-from utils.files import lock
+from utils.files import cannot_write, lock
 from utils.progress import progress_bar
 
 
@@ -83,16 +82,17 @@ def open_gallery(encoders, args, say):
             raise InputError(
                 f"there is no picture in {args.gallery} or below it"
                 + (f" ({others.total()} files, none with a picture's suffix)" if others else "")
-                + heic_hint(others)
+                + unread_hint(others)
             )
         if others:
-            say(f"{plural(others.total(), 'file')} without a picture's suffix passed over{heic_hint(others)}")
+            number = plural(others.total(), "file")
+            say(f"{number} without a picture's suffix passed over{unread_hint(others)}")
     else:
         if ignored := ignored_name(args):
             say(ignored)
         gallery, found = split_pictures(args)
     folder = kept_folder(encoders, args, gallery, found, say)
-    unwritable = cannot_write(folder)  # known before an hour of encoding, not after it
+    unwritable = cannot_be_kept(folder)  # known before an hour of encoding, not after it
     with locked(folder, say):
         known = (folder, gallery, encoders.fingerprint, encoders.width)
         index = GalleryIndex(*known) if args.rebuild else GalleryIndex.load(*known, None if away else found)
@@ -122,19 +122,18 @@ def open_gallery(encoders, args, say):
     return index
 
 
-def cannot_write(folder):
+def cannot_be_kept(folder):
     """Why nothing can be written in a folder, which is made if it is not there; or None."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return None
     except OSError as error:
         return error.strerror
+    return cannot_write(folder)
 
 
-def heic_hint(others):
-    """What to do where files of a phone's format were passed over."""
-    found = [suffix for suffix in (".heic", ".heif") if others[suffix]]
+def unread_hint(others):
+    """What to do where files of a phone's or a camera's format were passed over."""
+    found = sorted(NOT_READ & others.keys())
     return f"; {' and '.join(found)} are not read here: export them as JPEG first" if found else ""
 
 

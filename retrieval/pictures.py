@@ -14,6 +14,14 @@ from utils.errors import InputError
 
 UNSURE, COARSE = 0, 2_000_000_000  # a time of change that none has; the coarsest clock of a file system, ns
 NOWHERE = (errno.ENOENT, errno.ELOOP)  # it went away, or is a link to nothing
+NOT_LOOKED_INTO = {  # in lower case: thumbnails, and what was deleted, of network storage and of systems
+    *("@eadir", "@recycle", "#recycle", "#snapshot"),
+    *("$recycle.bin", "system volume information", "lost+found", "__macosx"),
+}
+NOT_READ = frozenset(  # suffixes of pictures that Pillow does not read: of phones, of cameras, of drawings
+    ".heic .heif .hif .jxl .cr2 .cr3 .crw .nef .nrw .arw .sr2 .srf .dng .orf .rw2 .raf .pef .srw .x3f .3fr "
+    ".svg .xcf .psb".split()
+)
 
 
 class Stamp(NamedTuple):
@@ -67,7 +75,8 @@ def scan(folder):
     {folder: why it, or a file in it, cannot be read}).
 
     A picture is a file that bears one of the suffixes that Pillow opens: no pipe, which nobody may ever fill.
-    Hidden files and folders are passed over; links are followed, each folder is looked into once.
+    Hidden files and folders, and those NOT_LOOKED_INTO, are passed over; links are followed, each folder is
+    looked into once.
     """
     Image.init()
     suffixes = {suffix for suffix, name in Image.registered_extensions().items() if name in Image.OPEN}
@@ -82,7 +91,9 @@ def scan(folder):
             folders[:] = []
             continue
         visited.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        folders[:] = sorted(
+            name for name in folders if not name.startswith(".") and name.lower() not in NOT_LOOKED_INTO
+        )
         for name in files:
             if name.startswith("."):
                 continue

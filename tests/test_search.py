@@ -272,9 +272,30 @@ def test_an_unreadable_picture_is_a_line_and_the_search_goes_on(search, gallery)
 
 
 @needs_faiss
-@pytest.mark.parametrize("query", ["", "   ", "\n"])
+@pytest.mark.parametrize("query", ["", "   ", "\n", "&nbsp;", "\x01\x02"])
 def test_an_empty_query_is_refused(search, gallery, query):
     assert one_sentence(search("--gallery", gallery, "--query", query), "query 1 is empty")
+
+
+@needs_faiss
+def test_a_line_of_the_query_file_is_one_query_whatever_it_holds(search, gallery, tmp_path):
+    (tmp_path / "lines.txt").write_bytes("\ufeffa man\u2028in red\r\n\r\na \x0cwoman\x85 in blue\n".encode())
+    words = ("--gallery", gallery, "--query_file", tmp_path / "lines.txt", "--json", "--top_k", 1)
+    records = json.loads(search(*words)[1])
+    assert [record["query"] for record in records] == ["a man\u2028in red", "a \x0cwoman\x85 in blue"]
+
+
+@needs_faiss
+def test_a_model_whose_features_are_no_numbers_is_one_sentence_and_never_nan(home, search, gallery, tmp_path):
+    state = torch.load(home / "run" / "best.pth")
+    state["model"]["base_model.text_projection"] *= float("nan")
+    torch.save(state, tmp_path / "nan.pth")
+    words = ("--gallery", gallery, "--query", QUERY, "--json", "--checkpoint", tmp_path / "nan.pth")
+    assert one_sentence(search(*words), "features of this model are not numbers")
+
+
+def test_no_gallery_named_at_all_is_one_sentence(search):
+    assert one_sentence(search("--gallery", "", "--query", QUERY), "no such folder")
 
 
 @needs_faiss
@@ -417,16 +438,78 @@ def test_linked_folders_are_searched_each_once(search, gallery, tmp_path):
     assert status == 0 and len(answers(out)[0]) == 7
 
 
-def test_a_phones_format_is_named(search, tmp_path):
+@pytest.mark.parametrize(
+    "names, said",
+    [(["IMG_1.HEIC"], ".heic are"), (["a.CR2", "b.jxl", "c.txt"], ".cr2 and .jxl are")],
+)
+def test_a_format_of_phones_or_cameras_is_named(names, said, search, tmp_path):
     (tmp_path / "phone").mkdir()
-    (tmp_path / "phone" / "IMG_1.HEIC").write_bytes(b"0")
+    for name in names:
+        (tmp_path / "phone" / name).write_bytes(b"0")
     status, _, err = search("--gallery", tmp_path / "phone", "--query", QUERY)
-    assert status == 2 and ".heic are not read here: export them as JPEG first" in err
+    assert status == 2 and f"; {said} not read here: export them as JPEG first" in err
+
+
+@pytest.mark.parametrize("folder", ["@eaDir", "below/@eaDir/0.jpg", "#recycle", "$RECYCLE.BIN", ".Trash"])
+def test_thumbnails_and_what_was_deleted_are_not_searched(folder, gallery):
+    from retrieval.pictures import scan
+
+    before = scan(gallery)
+    (gallery / folder).mkdir(parents=True)
+    shutil.copy(gallery / "0.jpg", gallery / folder / "thumbnail.jpg")
+    assert scan(gallery) == before
+
+
+BEGINNINGS = {  # of a file named a.jpg, and what is said of it
+    b"": "it is empty",
+    b"\0\0\0\x18ftypheic" + bytes(99): "it is HEIC",
+    b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n": "only Git LFS's note of it",
+}
+
+
+@pytest.mark.parametrize("content", BEGINNINGS)
+def test_a_file_that_is_named_like_a_picture_and_is_none_is_told_for_what_it_is(content, search, tmp_path):
+    (tmp_path / "a.jpg").write_bytes(content)
+    status, _, err = search("--gallery", tmp_path, "--image", tmp_path / "a.jpg")
+    assert status == 2 and f"a.jpg is not a picture that Pillow can read ({BEGINNINGS[content]}" in err
+
+
+def test_of_a_picture_with_too_many_pixels_the_most_is_told(search, tmp_path, monkeypatch):
+    Image.new("L", (90, 90)).save(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4000)
+    status, _, err = search("--gallery", tmp_path, "--image", tmp_path / "a.png")
+    assert status == 2 and "a.png has too many pixels: make it smaller, at most" in err
 
 
 @needs_faiss
-@pytest.mark.parametrize("target", ["none/r.png", "r.docx"])
+def test_a_picture_for_which_memory_lacked_is_tried_again(search, gallery, monkeypatch):
+    from retrieval import encoders
+
+    def scarce(path):
+        raise MemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(encoders, "open_image", scarce)
+        status, _, err = search("--gallery", gallery, "--query", QUERY)
+        assert status == 2 and err.count("not enough memory to read the picture") == 6
+    assert "6 encoded" in search("--gallery", gallery, "--query", QUERY)[2]
+
+
+def test_what_pillow_remarks_about_a_file_it_reads_is_not_shown(tmp_path):
+    """In a program of its own: pytest has its own way with warnings."""
+    transparent = bytes(range(256))
+    Image.new("P", (9, 9)).save(tmp_path / "a.png", transparency=transparent)
+    Image.new("RGB", (9, 9)).save(tmp_path / "b.jpg", exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff" + bytes(40))
+    code = "import sys; from retrieval.encoders import open_picture; [*map(open_picture, sys.argv[1:])]"
+    words = [sys.executable, "-c", code, tmp_path / "a.png", tmp_path / "b.jpg"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+
+
+@needs_faiss
+@pytest.mark.parametrize("target", ["none/r.png", "r.docx", "folder.png", "/proc/r.png"])
 def test_a_result_that_cannot_be_drawn_is_told_before_anything_is_encoded(target, search, gallery, tmp_path):
+    (tmp_path / "folder.png").mkdir()
     status, _, err = search("--gallery", gallery, "--query", QUERY, "--save", tmp_path / target)
     assert status == 2 and "cannot write the picture" in err and "encoded" not in err
     assert not (tmp_path / "index").exists()

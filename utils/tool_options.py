@@ -1,6 +1,6 @@
 """The options of search.py, demo.py, visualize.py and export.py, checked; without torch, so at once."""
 
-from pathlib import Path
+import os
 
 from utils.errors import InputError
 from utils.options import parser_of, tool_args
@@ -16,9 +16,9 @@ def search_args(argv=None, program="search"):
         raise InputError(
             "give either --gallery FOLDER, your own pictures, or --split test, those of the data set"
         )
-    if args.gallery is not None and not Path(args.gallery).is_dir():
-        what = "that is a file" if Path(args.gallery).exists() else "no such folder"
-        raise InputError(f"--gallery {args.gallery}: {what}")
+    if args.gallery is not None and not os.path.isdir(args.gallery):  # "" is none
+        what = "that is a file" if os.path.exists(args.gallery) else "no such folder"
+        raise InputError(f"--gallery {args.gallery or repr('')}: {what}")
     return args
 
 
