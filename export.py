@@ -2,13 +2,14 @@
 
 from pathlib import Path
 
-from utils.errors import printable, reports_errors
+from utils.errors import printable, reports_errors, stop_like_an_interrupt
 from utils.tool_options import export_args
 
 
 @reports_errors
 def main(argv=None):
     args = export_args(argv)
+    stop_like_an_interrupt()  # nothing half-written stays
 
     from retrieval.encoders import open_run
     from retrieval.export import export

@@ -6,7 +6,6 @@ import logging
 import math
 import os
 import shutil
-import tempfile
 import warnings
 from pathlib import Path
 
@@ -20,12 +19,15 @@ from model.irra import at_eot
 from model.pretrained import architecture, image_grid, new_clip
 from model.weights_file import POSITIONS_GRID
 from retrieval.cards import model_card
+from retrieval.encoders import numbers
 from retrieval.transformers_clip import fast_tokenizer, their_settings, their_weights
 from utils.errors import InputError
 from utils.extras import extra
+from utils.files import name_beside, remove_leftovers, uninterrupted
 
 MOST = 1e-4  # the largest difference that is accepted, absolute, of features that are not normalised
 OPSET = 18
+FACTS = "irra.json"  # by which an export is known
 SENTENCES = (  # what the exported text encoder is checked with: short, with a mask and marks, cut at the end
     "a woman in a red coat with a black bag",
     "man",
@@ -51,15 +53,19 @@ def export(encoders, args, kind, folder):
 
     It appears there once its features have been compared with the run's. Returns the largest difference.
     """
-    folder = Path(folder)
+    folder = Path(os.path.abspath(folder))
+    check_place(folder)
     if encoders.model.selects:
         raise InputError(
             f"the {kind} form has no place for the second embedding of this run (--token_selection): search "
             "with the run itself"
         )
+    beside = name_beside(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        remove_leftovers(folder.parent, folder.name)  # of an export that was killed
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir()
     except OSError as error:
         raise InputError(f"cannot make {folder}: {error.strerror} (see --output)") from None
     try:
@@ -70,12 +76,10 @@ def export(encoders, args, kind, folder):
                 f"the {kind} form gives other features than the run (largest difference {difference:.1e}, at "
                 f"most {MOST} is accepted), so nothing is written"
             )
-        write_json(beside / "irra.json", facts)
+        write_json(beside / FACTS, facts)
         shutil.copy(vocabulary_file(), beside / VOCABULARY)
         (beside / "README.md").write_text(model_card(args, facts, kind, difference), encoding="utf-8")
-        folder.mkdir(exist_ok=True)
-        for path in sorted(beside.iterdir()):
-            os.replace(path, folder / path.name)
+        put_in_place(beside, folder)
     except OSError as error:
         raise InputError(
             f"cannot write {folder}: {error.strerror or error}; the export is not complete"
@@ -83,6 +87,28 @@ def export(encoders, args, kind, folder):
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     return difference
+
+
+def check_place(folder):
+    """InputError where the files of an export would come among, or over, files that are none."""
+    try:
+        names = [path.name for path in folder.iterdir() if not path.name.startswith(".")]
+    except OSError:  # not there, or told where it is written
+        return
+    if names and FACTS not in names:
+        raise InputError(
+            f"{folder} holds other files than an earlier export's ({', '.join(sorted(names)[:3])}): give "
+            "another --output"
+        )
+
+
+def put_in_place(beside, folder):
+    """At once where there is no such folder yet; else in the place of an earlier export's files."""
+    if not folder.exists():
+        return os.rename(beside, folder)
+    with uninterrupted():
+        for path in sorted(beside.iterdir()):
+            os.replace(path, folder / path.name)
 
 
 def described(encoders, args):
@@ -219,7 +245,7 @@ def write_onnx(encoders, facts, folder):
 
     found = largest_difference(encoders, run("images"), read)
     one = largest_difference(encoders, run("images"), run("ids"), slice(1, 2))  # another batch size
-    return max(found, one)
+    return float(np.max([found, one]))
 
 
 def write_graph(module, example, name, path):
@@ -354,5 +380,5 @@ def largest_difference(encoders, image_features, text_features, some=slice(None)
         expected, found = own(inputs), other(inputs)
         if found.shape != expected.shape:
             return math.inf
-        differences.append(float(np.abs((expected - found).numpy()).max()))
-    return max(differences)
+        differences.append(np.abs(numbers(expected.numpy()) - found.numpy()).max())
+    return float(np.max(differences))  # of Python's max, one that is no number would be lost

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import signal
 import string
 import subprocess
 import sys
@@ -353,6 +354,65 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(room, kind, home, tmp_pa
     err = capsys.readouterr().err
     assert "File too large" in err and "not complete" in err and err.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_an_export_takes_the_place_of_an_earlier_one_and_of_nothing_else(home, tmp_path, capsys):
+    def run(folder):
+        words = [str(home / "run"), "--format", "safetensors", "--output", str(folder)]
+        return load_script("export").main(words), capsys.readouterr().err
+
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "README.md").write_text("mine")
+    status, err = run(tmp_path / "mine")
+    assert (
+        status == 2 and "holds other files than an earlier export's (README.md): give another --output" in err
+    )
+    assert (tmp_path / "mine" / "README.md").read_text() == "mine"
+    (tmp_path / "clone" / ".git").mkdir(parents=True)  # of a repository on the hub
+    ended = subprocess.run(
+        [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True
+    )
+    left = tmp_path / f".clone.{ended.stdout.strip()}"  # by an export that was killed
+    left.mkdir()
+    for _ in range(2):
+        assert run(tmp_path / "clone") == (0, "")
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["clone", "mine"]
+    assert "irra.json" in os.listdir(tmp_path / "clone")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_an_export_that_a_signal_ends_leaves_nothing(number, home, tmp_path, monkeypatch):
+    def stopped(*_):
+        os.kill(os.getpid(), number)
+
+    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGHUP)}
+    monkeypatch.setitem(export.WRITERS, "safetensors", stopped)
+    words = [str(home / "run"), "--format", "safetensors", "--output", str(tmp_path / "out")]
+    try:
+        assert load_script("export").main(words) == 130
+    finally:
+        for n, handler in before.items():
+            signal.signal(n, handler)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_whose_features_are_no_numbers_is_not_written(home, tmp_path, capsys):
+    state = torch.load(home / "run" / "best.pth")
+    state["model"]["base_model.text_projection"] *= float("nan")
+    torch.save(state, tmp_path / "nan.pth")
+    words = [str(home / "run"), "--format", "safetensors", "--checkpoint", str(tmp_path / "nan.pth")]
+    assert load_script("export").main([*words, "--output", str(tmp_path / "out")]) == 2
+    assert "not numbers" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["nan.pth"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_checkpoint_that_was_made_smaller_is_exported(dtype, home, tmp_path):
+    state = torch.load(home / "run" / "best.pth")
+    state["model"] = {name: value.to(dtype) for name, value in state["model"].items()}
+    torch.save(state, tmp_path / "small.pth")
+    words = [str(home / "run"), "--format", "safetensors", "--checkpoint", str(tmp_path / "small.pth")]
+    assert load_script("export").main([*words, "--output", str(tmp_path / "out")]) == 0
 
 
 def test_whoever_may_read_a_new_file_may_read_an_export(exported, tmp_path):
