@@ -205,6 +205,12 @@ def load_start(choice, img_size, stride_size, sizes=None, activation="auto", pos
     )
     clip = new_clip(found, img_size, stride_size, path)
     load_weights(clip, weights, path)
+    broken = [key for key, value in clip.state_dict().items() if not value.float().sum().isfinite()]
+    if broken:
+        raise InputError(
+            f"{path} holds NaN or infinity (in {len(broken)} of its tensors, {broken[0]} first): its "
+            "training had broken down before it was saved, so take an earlier one"
+        )
     return clip, start.heads
 
 

@@ -9,7 +9,7 @@ import torch
 
 from model.clip_model import ACTIVATIONS
 from model.weights_config import read_config
-from model.weights_file import check_shards, named_tensors, read_file, stored_grid
+from model.weights_file import check_shards, named_tensors, of_one_model, read_file, stored_grid
 from utils.errors import InputError
 
 
@@ -110,7 +110,7 @@ FORMS = (
 # of CLIP's files, and nothing of IRRA's encoders; simclr_mlp is a head of TBPS-CLIP
 DROPPED = re.compile(
     r"logit_scale|logit_bias|input_resolution|context_length|vocab_size|mask[12]|temperature|simclr_mlp\..*"
-    r"|(.*\.)?(attn_mask|position_ids)"
+    r"|n_averaged|(.*\.)?(attn_mask|position_ids)"
 )
 
 
@@ -124,7 +124,11 @@ class Family(NamedTuple):
 
 TRUNK = r"(visual\.trunk|visual|vision_model|image_encoder\.model)\."
 FAMILIES = (  # the first one that fits; more special ones come first
-    Family("LoRA adapters (PEFT) alone, without the model that they adapt", (r".*\.lora_[AB]\..*",)),
+    Family(
+        "a model with LoRA adapters that are yet to be merged into it, or these alone (merge_and_unload of "
+        "PEFT merges them)",
+        (r".*lora_[AB]\b.*",),
+    ),
     Family("Perception Encoder", (r"visual\.trunk\.attn_pool\.latent", r"visual\.trunk\.cls_token")),
     Family("SigLIP", (r"visual\.trunk\.attn_pool\.latent|vision_model\.head\.probe",)),
     Family("EVA-CLIP", (rf"{TRUNK}blocks\.0\.(attn\.(q_bias|q_proj.*|inner_attn_ln.*)|mlp\.(w1|fc1_g).*)",)),
@@ -173,7 +177,7 @@ def read_start(path):
     if path.suffix == ".json" and path.is_file():
         check_shards(path)
     tree = read_file(path)
-    weights = named_tensors(tree, path)
+    weights, others = of_one_model(named_tensors(tree, path), path)
     form = next((form for form in FORMS if has(weights, form.key)), None)
     trained, heads, own = form is FORMS[0], {}, {}
     if trained:
@@ -195,6 +199,8 @@ def read_start(path):
     recognised = f"{path}: {form.name}" + (f"; left out: {', '.join(dropped)}" if dropped else "")
     if heads:
         recognised += f"; heads beside it: {', '.join(sorted({key.split('.')[0] for key in heads}))}"
+    if others:
+        recognised += f"; left out beside it: {', '.join(sorted({key.split('.')[0] for key in others}))}"
     facts = {**known, **facts, **own}
     return Start(path, weights, heads, trained, facts, image, stored_grid(path), (recognised, *notes))
 

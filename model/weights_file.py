@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from utils.checkpoint import load_plain, refuse_other_files
+from utils.checkpoint import load_plain, plain_names, refuse_other_files, weights_in
 from utils.errors import InputError, first_line
 
 POSITIONS_GRID = "image_positions"  # in the header of an exported safetensors file: "24x8", rows x columns
@@ -27,7 +27,7 @@ def read_file(path):
     path = Path(path)
     if not path.is_file():
         raise InputError(f"no file of weights at {path}")
-    if not _is_safetensors(path):
+    if path.suffix != ".json" and not _is_safetensors(path):
         refuse_other_files(path)
     if shard := re.search(r"-(\d{5})-of-(\d{5})\.", path.name):
         raise InputError(
@@ -97,26 +97,47 @@ def check_shards(index):
         )
 
 
-WRAPPERS = ("state_dict", "model", "model_state_dict", "module")  # a training's file holds its weights there
-PREFIXES = ("module.", "_orig_mod.", "model.", "clip.", "clip_model.")  # of DataParallel, compile, others
+PREFIXES = ("model.", "clip.", "clip_model.")  # of models that hold a CLIP
+# a weight of every image encoder, behind what is before the names of the model that it belongs to
+OF_IMAGES = re.compile(
+    r"(.*?)(base_model\.)?(visual\.conv1\.weight|vision_model\.embeddings\.class_embedding)"
+)
 
 
 def named_tensors(tree, path):
     """The state dict in what a file holds, its names without what a training put before them all."""
-    while isinstance(tree, dict):
-        inner = next((tree[name] for name in WRAPPERS if isinstance(tree.get(name), dict)), None)
-        if inner is None:
-            break
-        tree = inner
+    tree = weights_in(tree)
     if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
         raise InputError(f"{path} is not a state dict of CLIP: it holds no named tensors")
-    tensors = {key: value for key, value in tree.items() if isinstance(value, torch.Tensor)}
+    tensors = {key: value for key, value in plain_names(tree).items() if isinstance(value, torch.Tensor)}
+    if tree and not tensors:
+        raise InputError(f"{path} is not a state dict of CLIP: it holds no named tensors, but {_named(tree)}")
     while tensors:
         prefix = next((p for p in PREFIXES if all(key.startswith(p) for key in tensors)), None)
         if prefix is None:
             break
         tensors = {key[len(prefix) :]: value for key, value in tensors.items()}
     return tensors
+
+
+def of_one_model(tensors, path):
+    """(a CLIP's tensors by its own names, the names of those beside it) where it is a part of a model that a
+    file holds, such as `backbone.visual.…` beside `criterion.…`. InputError where there are several."""
+    found = {match[1] for key in tensors if (match := OF_IMAGES.fullmatch(key))}
+    if not found or "" in found:
+        return tensors, []
+    if len(found) > 1:
+        raise InputError(
+            f"{path} holds several models ({_named(sorted(found))}): save the state dict of one of them alone"
+        )
+    (prefix,) = found
+    own = {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
+    return own, [key for key in tensors if not key.startswith(prefix)]
+
+
+def _named(names):
+    names = list(names)
+    return ", ".join(map(str, names[:5])) + (", …" if len(names) > 5 else "")
 
 
 # ---- TorchScript archives ----

@@ -529,8 +529,20 @@ def test_a_checkpoint_published_from_several_gpus_is_one(tmp_path):
     torch.save({"model": {f"module.{key}": value for key, value in weights.items()}}, tmp_path / "best.pth")
     found = load_checkpoint(tmp_path / "best.pth")["model"]
     assert found.keys() == weights.keys() and all(torch.equal(found[key], weights[key]) for key in weights)
-    torch.save({"model": {"module.a": torch.ones(1), "b": torch.ones(1)}}, tmp_path / "mixed.pth")
-    assert set(load_checkpoint(tmp_path / "mixed.pth")["model"]) == {"module.a", "b"}
+    torch.save({"model": {"module.a": torch.ones(1), "a": torch.zeros(1)}}, tmp_path / "mixed.pth")
+    assert set(load_checkpoint(tmp_path / "mixed.pth")["model"]) == {"module.a", "a"}
+
+
+@pytest.mark.parametrize("wrapped", [lambda w: w, lambda w: {"state_dict": w}, lambda w: {"model": w}])
+def test_a_forks_weights_are_found_however_they_were_saved(wrapped, model, tmp_path):
+    """The model alone, under another name, and compiled."""
+    weights = model.state_dict()
+    named = {f"_orig_mod.{key}": value for key, value in weights.items()}
+    for number, saved in enumerate((weights, named)):
+        torch.save(wrapped(dict(saved)), tmp_path / f"{number}.pth")
+        found = load_checkpoint(tmp_path / f"{number}.pth")["model"]
+        assert list(found) == list(weights)
+        assert all(torch.equal(found[key], value) for key, value in weights.items())
 
 
 # ---- what programs made of the published one leave ----

@@ -1,8 +1,14 @@
 """Every form of CLIP weights gives the features of the library that wrote it; others are refused by name."""
 
 import json
+import pickle
 import struct
 import warnings
+import zipfile
+from argparse import Namespace
+from collections import OrderedDict
+from pathlib import PurePosixPath
+from types import SimpleNamespace
 
 import open_clip
 import pytest
@@ -15,6 +21,7 @@ from model.pretrained import arithmetic, known_grids, load_clip, resize_position
 from model.weights import FAMILIES, FORMS, read_start
 from tests.recipe import off, pixels
 from tests.tiny_run import missing
+from utils.checkpoint import OPTIONS
 from utils.errors import InputError
 
 TOLERANCE = 1e-5
@@ -287,6 +294,61 @@ def test_features_are_those_of_the_model_that_the_file_holds(name, tmp_path, cap
     assert form in caplog.text
 
 
+def under(prefix):
+    return lambda w: {f"{prefix}{key}": value for key, value in w.items()}
+
+
+WRAPPED = {  # what trainings make of a state dict
+    "under state_dict": lambda w: {"state_dict": w, "epoch": 3},
+    "under net, beside an average": lambda w: {"net": w, "ema": under("x.")(w)},
+    "under a name of one's own": lambda w: {"student": w, "optimizer": {"state": {0: {"m": IDS}}}},
+    "an average of torch's": lambda w: {"n_averaged": torch.tensor(3), **under("module.")(w)},
+    "DataParallel and compile": under("_orig_mod.module."),
+    "parts that are compiled": lambda w: {
+        key.replace("visual.", "visual._orig_mod.").replace(".mlp.", ".module.mlp."): value
+        for key, value in w.items()
+    },
+    "a part of a model": under("retriever.backbone."),
+    "beside a head": lambda w: {**under("clip_model.")(w), "prompt_learner.ctx": IDS},
+    "transformers', beside a loss": lambda w: {**under("net.")(as_transformers(w)), "loss.scale": IDS},
+    "IRRA's, compiled": lambda w: {**under("_orig_mod.base_model.")(w), "_orig_mod.classifier.bias": IDS},
+    "options of argparse": lambda w: {"model": w, "args": Namespace(lr=1, at=PurePosixPath("a/b"))},
+    "options of types": lambda w: {"model": w, "args": SimpleNamespace(lr=1)},
+}
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("name", WRAPPED)
+def test_the_weights_are_found_in_what_trainings_wrap_them_in(name, zipped, tmp_path):
+    model = reference(img_size=TALL)
+    path = tmp_path / "clip.pth"
+    torch.save(WRAPPED[name](weights_of(model)), path, _use_new_zipfile_serialization=zipped)
+    compare(path, model, TALL)
+
+
+def test_what_lies_beside_the_weights_and_is_left_out_is_named(tmp_path):
+    put({**under("clip_model.")(weights_of(reference())), "adapter.weight": IDS}, tmp_path / "clip.pth")
+    assert read_start(tmp_path / "clip.pth").notes[0].endswith("; left out beside it: adapter")
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_of_other_programs_beside_the_weights_are_passed_over(name, tmp_path):
+    """The file names the class, whose program need not be there."""
+    module, _, kind = name.rpartition(".")
+    data = pickle.dumps(OrderedDict(lr=1), protocol=2)
+    data = data.replace(b"ccollections\nOrderedDict", f"c{module}\n{kind}".encode())
+    assert b"OrderedDict" not in data
+    torch.save({"model": weights_of(reference())}, tmp_path / "a.pth")
+    with zipfile.ZipFile(tmp_path / "a.pth") as old, zipfile.ZipFile(tmp_path / "b.pth", "w") as new:
+        for entry in old.namelist():
+            own = old.read(entry)
+            if entry.endswith("/data.pkl"):  # {"model": …} and one more pair, before the last opcodes
+                assert own.endswith(b"s.")
+                own = own[:-2] + b"sX\x04\x00\x00\x00args" + data[2:-1] + b"s."
+            new.writestr(entry, own)
+    compare(tmp_path / "b.pth", reference(), SQUARE)
+
+
 def test_every_form_has_a_row():
     assert {form for form, *_ in ROWS.values()} == {form.name.split(" (")[0] for form in FORMS}
 
@@ -525,6 +587,9 @@ REFUSED = {  # what is in the sentence, and who writes the file
     "Chinese-CLIP": keys("bert.embeddings.word_embeddings.weight", "visual.conv1.weight"),
     "AltCLIP": keys("text_model.roberta.embeddings.word_embeddings.weight", "vision_model.x"),
     "LayerScale": keys(f"visual.transformer.{LAYER}", "token_embedding.weight"),
+    "LoRA adapters'": lambda path: put(
+        {**weights_of(reference()), "transformer.resblocks.0.attn.q_lora_A": IDS}, path / "clip.pt"
+    ),
     "LoRA adapters": keys("base_model.model.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight"),
     "an image encoder alone": keys("vision_model.embeddings.class_embedding", "visual_projection.weight"),
     "an image encoder alone'": keys("visual.conv1.weight", "visual.proj"),
@@ -553,6 +618,22 @@ REFUSED = {  # what is in the sentence, and who writes the file
     "HDF5": begins(b"\x89HDF\r\n\x1a\n"),
     "GGUF": begins(b"GGUF\x03"),
     "gzip": begins(b"\x1f\x8b\x08"),
+    "packed by tar": begins(bytes([0x70]) * 100 + bytes(157) + b"ustar\x0000"),
+    "empty": begins(b""),
+    "begins with zeros": begins(bytes(5000)),
+    "cut short": begins(b"PK\x03\x04" + bytes(range(256))),
+    'begins with "Quota exceeded': begins(b"Quota exceeded\nTry later.\n"),
+    "several models (student., teacher.)": lambda path: put(
+        {**under("student.")(weights_of(reference())), **under("teacher.")(weights_of(reference()))},
+        path / "clip.pt",
+    ),
+    "no named tensors, but weights": lambda path: put({"weights": {"layer_0": {"q": IDS}}}, path / "lora.pt"),
+    "NaN": lambda path: put(
+        {**weights_of(reference()), "ln_final.bias": torch.full((64,), torch.nan)}, path / "clip.pt"
+    ),
+    "ln_final.bias is int8": lambda path: put(
+        {**weights_of(reference()), "ln_final.bias": torch.ones(64, dtype=torch.int8)}, path / "clip.pt"
+    ),
     "damaged": lambda path: put({"positional_embedding_res": torch.zeros(248, 64)}, path / "long.pt"),
     "damaged'": lambda path: put(
         {**as_transformers(weights_of(reference())), QUERY: torch.zeros(3, 3)}, path / "clip.pt"

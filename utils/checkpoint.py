@@ -4,6 +4,7 @@ import _codecs
 import pickle
 import re
 import warnings
+import zipfile
 from collections import OrderedDict
 from pathlib import Path
 
@@ -25,8 +26,16 @@ OTHER_FILES = (  # how a file begins that holds no weights, and what it is
     (b"7z\xbc\xaf", "packed by 7-Zip: unpack it first"),
     (b"Rar!", "packed by RAR: unpack it first"),
     (b"\x93NUMPY", "one array of NumPy, not a model's weights"),
+    (bytes(64), "damaged, it begins with zeros: its machine or disk failed while it was written"),
 )
-PLAIN = [(OrderedDict, "easydict.EasyDict")]  # options that a run leaves beside its weights: read as a dict
+WRAPPERS = (
+    "state_dict",
+    "model",
+    "model_state_dict",
+    "module",
+    "net",
+)  # a training's file: its weights are there
+WRAPPED = ("module", "_orig_mod")  # what DataParallel and torch.compile put into a weight's name
 HOW = ("fused", "foreach", "capturable", "differentiable")  # PyTorch's words for ways to compute one step
 
 
@@ -67,13 +76,43 @@ def load_checkpoint(path):
         raise InputError(f"{path} is refused: {error}") from None
     except Exception as error:  # whatever PyTorch's readers trip over, the file is no checkpoint
         raise InputError(f"{path} cannot be read as a checkpoint: {first_line(error)}") from None
+    weights = weights_in(state)
+    if isinstance(weights, dict) and any(str(key).startswith("base_model.") for key in plain_names(weights)):
+        of_run = isinstance(state.get("model"), dict)
+        state = state if of_run else {"model": weights}  # a fork's, which saved the model alone
     if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
         raise InputError(f'{path} is not a checkpoint of a run: it has no "model" part')
-    weights = state["model"]
-    if weights and all(isinstance(key, str) and key.startswith("module.") for key in weights):
-        # published by a run on several GPUs, whose DistributedDataParallel was saved with it
-        state["model"] = {key.removeprefix("module."): value for key, value in weights.items()}
+    state["model"] = plain_names(state["model"])
     return state
+
+
+def weights_in(tree):
+    """The state dict in what a training's file holds: under a name of WRAPPERS, or in the only dictionary of
+    tensors; what is there itself where neither is."""
+    while isinstance(tree, dict):
+        inner = [tree[name] for name in WRAPPERS if isinstance(tree.get(name), dict)]
+        if not inner and not _has_tensors(tree):
+            inner = [part for part in tree.values() if _has_tensors(part)]
+            inner = inner if len(inner) == 1 else []
+        if not inner:
+            break
+        tree = inner[0]
+    return tree
+
+
+def _has_tensors(tree):
+    return isinstance(tree, dict) and any(isinstance(value, torch.Tensor) for value in tree.values())
+
+
+def plain_names(weights):
+    """A state dict without what DataParallel and torch.compile, of a model or of a part, put into names."""
+    if not all(isinstance(key, str) for key in weights):
+        return weights
+    plain = {
+        ".".join(part for part in key.split(".") if part not in WRAPPED): value
+        for key, value in weights.items()
+    }
+    return plain if len(plain) == len(weights) else weights
 
 
 # ---- reading without running ----
@@ -94,7 +133,7 @@ def load_plain(path, mapped=False):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL (\S+)", str(error))
-        more = f" ({named[1][:80]})" if named else ""
+        more = f" ({named[1][:80]}): save its state_dict alone" if named else ""
         if "operand 149" in str(error):  # where a pickle of protocol 4 begins
             more = " (its pickle protocol is not torch.save's own: save it without pickle_protocol)"
         raise pickle.UnpicklingError(f"it is damaged or holds more than weights{more}") from None
@@ -132,6 +171,13 @@ def _number(kind, data):
     return np.frombuffer(data, kind.dtype).item()
 
 
+def _words(*parts):
+    """Stands for a path of pathlib."""
+    return "/".join(map(str, parts))
+
+
+PATHS = ("", "Pure", "Posix", "PurePosix", "Windows", "PureWindows")
+
 NUMPY = [  # in place of NumPy's own functions, which would also read objects; by their names before 2.0 too
     (_Kind, "numpy.dtype"),
     (_Array, "numpy.ndarray"),
@@ -139,15 +185,40 @@ NUMPY = [  # in place of NumPy's own functions, which would also read objects; b
     *((_number, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
     *((_Array, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
 ]
+OPTIONS = (  # classes of options that trainings leave beside their weights, and nobody here reads
+    "argparse.Namespace",
+    "types.SimpleNamespace",
+    "easydict.EasyDict",
+    "addict.addict.Dict",
+    "yacs.config.CfgNode",
+    "fvcore.common.config.CfgNode",
+    "pytorch_lightning.utilities.parsing.AttributeDict",
+    "lightning.pytorch.utilities.parsing.AttributeDict",
+    "lightning.fabric.utilities.data.AttributeDict",
+    "lightning_fabric.utilities.data.AttributeDict",
+)
+PLAIN = [  # stand-ins without any power of their own
+    *((OrderedDict, name) for name in OPTIONS),
+    *((_words, f"{room}.{kind}Path") for room in ("pathlib", "pathlib._local") for kind in PATHS),
+]
 
 
 def refuse_other_files(path):
     """InputError that says what a file is, where its first bytes are of something else than weights."""
     with open(path, "rb") as file:
-        begin = file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()
-    for start, what in OTHER_FILES:
-        if begin.startswith(start):
-            raise InputError(f"{path} is {what}")
+        raw = file.read(512)
+    begin = raw.removeprefix(b"\xef\xbb\xbf").lstrip()
+    what = next((what for start, what in OTHER_FILES if begin.startswith(start)), None)
+    if not raw:
+        what = "empty: its saving or its download did not end"
+    elif raw.startswith(b"PK\3\4") and not zipfile.is_zipfile(path):
+        what = "cut short: its saving or its download did not end"
+    elif raw[257:262] == b"ustar":
+        what = "packed by tar: unpack it first"
+    elif not what and len(raw) > 8 and all(32 <= letter < 127 or letter in b"\t\n\r" for letter in raw):
+        what = f'text, not weights: it begins with "{raw[:60].decode()}"'
+    if what:
+        raise InputError(f"{path} is {what}")
 
 
 def _neighbours(path):
@@ -240,6 +311,7 @@ def load_optimizer(optimizer, saved, source):
 def load_weights(model, weights, source):
     """Load a state dict in full; a missing, superfluous or misshapen key is an error that names it."""
     own = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    kinds = {key: value.is_floating_point() for key, value in model.state_dict().items()}
     given = {key: tuple(value.shape) for key, value in weights.items() if isinstance(value, torch.Tensor)}
     differences = [f"{key} is missing" for key in own if key not in given]
     differences += [f"{key} has no place" for key in weights if key not in own]
@@ -247,6 +319,11 @@ def load_weights(model, weights, source):
         f"{key} is {list(given[key])}, not {list(own[key])}"
         for key in own
         if key in given and given[key] != own[key]
+    ]
+    differences += [
+        f"{key} is {str(weights[key].dtype).removeprefix('torch.')}, not a floating-point number"
+        for key in own
+        if key in given and kinds[key] and not weights[key].is_floating_point()
     ]
     if differences:
         shown = "; ".join(differences[:3])
