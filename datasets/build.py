@@ -24,7 +24,7 @@ from datasets.sampler import BatchShares, IdentityOrder, RandomOrder, Share, mix
 from datasets.tokenizer import PUNCTUATION, START_SIMILARITY
 from utils.batch import Batch
 from utils.data_sets import ignored_name
-from utils.dist import process_sum, world_size
+from utils.dist import batches_of, process_sum, world_size
 from utils.errors import InputError
 from utils.files import room_for_sockets
 from utils.losses import LOSSES, names_of
@@ -51,7 +51,7 @@ class TrainLoader(DataLoader):
         self.similarities = torch.full(ids.shape, START_SIMILARITY) if by_similarity else None
 
     def __iter__(self):
-        for size, batch in zip(self.batch_sampler.sizes(), super().__iter__(), strict=True):
+        for size, batch in zip(self.batch_sampler.sizes(), batches_of(self), strict=True):
             left_out = batch.pop("left_out")
             for path, reason in left_out.items():
                 if path not in self.left_out:
@@ -101,7 +101,7 @@ class ImageLoader(DataLoader):
         self._device, self.left_out, self.person = device, {}, person
 
     def __iter__(self):
-        for pids, images, left_out in super().__iter__():
+        for pids, images, left_out in batches_of(self):
             for row, reason in left_out.items():
                 if row not in self.left_out:
                     logger.warning(f"left out: {reason}")

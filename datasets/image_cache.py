@@ -19,6 +19,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from datasets.transforms import read_image, resize
+from utils.dist import batches_of
 from utils.errors import InputError
 from utils.files import lock, remove_leftovers, room_for_sockets, whole_file
 from utils.progress import progress_bar
@@ -224,7 +225,7 @@ def decoded(paths, img_size, num_workers):
         room_for_sockets()
     batches = DataLoader(Files(paths, img_size), batch_size=32, num_workers=num_workers, collate_fn=list)
     with progress_bar(len(paths), "image cache", unit="img") as bar:
-        for batch in batches:
+        for batch in batches_of(batches):
             for image in batch:
                 if isinstance(image, InputError):
                     raise image

@@ -1,9 +1,13 @@
 """Programs inside others, and on machines that lack something: in a thread, in a notebook, without a
 compiler, with a long or no folder for temporary files, without a home."""
 
+import errno
+import gc
 import io
+import multiprocessing
 import os
 import pwd
+import resource
 import signal
 import socket
 import subprocess
@@ -12,9 +16,11 @@ import tempfile
 import threading
 
 import pytest
+import torch
 
 from model.fetch import download
 from tests.children import ROOT, draw, words
+from utils.dist import batches_of
 from utils.errors import InputError, reports_errors
 from utils.files import SOCKET, room_for_sockets
 from utils.options import get_args
@@ -106,3 +112,56 @@ def test_a_user_without_a_home_is_told_where_weights_would_go(monkeypatch):
     monkeypatch.setattr(pwd, "getpwuid", lambda number: {}[number])  # as of a container's user
     with pytest.raises(InputError, match="no home folder: set HOME, or fetch https://.*--pretrain_choice"):
         download("ViT-B/16")
+
+
+def test_what_keeps_loading_processes_from_starting_is_one_sentence(capsys):
+    """Without an open file to spare; PyTorch would add a traceback when the half-made iterator is deleted."""
+    loader = torch.utils.data.DataLoader(list(range(9)), num_workers=2)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    spare = os.open(os.devnull, os.O_RDONLY)
+    os.close(spare)
+    for more in (0, 1, 3, 5):  # before the first queue, and with a process that has started
+        resource.setrlimit(resource.RLIMIT_NOFILE, (spare + more, hard))
+        try:
+            with pytest.raises(InputError) as raised:
+                batches_of(loader)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert str(raised.value).startswith("the loading processes cannot be started (Too many open files)")
+        del raised
+    gc.collect()
+    assert "Traceback" not in capsys.readouterr().err
+    assert not multiprocessing.active_children()
+    assert [batch.item() for batch in batches_of(loader)] == list(range(9))
+
+
+DISKS = {  # what an OSError ends in
+    errno.ESTALE: "see that its disk is there, and start again (a training goes on",
+    errno.ENOTCONN: "see that its disk is there",
+    errno.EACCES: "give this user the right to it, or name another place",
+    errno.ENAMETOOLONG: "File name too long",
+    errno.EDQUOT: "make room there and start again",
+}
+
+
+@pytest.mark.parametrize("number", DISKS, ids=errno.errorcode.get)
+def test_what_a_disk_or_its_rights_refuse_is_one_sentence(number, capsys):
+    def main(argv):
+        raise OSError(number, os.strerror(number), "/mnt/runs/events")
+
+    assert reports_errors(main)([]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and "/mnt/runs/events" in line and DISKS[number] in line
+
+
+def test_an_error_of_the_program_keeps_its_traceback():
+    for error in (OSError("broken"), FileNotFoundError(errno.ENOENT, "No such file", "x"), ImportError("x")):
+        with pytest.raises(type(error)):
+            reports_errors(lambda argv, error=error: (_ for _ in ()).throw(error))([])
+
+
+def test_a_package_that_is_missing_is_one_sentence(tmp_path):
+    code = "import sys; sys.modules['torch'] = None; import train; sys.exit(train.main([]))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"error: the package torch is not installed for {sys.executable}: ")

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from utils.errors import InputError, first_line, last_line, say_once
 
@@ -379,6 +380,33 @@ LOADING = {  # words in what PyTorch says when its loading processes lack someth
 }
 
 
+def batches_of(loader):
+    """DataLoader's iterator, which starts its processes. What keeps them from that is an InputError: the
+    system tells it by a number alone, without a file's name, as if it were of a disk."""
+    try:
+        return torch.utils.data.DataLoader.__iter__(loader)
+    except OSError as error:
+        _give_up_half_made(error)
+        raise InputError(
+            f"the loading processes cannot be started ({error.strerror or error}): they need room in "
+            "/dev/shm (docker run --shm-size=8g), open files (ulimit -n 4096), processes (ulimit -u): "
+            "give more, or lower --num_workers, to 0 if need be"
+        ) from error
+
+
+def _give_up_half_made(error):
+    """PyTorch cannot end an iterator that is half made: it prints a traceback, and the processes that it has
+    are waited for at the program's end."""
+    trace = error.__traceback__
+    while trace:
+        one = trace.tb_frame.f_locals.get("self")
+        if isinstance(one, _MultiProcessingDataLoaderIter):
+            for worker in getattr(one, "_workers", ()):
+                worker.kill()
+            one._shutdown = True
+        trace = trace.tb_next
+
+
 NO_MEMORY = (  # words in what allocators say, PyTorch's own on a CPU and those of CUDA's libraries
     "can't allocate memory",
     "CUDA error: out of memory",
@@ -410,7 +438,7 @@ def out_of_memory(device, number=None, option="--batch_size"):
         yield
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise InputError(_memory_message(device, number, option)) from error
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:
         if any(sign in str(error) for sign in NO_MEMORY):
             raise InputError(_memory_message(device, number, option)) from error
         for sign, message in LOADING.items():

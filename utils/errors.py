@@ -10,6 +10,19 @@ import traceback
 import unicodedata
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+# the disk does not answer: of a network, of FUSE, or broken
+NO_ANSWER = (
+    "EIO",
+    "ESTALE",
+    "ENOTCONN",
+    "ETIMEDOUT",
+    "EHOSTDOWN",
+    "EHOSTUNREACH",
+    "EREMOTEIO",
+    "ENODEV",
+    "ENXIO",
+)
+NO_ANSWER = tuple(getattr(errno, name) for name in NO_ANSWER if hasattr(errno, name))
 NO_TEMPORARY_FOLDER = "nothing can be written to TMPDIR or /tmp: set TMPDIR to a folder for temporary files"
 UNPRINTABLE = ("Cc", "Cs", "Zl", "Zp")  # control characters, lone surrogates, line and paragraph ends
 BIDI = frozenset("\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")  # reorder what is read
@@ -109,18 +122,39 @@ def reports_errors(main):
         except BrokenPipeError:  # `python test.py … | head`
             fall_silent(sys.stdout)
             return 1
-        except OSError as error:  # of a log or TensorBoard's file; checkpoints say more (utils.files)
-            if "No usable temporary directory" in str(error):
-                print(f"error: {NO_TEMPORARY_FOLDER}", file=sys.stderr)
-                return 2
-            if error.errno not in NO_ROOM:
+        except ModuleNotFoundError as error:
+            if not error.name or "." in error.name:  # a damaged installation: where it fails is what counts
                 raise
-            where = f" to {printable(str(error.filename))}" if error.filename else ""
             print(
-                f"error: cannot write{where}: {error.strerror}; make room there and start again (a training "
-                "goes on from its last checkpoint with --resume)",
+                f"error: the package {error.name} is not installed for {sys.executable}: "
+                "python -m pip install -r requirements.txt",
                 file=sys.stderr,
             )
             return 2
+        except OSError as error:  # of a log or TensorBoard's file; checkpoints say more (utils.files)
+            sentence = of_the_system(error)
+            if not sentence:
+                raise
+            if "--debug" in arguments:
+                traceback.print_exc()
+            print(f"error: {sentence}", file=sys.stderr)
+            return 2
 
     return run
+
+
+def of_the_system(error):
+    """The sentence of an OSError that a disk or its rights explain; None of any other."""
+    if "No usable temporary directory" in str(error):
+        return NO_TEMPORARY_FOLDER
+    name = printable(os.fsdecode(error.filename)) if isinstance(error.filename, (str, bytes)) else ""
+    again = "start again (a training goes on from its last checkpoint with --resume)"
+    if error.errno in NO_ROOM:
+        return f"cannot write{f' to {name}' if name else ''}: {error.strerror}; make room there and {again}"
+    if error.errno in NO_ANSWER:
+        return f"{name or 'a file'}: {error.strerror}; see that its disk is there, and {again}"
+    if name and error.errno in (errno.EACCES, errno.EPERM):
+        return f"{name}: {error.strerror}; give this user the right to it, or name another place"
+    if name and error.errno == errno.ENAMETOOLONG:
+        return f"{name[:80]}…: {error.strerror}"
+    return None
