@@ -1,7 +1,9 @@
 """Images to tensors: the resizing and the published augmentation, split into what is done to bytes and what
 to floats, so that bytes can be kept and floats made where they are needed."""
 
+import errno
 import math
+import time
 import warnings
 from contextlib import contextmanager
 
@@ -9,7 +11,7 @@ import numpy as np
 import torch
 from PIL import EpsImagePlugin, ExifTags, Image, TiffImagePlugin
 
-from utils.errors import InputError
+from utils.errors import NO_ANSWER, InputError, first_line
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -33,6 +35,7 @@ TURNS = {  # EXIF's word for how a picture lies, and what sets it upright
     8: Image.Transpose.ROTATE_90,
 }
 AT_ONCE = 1 << 20  # deep pixels that are brought to eight bits at a time
+PATIENCE = (1, 5, 15)  # seconds before a disk is asked again
 WIDEST = 1 << 26  # pixels that resizing may hold on its way
 
 
@@ -104,14 +107,24 @@ def opened(path):
     except FileNotFoundError:
         raise InputError(f"no image at {path}") from None
     except Exception as error:  # each of PIL's decoders raises its own kinds; the file is no picture
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise InputError(
-            f"the image {path} cannot be read ({reason}): replace it or take its record out"
-        ) from None
+        number = getattr(error, "errno", None)
+        if number in (errno.EMFILE, errno.ENFILE):  # this is no fault of the picture's
+            raise
+        mend = "see that its disk is there" if number in NO_ANSWER else "replace it or take its record out"
+        raise InputError(f"the image {path} cannot be read ({first_line(error)}): {mend}") from None
 
 
 def read_image(path):
-    """RGB picture of a file, as it lies there: not turned by its EXIF tag. InputError: see `opened`."""
+    """RGB picture of a file, as it lies there: not turned by its EXIF tag. InputError: see `opened`. A disk
+    that does not answer, as those of a network for a moment, is asked again."""
+    for seconds in PATIENCE:
+        try:
+            with opened(path) as image:
+                return as_rgb(image)
+        except InputError as error:
+            if getattr(error.__context__, "errno", None) not in NO_ANSWER:
+                raise
+        time.sleep(seconds)
     with opened(path) as image:
         return as_rgb(image)
 

@@ -1,13 +1,17 @@
 """One reader for pictures: training, testing, the check, searching and drawing see the same pixels, whatever
 the file's mode, depth or shape; what is turned by a tag is turned where pictures are searched and shown."""
 
+import errno
 import io
+import os
 import struct
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageDraw, ImageOps
 
 from datasets.image_cache import open_images
@@ -17,6 +21,8 @@ from retrieval.encoders import open_picture
 from retrieval.relevance import heat
 from tests.children import ROOT
 from tests.conftest import PATIENCE
+from utils.dist import out_of_memory
+from utils.errors import InputError
 
 STEPS = np.arange(48 * 20).reshape(48, 20) / (48 * 20 - 1)  # 0 to 1
 COLOURED = Image.fromarray(np.random.RandomState(0).randint(0, 256, (48, 20, 3), dtype=np.uint8))
@@ -206,3 +212,45 @@ def test_a_line_is_seen_wherever_it_is_drawn(size, tmp_path):
         assert (drawn(tmp_path / "line.png", whole) == (200, 10, 10)).all(axis=2).any()
     assert fitted(line).size == CELL and resize(line, (64, 32)).shape == (3, 64, 32)
     assert min(heat(line, np.ones((4, 2))).size) >= 48
+
+
+# ---- a disk that does not answer ----
+
+
+def failing(monkeypatch, number, times):
+    """Pillow's open fails with this number so often; returns the seconds that were waited."""
+    real, left, waited = Image.open, [OSError(number, os.strerror(number))] * times, []
+
+    def opened(path):
+        if left:
+            raise left.pop()
+        return real(path)
+
+    monkeypatch.setattr(Image, "open", opened)
+    monkeypatch.setattr(time, "sleep", waited.append)
+    return waited
+
+
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO, errno.ENOTCONN])
+def test_a_disk_that_does_not_answer_for_a_moment_is_asked_again(number, tmp_path, monkeypatch):
+    Image.new("RGB", (3, 2), "red").save(tmp_path / "a.png")
+    waited = failing(monkeypatch, number, 3)
+    assert read_image(tmp_path / "a.png").getpixel((0, 0)) == (255, 0, 0)
+    assert waited == [1, 5, 15]
+    failing(monkeypatch, number, 4)
+    with pytest.raises(InputError, match=r"a.png cannot be read \(.*\): see that its disk is there"):
+        read_image(tmp_path / "a.png")
+
+
+def test_a_picture_that_is_none_is_not_asked_for_again(tmp_path, monkeypatch):
+    (tmp_path / "a.png").write_bytes(b"no picture")
+    waited = failing(monkeypatch, errno.EIO, 0)
+    with pytest.raises(InputError, match="replace it or take its record out"):
+        read_image(tmp_path / "a.png")
+    assert not waited
+
+
+def test_too_many_open_files_are_no_fault_of_a_pictures(tmp_path, monkeypatch):
+    failing(monkeypatch, errno.EMFILE, 1)
+    with pytest.raises(InputError, match="raise the limit"), out_of_memory(torch.device("cpu"), 8):
+        read_image(tmp_path / "a.png")
