@@ -1,5 +1,6 @@
 """Files are whole or absent: a full disk, a read-only place or a kill leaves what was there before."""
 
+import errno
 import logging
 import os
 import re
@@ -164,6 +165,22 @@ def test_a_log_without_room_is_an_error_and_no_traceback_for_each_line(tmp_path,
         logger.info("more than five letters")
     assert "Traceback" not in capsys.readouterr().err
     logging.raiseExceptions = True
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOSYS])
+def test_a_disk_that_cannot_flush_a_file_holds_it_all_the_same(number, tmp_path, monkeypatch):
+    """FUSE without fsync; another error of it is one."""
+
+    def refuse(handle, number=number):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    write_whole(tmp_path / "file", "all of it")
+    assert (tmp_path / "file").read_text() == "all of it"
+    monkeypatch.setattr(os, "fsync", lambda handle: refuse(handle, errno.EIO))
+    with pytest.raises(InputError, match="Input/output error; what was there before is untouched"):
+        write_whole(tmp_path / "file", "more")
+    assert (tmp_path / "file").read_text() == "all of it" and names(tmp_path) == ["file"]
 
 
 # ---- a whole training ----

@@ -79,6 +79,7 @@ CASES = {  # options of both runs, where the signal comes, which one, options be
     "between epochs": ((), BETWEEN_EPOCHS, signal.SIGTERM, ()),
     "in a batch, Ctrl-C while two processes load": (("--num_workers", "2"), IN_A_BATCH, signal.SIGINT, ()),
     "in a batch, SIGTERM while two processes load": (("--num_workers", "2"), IN_A_BATCH, signal.SIGTERM, ()),
+    "in a batch, SIGUSR1 while two processes load": (("--num_workers", "2"), IN_A_BATCH, signal.SIGUSR1, ()),
     "between epochs while two processes load": (("--num_workers", "2"), BETWEEN_EPOCHS, signal.SIGTERM, ()),
     "other loading processes afterwards": ((), IN_A_BATCH, signal.SIGTERM, ("--num_workers", "1")),
     "averaged weights": (("--ema", "0.9"), IN_A_BATCH, signal.SIGTERM, ()),

@@ -28,13 +28,7 @@ OTHER_FILES = (  # how a file begins that holds no weights, and what it is
     (b"\x93NUMPY", "one array of NumPy, not a model's weights"),
     (bytes(64), "damaged, it begins with zeros: its machine or disk failed while it was written"),
 )
-WRAPPERS = (
-    "state_dict",
-    "model",
-    "model_state_dict",
-    "module",
-    "net",
-)  # a training's file: its weights are there
+WRAPPERS = ("state_dict", "model", "model_state_dict", "module", "net")  # where trainings' files hold weights
 WRAPPED = ("module", "_orig_mod")  # what DataParallel and torch.compile put into a weight's name
 HOW = ("fused", "foreach", "capturable", "differentiable")  # PyTorch's words for ways to compute one step
 
@@ -89,7 +83,9 @@ def load_checkpoint(path):
 def weights_in(tree):
     """The state dict in what a training's file holds: under a name of WRAPPERS, or in the only dictionary of
     tensors; what is there itself where neither is."""
-    while isinstance(tree, dict):
+    for _ in range(9):  # a pickle may hold itself
+        if not isinstance(tree, dict):
+            break
         inner = [tree[name] for name in WRAPPERS if isinstance(tree.get(name), dict)]
         if not inner and not _has_tensors(tree):
             inner = [part for part in tree.values() if _has_tensors(part)]
@@ -176,8 +172,6 @@ def _words(*parts):
     return "/".join(map(str, parts))
 
 
-PATHS = ("", "Pure", "Posix", "PurePosix", "Windows", "PureWindows")
-
 NUMPY = [  # in place of NumPy's own functions, which would also read objects; by their names before 2.0 too
     (_Kind, "numpy.dtype"),
     (_Array, "numpy.ndarray"),
@@ -197,6 +191,7 @@ OPTIONS = (  # classes of options that trainings leave beside their weights, and
     "lightning.fabric.utilities.data.AttributeDict",
     "lightning_fabric.utilities.data.AttributeDict",
 )
+PATHS = ("", "Pure", "Posix", "PurePosix", "Windows", "PureWindows")
 PLAIN = [  # stand-ins without any power of their own
     *((OrderedDict, name) for name in OPTIONS),
     *((_words, f"{room}.{kind}Path") for room in ("pathlib", "pathlib._local") for kind in PATHS),

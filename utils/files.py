@@ -1,5 +1,6 @@
 """Files that are whole or absent: written beside, flushed, renamed."""
 
+import errno
 import os
 import shutil
 import signal
@@ -68,7 +69,11 @@ def whole_file(path, needed=None):
         with open(beside, "wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            try:
+                os.fsync(file.fileno())
+            except OSError as error:
+                if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):  # FUSE without it
+                    raise
         os.replace(beside, path)
         sync_folder(path.parent)
     except OSError as error:

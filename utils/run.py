@@ -146,11 +146,13 @@ class Stopped(Exception):
     """A signal asked the run to end, and everything is saved."""
 
 
-STOPS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
+# of a terminal, of the system, and what batch systems announce an end with
+STOPS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
+STOPS = [getattr(signal, name) for name in STOPS if hasattr(signal, name)]
 
 
 class StopSignals:
-    """While it lasts, SIGTERM, SIGINT and SIGHUP, a terminal that goes, only set `asked`; a second one
+    """While it lasts, the signals of STOPS, SIGHUP when a terminal goes, only set `asked`; a second one
     interrupts at once. One that is ignored, as SIGHUP under nohup, stays so.
 
     Not under torchrun: a batch system signals it and its processes, and it passes the signal on to them. It
