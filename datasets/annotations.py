@@ -3,9 +3,11 @@
 import logging
 import os
 import sys
+import unicodedata
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import unquote
 
 from datasets.records import SUFFIXES, read_records, read_records_by_path
 from utils.data_sets import DATA_SETS, DataSet, check_data_options, name_of
@@ -245,8 +247,15 @@ def why_missing(path):
         return ""
     if name in present:
         return " (it is a link to nothing: is its disk there?)"
-    alike = next((other for other in present if other.lower() == name.lower()), None)
-    return f" (upper and lower case: there is {alike})" if alike else ""
+    alike = next((other for other in present if spelled(other) == spelled(name)), None)
+    case = alike and alike.lower() == name.lower()
+    return f" ({'upper and lower case' if case else 'spelled otherwise'}: there is {alike})" if alike else ""
+
+
+def spelled(name):
+    """A file's name whatever a computer or a program made of its letters: their case, é as one or as two
+    characters (macOS), a space as %20 (an address), the kind of picture."""
+    return os.path.splitext(unicodedata.normalize("NFC", unquote(name)).lower())[0]
 
 
 def number_missing(paths):

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import posixpath
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +26,14 @@ TABLE_KEYS = {  # other columns of a table are no concern of ours: `id` is often
     "captions": ("caption",),
     "person": ("person",),
 }
+OTHERWISE = (  # how a file begins that is no text in UTF-8, and what it is
+    (b"PK\3\4", "an Excel workbook or a zip: save its sheet as CSV UTF-8, or unpack it first"),
+    (b"\x1f\x8b", "packed by gzip: unpack it first"),
+    (b"\xff\xfe", "text in UTF-16, as Excel's Unicode text: save it as UTF-8"),
+    (b"\xfe\xff", "text in UTF-16: save it as UTF-8"),
+    (b"version https://git-lfs", "a Git LFS pointer to the file: `git lfs pull` gets it"),
+    (b"<", "a web page saved under this name: download the file itself"),
+)
 WHOLE = re.compile(r"-?[0-9]{1,18}")  # 18 digits fit into PyTorch's whole numbers
 
 
@@ -108,8 +117,10 @@ def check_image(image, key, where):
         raise InputError(f"{where}: {key} must be the path of an image, not {_short(image)}")
     image = image.replace("\\", "/")  # a file made on Windows
     if image.startswith("/") or ".." in image.split("/") or "\0" in image:
-        raise InputError(f"{where}: {key} {_short(image)} leaves the image folder")
-    return image
+        raise InputError(
+            f"{where}: {key} {_short(image)} leaves the image folder: paths start there, as in cam_a/1.jpg"
+        )
+    return posixpath.normpath(image)  # ./a.jpg is the same image as a.jpg
 
 
 def check_captions(captions, where):
@@ -297,9 +308,14 @@ def check_header(row, where, delimiters):
 def read_text(path):
     """Text in UTF-8; a byte order mark, as Windows' editors put it first, is no part of it."""
     try:
-        return Path(path).read_bytes().decode("utf-8-sig")
+        data = Path(path).read_bytes()
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None
+    for begin, what in OTHERWISE:
+        if data.startswith(begin):
+            raise InputError(f"{path} cannot be read: it is {what}")
+    try:
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError:
         raise InputError(f"{path} cannot be read: it is not text in UTF-8, as it must be") from None
 

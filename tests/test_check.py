@@ -277,6 +277,28 @@ def test_another_case_of_the_suffix_is_named(drawn, capsys):
     assert status == 1 and f"(upper and lower case: there is {name})" in fault
 
 
+@pytest.mark.parametrize(
+    ("there", "written"),
+    [("caf\u00e9 1.jpg", "cafe\u0301 1.jpg"), ("a b.jpg", "a%20b.jpg"), ("a.jpg", "a.png")],
+    ids=["two characters for a letter", "an address", "another kind"],
+)
+def test_another_spelling_of_a_files_name_is_named(there, written, drawn, capsys):
+    image = drawn.image(0)
+    image.rename(image.with_name(there))
+    path = drawn.records[0][drawn.path_key]
+    drawn.records[0][drawn.path_key] = path.replace(image.name, written)
+    status, (fault,), _, _ = drawn.check(capsys)
+    assert status == 1 and f"(spelled otherwise: there is {there})" in fault
+
+
+def test_one_image_written_in_two_ways_is_one_image(drawn, capsys):
+    before = read_splits(drawn.name, drawn.root)
+    for record in drawn.records[::2]:
+        record[drawn.path_key] = "./" + record[drawn.path_key].replace("/", "//")
+    assert drawn.check(capsys)[0] == 0
+    assert read_splits(drawn.name, drawn.root).train == before.train
+
+
 def test_backslashes_are_read_as_what_they_are_on_windows(drawn, capsys):
     before = read_splits(drawn.name, drawn.root)
     for record in drawn.records:

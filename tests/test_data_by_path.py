@@ -2,6 +2,7 @@
 is one sentence. And the table of the named sets."""
 
 import csv
+import gzip
 import json
 import logging
 import subprocess
@@ -270,7 +271,12 @@ BAD = {  # file name, contents, what the sentence says
         '{"image": "a", "caption": "x", "id": 1, "split": "test"}\n{"image": "b", "caption": "x", "id": 1}\n',
         'line 2 has no key "split" (it has image, caption, id), but other records have',
     ),
-    "UTF-16": ("a.csv", (HEADER + "a.jpg,x,1,train\n").encode("utf-16"), "it is not text in UTF-8"),
+    "UTF-16": ("a.csv", (HEADER + "a.jpg,x,1,train\n").encode("utf-16"), "it is text in UTF-16"),
+    "Latin-1": ("a.csv", (HEADER + "a.jpg,é,1,train\n").encode("latin-1"), "it is not text in UTF-8"),
+    "a workbook": ("a.csv", b"PK\3\4" + bytes(99), "it is an Excel workbook or a zip: save"),
+    "gzip": ("a.json", gzip.compress(b"[]"), "it is packed by gzip: unpack it first"),
+    "a pointer": ("a.json", b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer"),
+    "a web page": ("a.jsonl", b"<!DOCTYPE html>", "it is a web page saved under this name"),
     "another suffix": ("a.txt", HEADER, "the suffix says how to read it, and must be one of .json, .jsonl,"),
     "JSON lines called JSON": ("a.json", '{"a": 1}\n{"a": 2}\n', "JSON lines are named .jsonl"),
     "half a line": ("a.jsonl", '{"image": "a"', "line 1 is not JSON"),
