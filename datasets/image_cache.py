@@ -110,13 +110,36 @@ def keep_in_memory(paths, img_size, num_workers):
     return KeptImages(pixels, {path: row for row, path in enumerate(paths)})
 
 
-def available_memory():
-    """Bytes, or infinity where the system does not say."""
+def available_memory(proc=Path("/proc"), groups=Path("/sys/fs/cgroup")):
+    """Bytes that are free of the machine and of this program's share of it, that of a container or a batch
+    job, which ends it without a word when it takes more. Infinity where the system does not say."""
+    free = [1024 * number for number in _numbers(proc / "meminfo", "MemAvailable:")]
+    for line in _lines(proc / "self" / "cgroup"):
+        _, kinds, path = line.split(":", 2)
+        if kinds and "memory" not in kinds.split(","):
+            continue
+        root = groups / "memory" if kinds else groups  # of the first version of cgroups and of the second
+        limit, used = ("memory.limit_in_bytes", "total_rss") if kinds else ("memory.max", "anon")
+        own = root / path.lstrip("/")
+        for group in (own, *own.parents):  # in a container its own is mounted at the root
+            if group.is_relative_to(root):
+                most, taken = _numbers(group / limit), _numbers(group / "memory.stat", used)
+                free += [max(0, number - sum(taken)) for number in most]
+    return min(free, default=math.inf)
+
+
+def _lines(file):
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
+        return file.read_text().splitlines()
     except OSError:
-        return math.inf
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), math.inf)
+        return []
+
+
+def _numbers(file, name=None):
+    """The whole numbers in a file of the system: of its lines that begin with the name, or of all."""
+    rows = [line.split() for line in _lines(file)]
+    words = [row[0] if name is None else row[1] for row in rows if row and name in (None, row[0])]
+    return [int(word) for word in words if word.isdigit()]
 
 
 def keep_in_file(file, paths, img_size, num_workers):

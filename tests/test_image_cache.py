@@ -149,6 +149,45 @@ def test_too_little_room_is_one_sentence_with_the_room_needed(tmp_path, paths, m
         opened("ram", paths)
 
 
+GIB = 1 << 30
+GROUPS = {  # /proc/self/cgroup, files below /sys/fs/cgroup, GiB that are free of a machine with 100
+    "no group": ("", {}, 100),
+    "no limit": ("0::/job\n", {"job/memory.max": "max", "job/memory.stat": "anon 5"}, 100),
+    "a job": (
+        "0::/a/job\n",
+        {"a/job/memory.max": 8 * GIB, "a/job/memory.stat": f"file 9\nanon {3 * GIB}"},
+        5,
+    ),
+    "a limit above it": (
+        "0::/a/job\n",
+        {"a/job/memory.max": "max", "a/memory.max": 7 * GIB, "a/memory.stat": "anon 0"},
+        7,
+    ),
+    "a container": ("0::/\n", {"memory.max": 6 * GIB}, 6),
+    "a container of the first version": (
+        "4:cpu:/\n3:memory:/docker/1\n",
+        {"memory/memory.limit_in_bytes": 9 * GIB, "memory/memory.stat": f"rss 1\ntotal_rss {GIB}\n\n"},
+        8,
+    ),
+    "no limit of the first version": (
+        "3:cpu,memory:/x\n",
+        {"memory/x/memory.limit_in_bytes": 9223372036854771712},
+        100,
+    ),
+    "more than all": ("0::/\n", {"memory.max": 5, "memory.stat": "anon 9"}, 0),
+}
+
+
+@pytest.mark.parametrize("group, files, free", GROUPS.values(), ids=GROUPS)
+def test_of_memory_a_program_may_take_its_containers_share_only(group, files, free, tmp_path):
+    tree = {"proc/meminfo": f"MemTotal: 7 kB\nMemAvailable: {100 << 20} kB\n", "proc/self/cgroup": group}
+    for name, text in {**tree, **{f"groups/{name}": text for name, text in files.items()}}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(str(text))
+    assert image_cache.available_memory(tmp_path / "proc", tmp_path / "groups") == free * GIB
+    assert image_cache.available_memory(tmp_path / "none", tmp_path / "none") == np.inf
+
+
 def test_a_disk_that_fills_up_is_one_sentence_and_leaves_nothing(tmp_path, paths):
     # 5000 bytes: the header fits, the pixels do not
     with (
