@@ -243,8 +243,10 @@ def why_missing(path):
         return f" (file names here are {encoding}, which has no such letters: set PYTHONUTF8=1)"
     try:
         present = os.listdir(folder)
-    except (OSError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return ""
+    except OSError as error:
+        return f" (its folder cannot be read: {error.strerror})"
     if name in present:
         return " (it is a link to nothing: is its disk there?)"
     alike = next((other for other in present if spelled(other) == spelled(name)), None)

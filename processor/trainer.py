@@ -43,7 +43,7 @@ def train_one_epoch(model, loader, optimizer, device, epoch, steps=None):
     how = steps or Steps()
     meters = how.meters or Meters()
     watch = how.watch or FiniteWatch(model, optimizer, epoch, look_period(device, how.log_period))
-    last, began, step = how.start + len(loader), time.time(), how.start
+    last, began, step = how.start + len(loader), time.monotonic(), how.start
     samples = how.batch_size
     # images a second and the time that remains in this epoch
     bar = progress_bar(last - step, f"epoch {epoch}", unit="img", unit_scale=how.batch_size or 1)
@@ -81,7 +81,7 @@ def speed_of(steps, began, batch_size):
     """What the end of an epoch says of its speed; nothing where it was stopped after its last batch."""
     if not steps:
         return ""
-    seconds = (time.time() - began) / steps
+    seconds = max(time.monotonic() - began, 1e-9) / steps
     return f" Time per batch: {seconds:.3f}[s] Speed: {batch_size / seconds:.1f}[samples/s]"
 
 

@@ -1,6 +1,8 @@
 """python -m datasets.check: each fault is found, with its likely cause."""
 
+import errno
 import json
+import os
 import re
 
 import numpy as np
@@ -289,6 +291,18 @@ def test_another_spelling_of_a_files_name_is_named(there, written, drawn, capsys
     drawn.records[0][drawn.path_key] = path.replace(image.name, written)
     status, (fault,), _, _ = drawn.check(capsys)
     assert status == 1 and f"(spelled otherwise: there is {there})" in fault
+
+
+def test_a_folder_that_may_not_be_read_says_so(drawn, monkeypatch, capsys):
+    """Root may read everything, so the system's refusal is played."""
+
+    def refuse(folder):
+        raise PermissionError(errno.EACCES, "Permission denied", folder)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    monkeypatch.setattr(os, "listdir", refuse)
+    status, (fault, *_), _, _ = drawn.check(capsys)
+    assert status == 1 and "(its folder cannot be read: Permission denied)" in fault
 
 
 def test_one_image_written_in_two_ways_is_one_image(drawn, capsys):
