@@ -17,6 +17,7 @@ from PIL import Image
 from retrieval.pictures import Stamp
 from tests.conftest import PATIENCE, ROOT, load_script
 from tests.tiny_run import make_run, missing
+from utils import errors
 from utils.errors import InputError
 from utils.option_types import number_list
 from utils.tool_options import search_args
@@ -600,7 +601,7 @@ def test_a_file_that_could_not_be_read_is_tried_again_and_no_picture_is_not(
     assert "6 pictures" in err and "1 encoded" in err and "1 unreadable as before" in err
 
 
-STOPS = [signal.SIGTERM, signal.SIGHUP, signal.SIGINT]
+STOPS = [signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGUSR1]  # one of each kind
 
 
 def signalled_after_three(number, image_features):
@@ -619,7 +620,7 @@ def signalled_after_three(number, image_features):
 @pytest.fixture
 def signals_of_a_program():
     """Signals do as in a program that begins, and afterwards what they did before."""
-    earlier = {number: signal.getsignal(number) for number in STOPS}
+    earlier = {number: signal.getsignal(number) for number in errors.STOPS}
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     yield
     for number, handler in earlier.items():

@@ -9,6 +9,11 @@ import threading
 import traceback
 import unicodedata
 
+STOPS = [  # of a terminal, of the system, and what batch systems announce an end with
+    getattr(signal, name)
+    for name in "SIGTERM SIGINT SIGHUP SIGUSR1 SIGUSR2 SIGXCPU".split()
+    if hasattr(signal, name)
+]
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 # the disk does not answer: of a network, of FUSE, or broken
 NO_ANSWER = (
@@ -94,11 +99,10 @@ def may_ask_for_signals():
 
 
 def stop_like_an_interrupt():
-    """From here on SIGTERM and SIGHUP, a terminal that goes, end the program as Ctrl-C does, and keep what it
-    keeps. One that is ignored, as SIGHUP under nohup, stays so."""
-    for name in ("SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)
-        if number is not None and may_ask_for_signals() and signal.getsignal(number) == signal.SIG_DFL:
+    """From here on all of STOPS end the program as Ctrl-C does, and keep what it keeps. One that is ignored,
+    as SIGHUP under nohup, stays so."""
+    for number in STOPS if may_ask_for_signals() else ():
+        if signal.getsignal(number) == signal.SIG_DFL:
             signal.signal(number, signal.default_int_handler)
 
 

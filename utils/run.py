@@ -12,7 +12,7 @@ from pathlib import Path
 
 from utils.checkpoint import save_checkpoint
 from utils.dist import from_main, launched, process_index, remember, world_size
-from utils.errors import InputError, fall_silent, may_ask_for_signals, printable
+from utils.errors import STOPS, InputError, fall_silent, may_ask_for_signals, printable
 from utils.files import link_or_copy, lock, remove_leftovers, write_whole
 from utils.run_folders import free_folder, new_run_folder
 
@@ -144,11 +144,6 @@ def results_of(run, checkpoint):
 
 class Stopped(Exception):
     """A signal asked the run to end, and everything is saved."""
-
-
-# of a terminal, of the system, and what batch systems announce an end with
-STOPS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
-STOPS = [getattr(signal, name) for name in STOPS if hasattr(signal, name)]
 
 
 class StopSignals:
