@@ -495,6 +495,15 @@ def test_foreign_and_truncated_checkpoints(contents, finished, tried, train_scri
     assert path.read_bytes() == contents and (finished / "last.pth").stat() == before
 
 
+@pytest.mark.parametrize("contents", [b"", bytes(5000), WHOLE[:400], b"text that is no checkpoint"])
+def test_of_a_damaged_checkpoint_is_told_what_lies_beside_it(contents, tmp_path):
+    for name in ("best.pth", "epoch_003.pth", "last.pth"):
+        (tmp_path / name).write_bytes(contents)
+    with pytest.raises(InputError) as raised:
+        load_checkpoint(tmp_path / "last.pth")
+    assert str(raised.value).endswith(" (that folder holds best.pth, epoch_003.pth)")
+
+
 def parts_of(finished):
     return torch.load(finished / "last.pth", weights_only=True)
 

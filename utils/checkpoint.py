@@ -62,14 +62,16 @@ def load_checkpoint(path):
     path = Path(path)
     try:
         state = load_plain(path)
-    except InputError:
-        raise
+    except InputError as error:
+        raise InputError(f"{error}{_neighbours(path)}") from None
     except FileNotFoundError:
-        raise InputError(f"no checkpoint at {path}{_neighbours(path)}") from None
+        there = _neighbours(path) or f" (no .pth file lies in {path.parent})"
+        raise InputError(f"no checkpoint at {path}{there}") from None
     except pickle.UnpicklingError as error:
-        raise InputError(f"{path} is refused: {error}") from None
+        raise InputError(f"{path} is refused: {error}{_neighbours(path)}") from None
     except Exception as error:  # whatever PyTorch's readers trip over, the file is no checkpoint
-        raise InputError(f"{path} cannot be read as a checkpoint: {first_line(error)}") from None
+        what = f"cannot be read as a checkpoint: {first_line(error)}"
+        raise InputError(f"{path} {what}{_neighbours(path)}") from None
     weights = weights_in(state)
     if isinstance(weights, dict) and any(str(key).startswith("base_model.") for key in plain_names(weights)):
         of_run = isinstance(state.get("model"), dict)
@@ -217,8 +219,10 @@ def refuse_other_files(path):
 
 
 def _neighbours(path):
+    """' (that folder holds best.pth)': what may be taken instead of it."""
     names = sorted(p.name for p in path.parent.glob("*.pth")) if path.parent.is_dir() else []
-    return f" (that folder holds {', '.join(names)})" if names else f" (no .pth file lies in {path.parent})"
+    others = [name for name in names if name != path.name]
+    return f" (that folder holds {', '.join(others)})" if others else ""
 
 
 def fit_groups(optimizer, saved, model, weights, source):
