@@ -290,7 +290,14 @@ def test_a_resumed_run_removes_what_a_kill_left(data, tmp_path):
     assert not list(folder.glob(".*")) and load_checkpoint(folder / "last.pth")["epoch"] == 3
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+SIGNALS = {  # what their handlers raise; SIGCHLD's is PyTorch's, when a loading process has been killed
+    signal.SIGINT: KeyboardInterrupt,
+    signal.SIGTERM: KeyboardInterrupt,
+    signal.SIGCHLD: RuntimeError,
+}
+
+
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
 def test_a_signal_in_the_middle_of_a_save_is_answered_after_it(number, tmp_path, monkeypatch):
     """In PyTorch's writer its exception ended the program in an abort, or was taken for a full disk."""
     part, save, seen = torch.nn.Linear(3, 3), torch.save, []
@@ -301,17 +308,15 @@ def test_a_signal_in_the_middle_of_a_save_is_answered_after_it(number, tmp_path,
         save(state, file)
 
     def stop(signal_number, frame):
-        raise KeyboardInterrupt
+        raise SIGNALS[number]("a signal's")
 
     monkeypatch.setattr(torch, "save", interrupted)
     before = signal.signal(number, stop)
     try:
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(SIGNALS[number], match="a signal's"):
             save_checkpoint(tmp_path / "last.pth", {"model": part}, epoch=1)
         assert signal.getsignal(number) is stop
     finally:
         signal.signal(number, before)
     assert seen and not list(tmp_path.glob(".*"))
-    monkeypatch.undo()
-    save_checkpoint(tmp_path / "last.pth", {"model": part}, epoch=2)
-    assert load_checkpoint(tmp_path / "last.pth")["epoch"] == 2
+    assert load_checkpoint(tmp_path / "last.pth")["epoch"] == 1

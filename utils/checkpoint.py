@@ -39,10 +39,13 @@ def save_checkpoint(path, parts, **values):
     parts: model, optimizer and scheduler by name. values: plain numbers, words and lists.
     """
     state = {name: part.state_dict() for name, part in parts.items()}
-    with whole_file(path, sum(tensor.nbytes for tensor in tensors(state))) as file:
+    size = sum(tensor.nbytes for tensor in tensors(state))
+    with (
+        uninterrupted(),
+        whole_file(path, size) as file,
+    ):  # a signal's error comes when the file is in its place
         try:
-            with uninterrupted():
-                torch.save({**state, **values}, file)
+            torch.save({**state, **values}, file)
         except RuntimeError as error:  # what PyTorch's zip writer makes of a full disk
             if isinstance(error.__context__, OSError):
                 raise error.__context__ from None
