@@ -31,7 +31,7 @@ class Images(NamedTuple):
 
     source: object  # source[path] is uint8 [3, H, W]; see datasets.image_cache.open_images
     img_size: tuple  # (H, W)
-    skip_bad: bool = False  # leave out what cannot be read, and say so, instead of an error
+    skip_bad: bool = False  # leave out a picture that cannot be read, and say so, instead of an error
 
     def read(self, paths):
         """({path: pixels}, {path: why}): what could be read and, with skip_bad, what could not."""
@@ -40,7 +40,7 @@ class Images(NamedTuple):
             try:
                 pixels[path] = self.source[path]
             except InputError as error:
-                if not self.skip_bad:
+                if not self.skip_bad or error.of_disk:
                     raise
                 left_out[path] = str(error)
         return pixels, left_out

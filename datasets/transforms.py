@@ -3,6 +3,7 @@ to floats, so that bytes can be kept and floats made where they are needed."""
 
 import errno
 import math
+import os
 import time
 import warnings
 from contextlib import contextmanager
@@ -105,13 +106,19 @@ def opened(path):
         with open_image(path) as image:
             yield image
     except FileNotFoundError:
-        raise InputError(f"no image at {path}") from None
+        told = InputError(f"no image at {path}")
+        if not os.path.isdir(os.path.dirname(path)):
+            told = InputError(f"no image at {path}, nor its folder: see that its disk is there")
+            told.of_disk = True
+        raise told from None
     except Exception as error:  # each of PIL's decoders raises its own kinds; the file is no picture
         number = getattr(error, "errno", None)
         if number in (errno.EMFILE, errno.ENFILE):  # this is no fault of the picture's
             raise
         mend = "see that its disk is there" if number in NO_ANSWER else "replace it or take its record out"
-        raise InputError(f"the image {path} cannot be read ({first_line(error)}): {mend}") from None
+        told = InputError(f"the image {path} cannot be read ({first_line(error)}): {mend}")
+        told.of_disk = number in NO_ANSWER and number != errno.EIO  # a disk has single bad places, too
+        raise told from None
 
 
 def read_image(path):

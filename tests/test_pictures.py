@@ -14,7 +14,8 @@ import pytest
 import torch
 from PIL import Image, ImageDraw, ImageOps
 
-from datasets.image_cache import open_images
+from datasets.image_cache import DecodedImages, open_images
+from datasets.image_text import Images
 from datasets.transforms import read_image, resize, resized
 from retrieval.contact_sheet import BORDER, CELL, GREY, draw_framed, fitted
 from retrieval.encoders import open_picture
@@ -240,6 +241,25 @@ def test_a_disk_that_does_not_answer_for_a_moment_is_asked_again(number, tmp_pat
     failing(monkeypatch, number, 4)
     with pytest.raises(InputError, match=r"a.png cannot be read \(.*\): see that its disk is there"):
         read_image(tmp_path / "a.png")
+
+
+def test_a_disk_that_is_gone_is_no_reason_to_leave_pictures_out(tmp_path, monkeypatch):
+    """Else a training would go through its epochs without a picture."""
+    (tmp_path / "imgs").mkdir()
+    paths = [str(tmp_path / "imgs" / name) for name in ("a.png", "b.png")]
+    Image.new("RGB", (3, 2), "red").save(paths[0])
+    images = Images(DecodedImages((4, 2)), (4, 2), skip_bad=True)
+    found, left_out = images.read(paths)
+    assert list(found) == paths[:1] and left_out == {paths[1]: f"no image at {paths[1]}"}
+    failing(monkeypatch, errno.EIO, 4)  # of one place
+    assert not images.read(paths[:1])[0]
+    failing(monkeypatch, errno.ESTALE, 4)
+    with pytest.raises(InputError, match="see that its disk is there"):
+        images.read(paths[:1])
+    monkeypatch.undo()
+    (tmp_path / "imgs").rename(tmp_path / "away")
+    with pytest.raises(InputError, match=r"no image at .*a.png, nor its folder: see that its disk is there"):
+        images.read(paths)
 
 
 def test_a_picture_that_is_none_is_not_asked_for_again(tmp_path, monkeypatch):

@@ -36,6 +36,8 @@ BIDI = frozenset("\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u
 class InputError(Exception):
     """Something the user can mend; its text is the whole message."""
 
+    of_disk = False  # of all files that are there, not of this one alone
+
     def __init__(self, message=""):
         if "Original Traceback" in message:  # so PyTorch raises a loading process's error again
             self.__cause__ = RuntimeError(message)  # for --debug
