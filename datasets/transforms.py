@@ -107,7 +107,7 @@ def opened(path):
             yield image
     except FileNotFoundError:
         told = InputError(f"no image at {path}")
-        if not os.path.isdir(os.path.dirname(path)):
+        if not os.path.isdir(os.path.dirname(path) or "."):
             told = InputError(f"no image at {path}, nor its folder: see that its disk is there")
             told.of_disk = True
         raise told from None

@@ -533,7 +533,10 @@ def test_a_checkpoint_published_from_several_gpus_is_one(tmp_path):
     assert set(load_checkpoint(tmp_path / "mixed.pth")["model"]) == {"module.a", "a"}
 
 
-@pytest.mark.parametrize("wrapped", [lambda w: w, lambda w: {"state_dict": w}, lambda w: {"model": w}])
+@pytest.mark.parametrize(
+    "wrapped",
+    [lambda w: w, lambda w: {"state_dict": w}, lambda w: {"model": w}, lambda w: {"model": {"net": w}}],
+)
 def test_a_forks_weights_are_found_however_they_were_saved(wrapped, model, tmp_path):
     """The model alone, under another name, and compiled."""
     weights = model.state_dict()

@@ -139,6 +139,7 @@ DISKS = {  # what an OSError ends in
     errno.ESTALE: "see that its disk is there, and start again (a training goes on",
     errno.ENOTCONN: "see that its disk is there",
     errno.EACCES: "give this user the right to it, or name another place",
+    errno.EMFILE: "raise the limit (ulimit -n 4096)",
     errno.ENAMETOOLONG: "File name too long",
     errno.EDQUOT: "make room there and start again",
 }

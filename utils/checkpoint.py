@@ -40,10 +40,8 @@ def save_checkpoint(path, parts, **values):
     """
     state = {name: part.state_dict() for name, part in parts.items()}
     size = sum(tensor.nbytes for tensor in tensors(state))
-    with (
-        uninterrupted(),
-        whole_file(path, size) as file,
-    ):  # a signal's error comes when the file is in its place
+    # the error of a signal, as that of a loading process's end, comes when the file is in its place
+    with uninterrupted(), whole_file(path, size) as file:
         try:
             torch.save({**state, **values}, file)
         except RuntimeError as error:  # what PyTorch's zip writer makes of a full disk
@@ -77,8 +75,7 @@ def load_checkpoint(path):
         raise InputError(f"{path} {what}{_neighbours(path)}") from None
     weights = weights_in(state)
     if isinstance(weights, dict) and any(str(key).startswith("base_model.") for key in plain_names(weights)):
-        of_run = isinstance(state.get("model"), dict)
-        state = state if of_run else {"model": weights}  # a fork's, which saved the model alone
+        state = {"model": weights} if weights is state else {**state, "model": weights}  # a fork's, too
     if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
         raise InputError(f'{path} is not a checkpoint of a run: it has no "model" part')
     state["model"] = plain_names(state["model"])

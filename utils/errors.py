@@ -15,19 +15,11 @@ STOPS = [  # of a terminal, of the system, and what batch systems announce an en
     if hasattr(signal, name)
 ]
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
-# the disk does not answer: of a network, of FUSE, or broken
-NO_ANSWER = (
-    "EIO",
-    "ESTALE",
-    "ENOTCONN",
-    "ETIMEDOUT",
-    "EHOSTDOWN",
-    "EHOSTUNREACH",
-    "EREMOTEIO",
-    "ENODEV",
-    "ENXIO",
+NO_ANSWER = tuple(  # of a disk that does not answer: one of a network, of FUSE, or a broken one
+    getattr(errno, name)
+    for name in "EIO ESTALE ENOTCONN ETIMEDOUT EHOSTDOWN EHOSTUNREACH EREMOTEIO ENODEV ENXIO".split()
+    if hasattr(errno, name)
 )
-NO_ANSWER = tuple(getattr(errno, name) for name in NO_ANSWER if hasattr(errno, name))
 NO_TEMPORARY_FOLDER = "nothing can be written to TMPDIR or /tmp: set TMPDIR to a folder for temporary files"
 UNPRINTABLE = ("Cc", "Cs", "Zl", "Zp")  # control characters, lone surrogates, line and paragraph ends
 BIDI = frozenset("\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")  # reorder what is read
@@ -159,6 +151,8 @@ def of_the_system(error):
         return f"cannot write{f' to {name}' if name else ''}: {error.strerror}; make room there and {again}"
     if error.errno in NO_ANSWER:
         return f"{name or 'a file'}: {error.strerror}; see that its disk is there, and {again}"
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return f"{name or 'a file'}: {error.strerror}; raise the limit (ulimit -n 4096)"
     if name and error.errno in (errno.EACCES, errno.EPERM):
         return f"{name}: {error.strerror}; give this user the right to it, or name another place"
     if name and error.errno == errno.ENAMETOOLONG:
