@@ -64,7 +64,7 @@ def new_model(args, num_classes):
 def keep_heads(model, heads, source):
     """Take the heads of a file over; a classifier never, whose rows are other persons."""
     own = model.state_dict()
-    wanted = {name for name, row in PARTS.items() if row.loss and name != "classifier"}
+    wanted = {name for name, row in PARTS.items() if row.loss and not row.of_persons}
     wanted = {key for key in own if key.split(".")[0] in wanted}
     missing = sorted(wanted - heads.keys())
     if not wanted or missing:
@@ -98,15 +98,17 @@ def build_trained_model(args, weights, source, facts=None):
     if foreign := sorted(begun - IRRA.parts.keys()):
         raise InputError(f"{source} needs layers that this code lacks: {', '.join(foreign[:5])}")
     lacking = {part: row for part, row in PARTS.items() if row.encodes and row.loss in names_of(args)}
-    if lacking := {part: row for part, row in lacking.items() if part not in begun}:
-        (switch,) = LOSSES[next(iter(lacking.values())).loss].switches
+    if lacking := {part: row.loss for part, row in lacking.items() if part not in begun}:
+        loss = next(iter(lacking.values()))
+        asked = " ".join(f"--{switch}" for switch in LOSSES[loss].switches) or f"--loss_names {loss}"
         raise InputError(
-            f"{source} holds no {', '.join(lacking)}, which the options ask for (--{switch}): another run's?"
+            f"{source} holds no {', '.join(lacking)}, which the options ask for ({asked}): another run's?"
         )
     heads = [
         name for name in LOSSES if any(part in begun and row.loss == name for part, row in PARTS.items())
     ]
-    num_classes = max((len(weights[key]) for key in weights if key.startswith("classifier.")), default=0)
+    of_persons = [weights[key] for key in weights if PARTS[key.split(".")[0]].of_persons]
+    num_classes = max(map(len, of_persons), default=0)
     depth = (
         len({key.split(".")[2] for key in weights if key.startswith("cross_modal_transformer.")})
         or args.cmt_depth

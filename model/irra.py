@@ -27,11 +27,12 @@ class Part(NamedTuple):
     lr: float | None = None  # its rate, whatever --lr is
     encodes: bool = False  # features depend on it, so a search index is of these weights
     decays: bool = True  # towards 0, by --weight_decay
+    of_persons: bool = False  # the first dimension of its parameters counts the training persons
 
 
 PARTS = {  # a parameter of a part without a row here has no learning rate: that is an error
     "base_model": Part(None, encodes=True),
-    "classifier": Part("id"),
+    "classifier": Part("id", of_persons=True),
     "cross_attn": Part("mlm"),
     "cross_modal_transformer": Part("mlm"),
     "ln_pre_t": Part("mlm"),

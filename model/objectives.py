@@ -67,7 +67,9 @@ def check(name, given, options):
     if unknown := [argument for argument in needed if argument not in known]:
         raise KeyError(
             f"compute_{name} asks for {unknown[0]}, and there is {', '.join(sorted(known))}; an option's "
-            f"value comes with options=({unknown[0]!r},) in its row of LOSSES (utils/losses.py)"
+            f"value comes with options=({unknown[0]!r},) in its row of LOSSES (utils/losses.py); anything "
+            "else has a name in GIVEN (model/irra.py), and Batch.known (of samples), IRRA.features (of the "
+            "model's outputs) or IRRA.gathered (the same for all) gives it"
         )
     if kept := [argument for argument in optional if argument in options and argument not in known]:
         raise KeyError(

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from model import build_model, objectives
+from model import build, build_model, objectives
 from model.irra import IRRA, PARTS, Part
 from processor.micro_batch import backward_in_parts
 from processor.trainer import Meters, train_one_epoch
@@ -16,6 +16,7 @@ from tests.processes import together
 from tests.recipe import tiny_args, tiny_model
 from tests.test_micro_batch import assert_same, taken, whole
 from utils.batch import Batch
+from utils.errors import InputError
 from utils.losses import LOSSES, REPORTED, Loss, total_loss
 from utils.options import get_args
 
@@ -171,3 +172,57 @@ def test_a_search_index_is_of_what_encodes(monkeypatch):
     before = fingerprint_of(weights, (4, 2), 1)
     assert fingerprint_of({**weights, "classifier.weight": torch.zeros(2)}, (4, 2), 1) == before
     assert fingerprint_of({**weights, "second.weight": torch.zeros(2)}, (4, 2), 1) != before
+
+
+class WithProxies(IRRA):
+    """A point for each training person, a parameter of its own with a rate of its own."""
+
+    def __init__(self, clip, loss_names, num_classes, *rest):
+        super().__init__(clip, loss_names, num_classes, *rest)
+        if "proxy" in self.loss_names:
+            self.proxies = nn.Parameter(torch.zeros(num_classes, self.width))
+
+    def gathered(self, found, known):
+        return {**super().gathered(found, known), "proxies": getattr(self, "proxies", None)}
+
+
+@pytest.fixture
+def proxies(monkeypatch):
+    def compute_proxy(image_features, pids, proxies):
+        return nn.functional.cross_entropy(image_features @ proxies.t(), pids)
+
+    monkeypatch.setattr(objectives, "compute_proxy", compute_proxy, raising=False)
+    monkeypatch.setitem(LOSSES, "proxy", Loss())
+    monkeypatch.setitem(PARTS, "proxies", Part("proxy", lr=0.5, encodes=True, of_persons=True))
+    monkeypatch.setattr(build, "GIVEN", (*build.GIVEN, "proxies"))
+    monkeypatch.setattr(build, "IRRA", WithProxies)
+
+
+def test_what_has_a_row_a_person_is_rebuilt_without_the_classifier(proxies):
+    args = tiny_args("proxy")
+    weights = build_model(args, 7).state_dict()
+    assert not any(name.startswith("classifier") for name in weights)
+    tested = build.build_trained_model(args, weights, "best.pth")
+    assert tested.proxies.shape == (7, tested.width)
+
+
+def test_what_has_a_row_a_person_is_not_kept_of_another_file(proxies):
+    model = build_model(tiny_args("proxy+simclr"), 7)
+    theirs = {name: value + 1 for name, value in model.state_dict().items()}
+    build.keep_heads(model, theirs, "start.pth")
+    assert not model.proxies.any()
+    assert torch.equal(model.simclr_mlp[0].bias, theirs["simclr_mlp.0.bias"])
+
+
+def test_a_checkpoint_without_a_head_that_encodes_is_another_runs(proxies):
+    weights = build_model(tiny_args("sdm"), 7).state_dict()
+    with pytest.raises(
+        InputError, match=r"best.pth holds no proxies, .* \(--loss_names proxy\): another run"
+    ):
+        build.build_trained_model(tiny_args("proxy"), weights, "best.pth")
+
+
+def test_a_loss_that_asks_for_what_nobody_gives_says_where_it_is_to_come_from(new_loss, monkeypatch):
+    monkeypatch.setattr(objectives, "compute_l2", lambda image_features, attributes: image_features.sum())
+    with pytest.raises(KeyError, match="asks for attributes.*GIVEN.*Batch.known.*IRRA.features"):
+        build_model(tiny_args("l2"), 7)
