@@ -161,6 +161,7 @@ class Training:
 
     def fit(self):
         """The epochs that are not done yet: train, evaluate, keep the best and the last."""
+        from solver import base_lr
         from utils.dist import any_process, replicate
         from utils.run import Stopped
 
@@ -170,7 +171,7 @@ class Training:
         for epoch in range(done["epoch"] + 1, args.num_epoch + 1):
             averages = self.train_epoch(model, epoch)
             shown = {name: value for name, value in averages.items() if value > 0}  # no zeros, as published
-            self.run.board(epoch, lr=scheduler.get_last_lr()[0], **shown)
+            self.run.board(epoch, lr=base_lr(self.parts["optimizer"]), **shown)
             scheduler.step()
             # a run shorter than its evaluation period is evaluated at its end
             due = epoch % args.eval_period == 0 or epoch == args.num_epoch < args.eval_period

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from processor.micro_batch import backward_in_parts
-from solver import frac_unmoved, sampled_weights
+from solver import base_lr, frac_unmoved, sampled_weights
+from solver.skip import skips_by_itself
 from utils.batch import Batch
 from utils.dist import from_all, unwrapped
 from utils.errors import InputError
@@ -67,7 +68,7 @@ def train_one_epoch(model, loader, optimizer, device, epoch, steps=None):
         del batch, loss, report  # else they are on the device until the next ones are there
         bar.update()
         if step % how.log_period == 0:
-            lr = optimizer.param_groups[0]["lr"]
+            lr = base_lr(optimizer)
             logger.info(f"Epoch[{epoch}] Iteration[{step}/{last}], {meters.shown()}, Base Lr: {lr:.2e}")
         if how.after_step:
             how.after_step(step, meters)
@@ -213,7 +214,7 @@ class FiniteWatch:
     def __init__(self, model, optimizer, epoch, period):
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer, self.epoch = optimizer, epoch
-        self.fused = all(group.get("fused") for group in optimizer.param_groups)
+        self.fused = skips_by_itself(optimizer)
         self.skips = self.fused or hasattr(optimizer, "found_inf")  # solver.skip; others refuse it
         self.period = period if self.skips else 1
         self.first, self.names, self.losses = None, (), None  # the first bad step of this period, its losses

@@ -2,11 +2,12 @@
 
 import math
 from bisect import bisect_right
+from inspect import signature
 
 import torch
 from torch.optim.lr_scheduler import LRScheduler
 
-from solver.skip import skips_on_device
+from solver.skip import skips_by_itself, skips_on_device
 from utils.errors import InputError
 from utils.settings import EPS
 
@@ -71,9 +72,16 @@ def param_groups(args, model):
 def build_optimizer(args, model):
     """The optimiser that --optimizer names. It heeds `found_inf`, by which the device leaves a step out."""
     groups = param_groups(args, model)
-    if all(group["fused"] for group in groups):
-        return OPTIMIZERS[args.optimizer](groups, args, HOW["fp32"])
-    return skips_on_device(OPTIMIZERS[args.optimizer](groups, args, HOW["fp16"]))
+    how = HOW["fp32" if all(group["fused"] for group in groups) else "fp16"]
+    optimizer = OPTIMIZERS[args.optimizer](groups, args, how)
+    return optimizer if skips_by_itself(optimizer) else skips_on_device(optimizer)
+
+
+def base_lr(optimizer):
+    """The rate that --lr has become by now, to show: the first group may be of a head with a rate of its
+    own."""
+    groups, base = optimizer.param_groups, optimizer.defaults["lr"]
+    return next((g["lr"] for g in groups if g.get("initial_lr", g["lr"]) == base), groups[0]["lr"])
 
 
 def lr_at(
@@ -150,18 +158,10 @@ class EpochSchedule(LRScheduler):
 
 
 def build_lr_scheduler(args, optimizer):
+    """lr_at's settings are the options of those names."""
+    names = [name for name in signature(lr_at).parameters if name not in ("epoch", "base_lr", "num_epoch")]
     return EpochSchedule(
-        optimizer,
-        args.num_epoch,
-        per=args.lr_per,
-        lrscheduler=args.lrscheduler,
-        warmup_epochs=args.warmup_epochs,
-        warmup_factor=args.warmup_factor,
-        warmup_method=args.warmup_method,
-        milestones=args.milestones,
-        gamma=args.gamma,
-        target_lr=args.target_lr,
-        power=args.power,
+        optimizer, args.num_epoch, per=args.lr_per, **{name: vars(args)[name] for name in names}
     )
 
 

@@ -8,6 +8,11 @@ wait for it. Here the chain takes its step, with what it changes kept beside it,
 import torch
 
 
+def skips_by_itself(optimizer):
+    """Whether its own kernels heed `found_inf`: PyTorch's word, by which its GradScaler goes too."""
+    return getattr(optimizer, "_step_supports_amp_scaling", False)
+
+
 def skips_on_device(optimizer):
     """Make the optimiser heed `optimizer.found_inf`, as a fused one does: a float tensor of one element on
     the device, 1 where the next step must change nothing. It costs a copy of weights and moments while the

@@ -7,15 +7,17 @@ from torch import nn
 from model import build, build_model, objectives
 from model.irra import IRRA, PARTS, Part
 from processor.micro_batch import backward_in_parts
-from processor.trainer import Meters, train_one_epoch
-from solver import build_optimizer
-from solver.build import lr_and_decay
+from processor.trainer import FiniteWatch, Meters, train_one_epoch
+from solver import base_lr, build_lr_scheduler, build_optimizer
+from solver import build as build_of_solver
+from solver.build import OPTIMIZERS, lr_and_decay, lr_at
 from tests import processes
 from tests.children import draw, words
 from tests.processes import together
 from tests.recipe import tiny_args, tiny_model
 from tests.test_micro_batch import assert_same, taken, whole
 from utils.batch import Batch
+from utils.checkpoint import load_optimizer
 from utils.errors import InputError
 from utils.losses import LOSSES, REPORTED, Loss, total_loss
 from utils.options import get_args
@@ -226,3 +228,76 @@ def test_a_loss_that_asks_for_what_nobody_gives_says_where_it_is_to_come_from(ne
     monkeypatch.setattr(objectives, "compute_l2", lambda image_features, attributes: image_features.sum())
     with pytest.raises(KeyError, match="asks for attributes.*GIVEN.*Batch.known.*IRRA.features"):
         build_model(tiny_args("l2"), 7)
+
+
+def test_the_rate_that_is_shown_is_that_of_lr_whichever_part_comes_first(proxies):
+    args = tiny_args("proxy", lr=1e-3, warmup_epochs=0, num_epoch=4)
+    optimizer = build_optimizer(args, build_model(args, 7))
+    scheduler = build_lr_scheduler(args, optimizer)
+    assert optimizer.param_groups[0]["lr"] == 0.5 and base_lr(optimizer) == 1e-3
+    optimizer.step()
+    scheduler.step()
+    assert base_lr(optimizer) == lr_at(1, 1e-3, 4, warmup_epochs=0)
+
+
+# ---- optimisers and schedules ----
+
+
+class Descent(torch.optim.Optimizer):
+    """An optimiser of one's own, which knows nothing of `found_inf`."""
+
+    def __init__(self, groups, lr):
+        super().__init__(groups, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.sub_(parameter.grad, alpha=group["lr"])
+
+
+OWN = {
+    "by hand": lambda groups, args, how: Descent(groups, args.lr),
+    "Adafactor": lambda groups, args, how: torch.optim.Adafactor(groups, lr=args.lr),
+}
+
+
+@pytest.mark.parametrize("own", OWN.values(), ids=OWN)
+def test_an_optimiser_of_ones_own_leaves_a_bad_step_out(own, monkeypatch):
+    """On an accelerator, where the host does not look before each step."""
+    monkeypatch.setitem(OPTIMIZERS, "Adam", own)
+    model = nn.Linear(2, 2)
+    optimizer = build_optimizer(tiny_args(), model)
+    watch = FiniteWatch(model, optimizer, epoch=1, period=100)
+    for step, size in ((1, 1.0), (2, torch.nan)):
+        before = [parameter.detach().clone() for parameter in model.parameters()]
+        loss = size * model(torch.ones(1, 2)).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        watch.before_step(step, loss, {"sdm_loss": loss}, {"pids": torch.zeros(1)})
+        optimizer.step()
+        stood = all(torch.equal(*pair) for pair in zip(before, model.parameters(), strict=True))
+        assert stood == (step == 2)
+
+
+def test_an_optimiser_whose_state_has_other_shapes_is_resumed(monkeypatch):
+    monkeypatch.setitem(OPTIMIZERS, "Adam", OWN["Adafactor"])
+    model = nn.Linear(3, 2)
+    optimizers = [build_optimizer(tiny_args(), model) for _ in range(2)]
+    model(torch.ones(1, 3)).sum().backward()
+    optimizers[0].step()
+    load_optimizer(optimizers[1], optimizers[0].state_dict(), "last.pth")
+    row_var = optimizers[1].state[model.weight]["row_var"]
+    assert row_var.shape != model.weight.shape and torch.equal(
+        row_var, optimizers[0].state[model.weight]["row_var"]
+    )
+
+
+def test_a_setting_of_a_schedule_comes_from_the_command_line(monkeypatch):
+    def lr_at(epoch, base_lr, num_epoch, gamma=0.5, margin=0.5):
+        return base_lr * margin * gamma
+
+    monkeypatch.setattr(build_of_solver, "lr_at", lr_at)
+    args = tiny_args(lr=1.0, margin=3, gamma=2)
+    optimizer = build_optimizer(args, nn.Linear(1, 1))
+    assert build_lr_scheduler(args, optimizer).get_last_lr()[0] == 6

@@ -30,6 +30,7 @@ OTHER_FILES = (  # how a file begins that holds no weights, and what it is
 )
 WRAPPERS = ("state_dict", "model", "model_state_dict", "module", "net")  # where trainings' files hold weights
 WRAPPED = ("module", "_orig_mod")  # what DataParallel and torch.compile put into a weight's name
+MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")  # whose shape is the parameter's
 HOW = ("fused", "foreach", "capturable", "differentiable")  # PyTorch's words for ways to compute one step
 
 
@@ -294,7 +295,7 @@ def load_optimizer(optimizer, saved, source):
     try:
         for index, moments in saved["state"].items():
             for name, moment in moments.items():
-                if isinstance(moment, torch.Tensor) and moment.ndim and moment.shape != shapes[index]:
+                if name in MOMENTS and moment is not None and moment.shape != shapes[index]:
                     raise ValueError(f"{name} of parameter {index} is {list(moment.shape)}")
         # how a step is computed follows from this run's weights: fused in fp16 would be another recipe
         groups = [
