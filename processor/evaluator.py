@@ -10,7 +10,8 @@ from utils.dist import gather, process_index, to_device
 from utils.metrics import rank_by, rank_features
 from utils.progress import progress_bar
 
-FIGURES = ("R1", "R5", "R10", "mAP", "mINP")
+RANKS = (1, 5, 10)  # of the table
+FIGURES = (*(f"R{k}" for k in RANKS), "mAP", "mINP")
 logger = logging.getLogger("IRRA.eval")
 
 
@@ -70,12 +71,12 @@ def encode_captions(model, batches, device):
     return torch.empty_like(text).index_copy_(0, order.to(text.device), text)
 
 
-def evaluate(features, i2t=False, max_rank=10):
-    """{"t2i": figures} and with i2t {"i2t": figures}, dicts of R1 R5 R10 mAP mINP in %; and t2i's ranking."""
+def evaluate(features, i2t=False):
+    """{"t2i": figures} and with i2t {"i2t": figures}, dicts of FIGURES in %; and t2i's ranking."""
     text, text_pids, image, image_pids = features
-    rankings = {"t2i": rank_features(text, image, text_pids, image_pids, max_rank)}
+    rankings = {"t2i": rank_features(text, image, text_pids, image_pids, max(RANKS))}
     if i2t:
-        rankings["i2t"] = rank_features(image, text, image_pids, text_pids, max_rank)
+        rankings["i2t"] = rank_features(image, text, image_pids, text_pids, max(RANKS))
     for task, ranking in rankings.items():
         if ranking.unmatched and process_index() == 0:
             logger.warning(
@@ -89,8 +90,8 @@ def evaluate(features, i2t=False, max_rank=10):
 
 
 def figures(ranking):
-    cmc = ranking.cmc.tolist()
-    return dict(zip(FIGURES, (cmc[0], cmc[4], cmc[9], float(ranking.mAP), float(ranking.mINP)), strict=True))
+    cmc = [float(ranking.cmc[k - 1]) for k in RANKS]
+    return dict(zip(FIGURES, (*cmc, float(ranking.mAP), float(ranking.mINP)), strict=True))
 
 
 def chance(features, repeats=20, seed=0):
@@ -101,7 +102,7 @@ def chance(features, repeats=20, seed=0):
     def similarity_of(rows):
         return torch.rand(rows.stop - rows.start, len(g_pids), generator=generator)
 
-    drawn = [figures(rank_by(similarity_of, q_pids, g_pids)) for _ in range(repeats)]
+    drawn = [figures(rank_by(similarity_of, q_pids, g_pids, max(RANKS))) for _ in range(repeats)]
     return {name: sum(figure[name] for figure in drawn) / repeats for name in FIGURES}
 
 

@@ -16,6 +16,7 @@ from utils.errors import InputError, printable
 from utils.files import cannot_write, write_whole
 
 GREEN, RED, GREY, INK, PAPER = (34, 160, 70), (205, 50, 45), (190, 190, 190), (30, 30, 30), (255, 255, 255)
+BEST = 10  # images shown of what a query finds
 CELL = (96, 256)  # width, height of an image
 BORDER, GAP, MARGIN, TEXT, FOOT = 5, 10, 18, 46, 20
 LINE_HEIGHT = 22  # of text
@@ -183,12 +184,12 @@ def gallery_paths(images, left_out=()):
 def query_rows(features, indices, image_paths, captions, queries):
     """Rows for contact_sheet: of each query number its sentence and what was found, best first.
 
-    features: processor.evaluator.Features. indices: [Q, k], a Ranking's. image_paths: see gallery_paths.
-    captions: sentences by query number.
+    features: processor.evaluator.Features. indices: [Q, k], a Ranking's, of which BEST are taken.
+    image_paths: see gallery_paths. captions: sentences by query number.
     """
     rows = []
     for query in queries:
-        best = indices[query].tolist()
+        best = indices[query, :BEST].tolist()
         similarity = (features.image[best] @ features.text[query]).tolist()
         right = (features.image_pids[best] == features.text_pids[query]).tolist()
         found = [Found(image_paths[i], s, r) for i, s, r in zip(best, similarity, right, strict=True)]

@@ -2,9 +2,11 @@
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from retrieval.contact_sheet import Found, contact_sheet, draw_contact_sheet
+from processor.evaluator import Features
+from retrieval.contact_sheet import Found, contact_sheet, draw_contact_sheet, query_rows
 from tests.full_disk import limited
 from utils.errors import InputError
 
@@ -52,6 +54,13 @@ def around(sheet, place):
         (side, sheet[bottom + side, x]) for side in (1, 3)
     ]
     return {tuple(colour) for _, colour in outside}
+
+
+def test_ten_are_shown_of_a_longer_ranking():
+    ids, paths = torch.arange(12), [str(number) for number in range(12)]
+    features = Features(torch.ones(1, 1), ids[:1], torch.ones(12, 1), ids)
+    ((_, found),) = query_rows(features, ids.flip(0)[None], paths, ["a man"], [0])
+    assert [one.image_path for one in found] == paths[:1:-1]
 
 
 def test_the_right_person_has_a_green_border_and_another_a_red_one(images, tmp_path):
