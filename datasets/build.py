@@ -74,7 +74,7 @@ class TrainLoader(DataLoader):
                 for name, boxes in BOXES.items()
                 if name in batch
             }
-            yield Batch(**images, **batch)
+            yield Batch.of({**images, **batch})
             del images  # not kept here while the next batch is made
 
     def close(self):

@@ -25,6 +25,11 @@ from utils.dist import to_device
 from utils.errors import InputError
 from utils.losses import second_factor
 
+# what a training sample draws, each from mixed(seed, epoch, sample, one of these): what shares one is drawn
+# alike, so that another change of captions or images takes the next number
+IMAGE, MASKS, AUGMENT, DROP, SECOND_CAPTION, SIMILARITY, SECOND_VIEW = range(7)
+STRONG_VIEWS, BACK_TRANSLATION = (7, 8), 9
+
 
 class Images(NamedTuple):
     """Where a data set has its pixels from."""
@@ -56,7 +61,8 @@ class Images(NamedTuple):
 
 
 class CaptionChanges(NamedTuple):
-    """What becomes of a training caption, but for plain each time anew."""
+    """What becomes of a training caption, but for plain each time anew. What changes words does not go with
+    by_similarity: utils.settings.check_mask_by_similarity."""
 
     masking: tuple | None = None  # (mask_rate, unchanged_rate); None: there are no masked ids
     by_similarity: bool = False  # they are not drawn with the batch: see masked_by
@@ -109,17 +115,16 @@ class PairDataset(Dataset):
         caption_ids = self.caption_ids[[index for _, index in keys]]
         boxes, noise = [], torch.empty(len(keys), 2, caption_ids.shape[1])
         for row, ((epoch, index), sample) in enumerate(zip(keys, samples, strict=True)):
-            # image and mask draw from two streams: --img_aug does not change the masks
-            seed = mixed(self.seed, epoch, index, 0)
+            seed = mixed(self.seed, epoch, index, IMAGE)
             boxes.append(self.augmented(found[sample.image_path], seed, images[row]))
             if self.changes.masking and not self.changes.by_similarity:
-                generator.manual_seed(mixed(self.seed, epoch, index, 1))
+                generator.manual_seed(mixed(self.seed, epoch, index, MASKS))
                 noise[row].uniform_(generator=generator)
             if self.changes.drop or self.changes.back_translation:
                 caption = self.drawn_caption(epoch, index)
                 caption_ids[row] = tokenize(caption, self.tokenizer, caption_ids.shape[1])
             if self.changes.augment:
-                rng = random.Random(mixed(self.seed, epoch, index, 2))
+                rng = random.Random(mixed(self.seed, epoch, index, AUGMENT))
                 caption_ids[row] = augment_tokens(caption_ids[row], rng)
         batch = {
             "pids": torch.tensor([sample.pid for sample in samples], dtype=torch.long),
@@ -142,13 +147,14 @@ class PairDataset(Dataset):
         """The caption or its back-translation, without words that were drawn to be left out (TBPS-CLIP)."""
         caption = self.samples[index].caption
         if self.changes.back_translation:
-            rng = random.Random(mixed(self.seed, epoch, index, 9))
+            rng = random.Random(mixed(self.seed, epoch, index, BACK_TRANSLATION))
             exchange = rng.random() < self.changes.back_translation
             caption = self.back_translations[index] if exchange else caption
         if self.changes.drop and self.changes.plain:  # as published a word is drawn for after the cleaning
             caption = plain_caption(self.tokenizer.clean(caption), most=self.caption_ids.shape[1])
         if self.changes.drop:
-            caption = drop_words(caption, self.changes.drop, random.Random(mixed(self.seed, epoch, index, 3)))
+            rng = random.Random(mixed(self.seed, epoch, index, DROP))
+            caption = drop_words(caption, self.changes.drop, rng)
         return caption
 
     def augmented(self, pixels, seed, out):
@@ -164,7 +170,8 @@ class PairDataset(Dataset):
     def drawn_views(self, keys, pixels):
         """{name: (B, …)} of what a batch has of other views of its images, each from a stream of its own."""
         views, B = {}, len(keys)
-        seeds = [[mixed(self.seed, *key, stream) for stream in (6, 7, 8)] for key in keys]
+        streams = (SECOND_VIEW, *STRONG_VIEWS)
+        seeds = [[mixed(self.seed, *key, stream) for stream in streams] for key in keys]
         if self.views.second:
             views["second_images"] = images = self.images.room(B)
             drawn = zip(pixels, seeds, images, strict=True)
@@ -190,7 +197,7 @@ class PairDataset(Dataset):
         training captions. ids: (B, L), captions. indices: (B,) which they are."""
         mlm_ids, mlm_labels = torch.empty_like(ids), torch.empty_like(ids)
         for row, index in enumerate(indices.tolist()):
-            rng, known = random.Random(mixed(self.seed, epoch, index, 5)), similarities[index]
+            rng, known = random.Random(mixed(self.seed, epoch, index, SIMILARITY)), similarities[index]
             mlm_ids[row], mlm_labels[row] = similarity_mask(ids[row], known, rng, *self.changes.masking)
         return self.masked(ids, mlm_ids, mlm_labels)
 
@@ -199,7 +206,7 @@ class PairDataset(Dataset):
         (ICL, CVPR 2025): the groups shuffled, of each a sentence at random, joined, tokenised, augmented."""
         ids = self.caption_ids.new_zeros(len(keys), self.caption_ids.shape[1])
         for row, (epoch, index) in enumerate(keys):
-            rng = random.Random(mixed(self.seed, epoch, index, 4))
+            rng = random.Random(mixed(self.seed, epoch, index, SECOND_CAPTION))
             entry = self.second_captions[index]
             groups = [[entry]] if isinstance(entry, str) else list(entry)
             rng.shuffle(groups)

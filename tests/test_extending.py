@@ -4,6 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from datasets import build_dataloader
+from datasets.image_text import PairDataset
+from datasets.synthetic import make_dataset
 from model import build, build_model, objectives
 from model.irra import IRRA, PARTS, Part
 from processor.micro_batch import backward_in_parts
@@ -114,6 +117,17 @@ def test_a_number_of_ones_own_is_averaged_after_the_known_ones():
     meters = Meters()
     meters.update({"mine": torch.tensor(3.0), "sdm_loss": torch.tensor(1.0), "loss": torch.tensor(1.0)}, 2)
     assert list(meters.averages()) == ["loss", "sdm_loss", "mine"]
+
+
+def test_a_key_of_ones_own_travels_with_the_batch(tmp_path, monkeypatch):
+    plain = PairDataset.__getitems__
+    own = lambda dataset, keys: {**(batch := plain(dataset, keys)), "mine": batch["indices"] * 10}  # noqa: E731
+    monkeypatch.setattr(PairDataset, "__getitems__", own)
+    make_dataset(tmp_path, "CUHK-PEDES", 4, 2, 2, 2)
+    args = tiny_args(root_dir=tmp_path, num_workers=0, batch_size=4, division=True)
+    for batch in build_dataloader(args)[0]:
+        (whole,) = batch.parts()
+        assert torch.equal(whole.to(torch.device("cpu"))["mine"], batch.indices * 10)
 
 
 # ---- heads ----
