@@ -162,7 +162,7 @@ OPTIONS = {
     ("--optimizer", {"train": "Adam"}, one_of(*OPTIMIZERS), "AdamW: eps 1e-8, so not in fp16"),
     ("--lr", {"train": 1e-5}, positive, "base learning rate"),
     ("--bias_lr_factor", {"train": 2.0}, not_negative, "factor of LR for biases"),
-    ("--lr_factor", {"train": 5.0}, not_negative, "factor of LR for the new layers; token selection: 1e-3"),
+    ("--lr_factor", {"train": 5.0}, not_negative, "factor of LR for the heads of mlm and id"),
     ("--momentum", {"train": 0.9}, fraction_below_1, "of SGD"),
     ("--weight_decay", {"train": 4e-5}, not_negative, "weight decay"),
     ("--weight_decay_bias", {"train": 0.0}, not_negative, "weight decay of biases"),
