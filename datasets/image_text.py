@@ -96,7 +96,7 @@ class PairDataset(Dataset):
         self.changes = changes or CaptionChanges()
         self.second_captions = beside.get("diversity_captions", ())
         self.back_translations = beside.get("captions_bt", ())
-        self.tokenizer = SimpleTokenizer(plain=self.changes.plain) if self.changes.drop or beside else None
+        self.tokenizer = SimpleTokenizer(plain=self.changes.plain)
         captions = [sample.caption for sample in samples]
         self.caption_ids = tokenize_all(captions, text_length, self.changes.plain)
 
