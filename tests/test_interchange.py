@@ -16,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torchvision import transforms
 
 from datasets.tokenizer import SimpleTokenizer, tokenize
+from processor.evaluator import RANKS
 from tests.recipe import REFERENCE, arguments, bytes8, figures, tiny_clip_file, tiny_model
 from tests.test_metrics import by_sorting
 from utils.checkpoint import load_checkpoint
@@ -90,8 +91,8 @@ def evaluated_apart(model, root, name, split):
         ("t2i", text @ image.T, text_pids, image_pids),
         ("i2t", image @ text.T, image_pids, text_pids),
     ):
-        cmc, mAP, mINP, _ = by_sorting(similarity, q_pids, g_pids)
-        rows[task] = {"R1": cmc[0], "R5": cmc[4], "R10": cmc[9], "mAP": mAP, "mINP": mINP}
+        cmc, mAP, mINP, _ = by_sorting(similarity, q_pids, g_pids, max(RANKS))
+        rows[task] = {**{f"R{k}": cmc[k - 1] for k in RANKS}, "mAP": mAP, "mINP": mINP}
     return rows
 
 
