@@ -95,7 +95,8 @@ Trainings are short and share one rate, which was tuned for none of them: what l
 
 The truth of a drawn set is known. Each test sentence fits one person of the test split only; training
 sentences may fit several, and `python -m datasets.synthetic --hard small` says how many do. Wrong captions
-are in the training split only, and describe another person than the image shows.
+are in the training split only, and describe another person than the image shows. For rda each training
+caption has a second one (`--rewritten`), which says all that the person of the first wears.
 
 A seed is that of a training and of a drawing, so that persons vary over seeds too; rows of one seed have
 the same set. Figures are of the last epoch, text to image, in percent: mean ± standard deviation over
