@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from retrieval.encoders import Encoders
+from tests.conftest import PATIENCE
 from utils import dist, errors
 from utils.dist import out_of_memory, pick_device, process_group
 from utils.errors import InputError, reports_errors
@@ -288,6 +289,6 @@ raise SystemExit(main([]))
 
 def test_its_sentence_is_said_and_it_ends_though_nccl_would_wait():
     done = subprocess.run(
-        [sys.executable, "-c", WAITS_FOR_EVER], cwd=ROOT, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", WAITS_FOR_EVER], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE
     )
     assert done.returncode == 2 and done.stderr.splitlines()[-1] == "error: no room"
