@@ -97,6 +97,7 @@ SLOW = {  # what --fast leaves out, by what takes it long: a file, or file::begi
     ),
     "other programs' libraries, loaded by a process each or asked at several image sizes": (
         "test_export.py::test_the_example_of_each_card",
+        "test_export.py::test_in_each_form_of_a_run_that_leaves_punctuation_out",
         "test_export.py::test_transformers_gives_the_same_features_at_any_image_size",
     ),
     "programs of their own, and pictures of five million pixels": (
