@@ -1,19 +1,21 @@
 """What only a GPU can tell, in one command of at most nine minutes: does the default path work, and how fast.
 
-python -m benchmarks.gpu                 needs a CUDA GPU, this repository and its requirements; nothing else
+python -m benchmarks.gpu                 needs a CUDA GPU, this repository and its requirements (of tests too)
 python -m benchmarks.gpu --dry           every part tiny, on the CPU: does it run at all
 python -m benchmarks.gpu --estimate      no GPU: the memory that a step needs, counted on a pretended one
 python -m benchmarks.gpu --parts step    some parts only (names as it prints them)
 
-Parts run in the order of their worth. Each figure is printed and added to benchmarks/results/gpu.jsonl once
-it is known, so a run that is cut short loses nothing; a part that fails says so and the next one begins. A
-part that might end too late is left out. `python -m benchmarks.report` makes a table of the file.
+Parts run in the order of their worth, each in a process of its own. Each answer and figure is printed and
+added to benchmarks/results/gpu.jsonl once it is known, so a run that is cut short loses nothing; a part that
+fails, hangs or crashes says so and the next one begins. One that might end too late is left out. The end
+lists all answers, a line each. `python -m benchmarks.report` makes a table of the figures.
 """
 
 import argparse
 import gc
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -25,7 +27,8 @@ from pathlib import Path
 import torch
 
 from benchmarks import evaluate, harness, loader, step
-from benchmarks.harness import left_out, record
+from benchmarks.checks import CHECKS
+from benchmarks.harness import keep, left_out, record
 from benchmarks.step import PERSONS, batch_of
 from model import build_model
 from processor.trainer import Steps, train_one_epoch
@@ -45,7 +48,7 @@ TINY_DEMO = ["--num_epoch", "1", "--batch_size", "16", "--eval_period", "1"]
 def demo(args, device, folder):
     """A training of the demo's size and its test: Rank-1 and seconds."""
     began = time.time()
-    run = train_drawn(args, folder, "demo", [])
+    run = train_drawn(args.dry, folder, "demo", [])
     seconds = time.time() - began
     words = ["--config_file", str(run), "--chance", "--device", device.type]
     python(["test.py", *words])
@@ -61,24 +64,25 @@ def demo(args, device, folder):
     )
 
 
-def train_drawn(args, folder, name, words, launcher=()):
+def train_drawn(dry, folder, name, words, launcher=()):
     """Train the demo's model on the demo's data, from random weights; returns the run's folder."""
-    people = ["24", "4", "8"] if args.dry else ["400", "20", "100"]
+    people = ["24", "4", "8"] if dry else ["400", "20", "100"]
     ids = [word for pair in zip(("--ids", "--val_ids", "--test_ids"), people, strict=True) for word in pair]
     python(["-m", "datasets.synthetic", "--root", str(folder / "data"), *ids])
     words = [*FROM_RANDOM, "--root_dir", str(folder / "data"), "--name", name, *words]
-    words += ["--output_dir", str(folder / "logs"), "--device", "cpu" if args.dry else "cuda"]
-    python([*launcher, "train.py", *words, *(TINY_DEMO if args.dry else [])])
+    words += ["--output_dir", str(folder / "logs"), "--device", "cpu" if dry else "cuda"]
+    python([*launcher, "train.py", *words, *(TINY_DEMO if dry else [])])
     (run,) = (folder / "logs").glob(f"*/*_{name}")
     return run
 
 
 def python(words):
-    """Run a program of this repository; its words are shown only where it fails."""
+    """Run a program of this repository; what it says is returned, or where it fails in the error."""
     done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         said = (done.stderr.strip() or done.stdout.strip() or "nothing").splitlines()
         raise RuntimeError(f"{' '.join(words[:4])} … ended with {done.returncode}: {said[-1]}")
+    return done.stdout
 
 
 def full_size(args, device, folder):
@@ -159,7 +163,7 @@ def one_process(args, device, folder):
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
     weights = []
     for name, how in (("alone", []), ("group", launcher)):
-        run = train_drawn(args, folder, name, ["--num_epoch", "1", "--eval_period", "9"], how)
+        run = train_drawn(args.dry, folder, name, ["--num_epoch", "1", "--eval_period", "9"], how)
         weights.append(load_checkpoint(run / "last.pth")["model"])
     apart = max(float((weights[0][key] - weights[1][key]).abs().max()) for key in weights[0])
     note = "largest difference of a weight after an epoch of the demo"
@@ -192,6 +196,17 @@ def compiled(args, device, folder):
 
 def batch_on(batch, device):
     return {**batch, "images": batch["images"].to(device)}
+
+
+def answer(name):
+    """A part that is one of the CHECKS."""
+
+    def part(args, device, folder):
+        found = CHECKS[name][0](device, folder, args.dry)
+        line = {"figure": name, "unit": "", "arms": {}, "ratio": {}}
+        keep({**line, "verdict": "right", "note": found}, device)
+
+    return part
 
 
 # ---- how fast ----
@@ -249,6 +264,7 @@ TINY = ["--tiny", "--batch_size", "2", "--repeats", "1"]
 SPLIT = ["--images", "3074", "--captions", "6156", "--repeats", "2"]  # CUHK-PEDES' test split
 PARTS = {  # name: what it does, seconds that it may take on a 24 GB card; in the order of their worth
     "demo": (demo, 60),
+    **{name: (answer(name), seconds) for name, (_, seconds) in CHECKS.items()},
     "full size": (full_size, 90),
     "step": (
         program(
@@ -267,6 +283,9 @@ PARTS = {  # name: what it does, seconds that it may take on a 24 GB card; in th
 }
 
 
+FAILED = 3  # exit status where a part has failed and said so
+
+
 class TooLate(Exception):
     """The time of the whole run is over."""
 
@@ -281,20 +300,49 @@ def run_parts(args, device):
         if left < needed and not args.dry:
             left_out(name, "ours", f"it may take {needed} s, and {left:.0f} are left", device)
             continue
-        print(f"== {name}", flush=True)
-        try:
-            with tempfile.TemporaryDirectory() as folder, time_limit(None if args.dry else left):
-                part(args, device, Path(folder))
-            gc.collect()  # a compiled model is a ring of references
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
-        except Exception as error:  # whatever it was, the other parts tell something too
-            if args.debug:
-                raise
+        if not args.here:
+            print(f"== {name}", flush=True)
+        if args.here or args.dry or args.debug:
+            reason = run_here(part, args, device, None if args.dry else left)
+        else:
+            words = ["--parts", name, "--here", "--minutes", f"{left / 60 + 0.05:.2f}"]
+            reason = guarded([sys.executable, "-m", "benchmarks.gpu", *words], left + 15)
+        if reason is not None:
             failed.append(name)
-            said = (str(error).splitlines() or [""])[0]
-            left_out(name, "ours", f"{type(error).__name__}: {said[:300]}", device)
+        if reason:
+            left_out(name, "ours", reason, device)
     return failed
+
+
+def run_here(part, args, device, seconds):
+    """Why the part failed, or None."""
+    try:
+        with tempfile.TemporaryDirectory() as folder, time_limit(seconds):
+            part(args, device, Path(folder))
+    except Exception as error:  # whatever it was, the other parts tell something too
+        if args.debug:
+            raise
+        said = (str(error).splitlines() or [""])[0]
+        return f"{type(error).__name__}: {said[:600]}"
+    gc.collect()  # a compiled model is a ring of references
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return None
+
+
+def guarded(command, seconds):
+    """Run a part in a process of its own: after an error of CUDA one is of no more use, and a crash or a wait
+    for ever would end all. Returns why it failed, "" where it has said so itself, or None."""
+    child = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
+    try:
+        status = child.wait(seconds)
+        return {0: None, FAILED: ""}.get(status, f"its process ended with {status}")
+    except subprocess.TimeoutExpired:
+        return f"killed after {seconds:.0f} s"
+    finally:
+        if child.poll() is None:
+            os.killpg(child.pid, signal.SIGKILL)  # the programs that it has started too
+            child.wait()
 
 
 @contextmanager
@@ -314,6 +362,16 @@ def time_limit(seconds):
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, earlier)
+
+
+def summary(file, start):
+    """What has been answered since the file had `start` bytes, a line each."""
+    if not file.exists():
+        return []
+    lines = [json.loads(line) for line in file.read_bytes()[start:].splitlines()]
+    told = [f"right: {line['figure']}: {line['note']}" for line in lines if "verdict" in line]
+    told += [f"NOT: {x['figure']}: {next(iter(x['left_out'].values()))}" for x in lines if "left_out" in x]
+    return told
 
 
 # ---- what it would need ----
@@ -342,6 +400,7 @@ def main(argv=None):
     add("--dry", action="store_true", help="every part tiny, on the CPU; nothing is kept")
     add("--parts", nargs="+", choices=PARTS, metavar="PART", help=", ".join(PARTS))
     add("--minutes", type=float, default=9.0, help="parts that would end later are left out")
+    add("--here", action="store_true", help="in this process: what fails may take the rest with it")
     add("--debug", action="store_true", help="stop at the first part that fails, with its traceback")
     add("--estimate", action="store_true", help="print the memory of a step, sdm+mlm+id, ViT-B/16")
     add("--batch_size", type=int, nargs="+", default=[64, 128], help="for --estimate")
@@ -358,9 +417,14 @@ def main(argv=None):
     with tempfile.TemporaryDirectory() as folder:
         if args.dry:
             harness.RESULTS = Path(folder)
+        file = harness.results_file()
+        start = file.stat().st_size if file.exists() else 0
         failed = run_parts(args, device)
-    print(f"failed: {', '.join(failed)}" if failed else "all parts ran", flush=True)
-    return 1 if failed else 0
+        if not args.here:
+            print(*summary(file, start), sep="\n")
+    if not args.here:
+        print(f"failed: {', '.join(failed)}" if failed else "all parts ran", flush=True)
+    return FAILED if failed else 0
 
 
 if __name__ == "__main__":

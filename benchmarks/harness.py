@@ -112,8 +112,13 @@ def keep(line, device=None):
     ready_output()
     print(text, flush=True)
     RESULTS.mkdir(exist_ok=True)
-    with open(RESULTS / f"{program}.jsonl", "a", encoding="utf-8") as file:
+    with open(results_file(), "a", encoding="utf-8") as file:
         file.write(text + "\n")
+
+
+def results_file():
+    """Where this program's lines are kept."""
+    return RESULTS / f"{Path(sys.argv[0]).stem}.jsonl"
 
 
 def machine(device=None):

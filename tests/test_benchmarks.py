@@ -1,6 +1,7 @@
 """Each benchmark runs, at a size that says nothing, and its figures make a table."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -52,7 +53,10 @@ def test_the_gpu_run_runs_dry_and_every_figure_is_kept_at_once(results, capsys):
     out = capsys.readouterr().out
     order = [line[3:] for line in out.splitlines() if line.startswith("== ")]
     assert order == list(gpu.PARTS) and out.splitlines()[-1] == "all parts ran"
+    right = [line.split(": ")[1] for line in out.splitlines() if line.startswith("right: ")]
+    assert right == list(gpu.CHECKS)
     lines = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+    lines = [line for line in lines if "verdict" not in line]
     figures = {line["figure"] for line in lines}
     for part in ("demo, Rank-1", "full size, loss", "one process", "--compile, graphs", "training fed"):
         assert any(figure.startswith(part) for figure in figures), part
@@ -70,13 +74,43 @@ def test_a_part_that_fails_or_would_end_too_late_says_so_and_leaves_the_rest(res
         harness.record("good", {"ours": 1.0}, "s")
 
     monkeypatch.setattr(gpu, "PARTS", {"broken": (broken, 1), "slow": (good, 999), "good": (good, 1)})
-    args = gpu.argparse.Namespace(parts=None, minutes=9, dry=False, debug=False)
+    args = gpu.argparse.Namespace(parts=None, minutes=9, dry=False, debug=False, here=True)
     assert gpu.run_parts(args, torch.device("cpu")) == ["broken"]
     (file,) = results.glob("*.jsonl")
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     assert [line["figure"] for line in lines] == ["broken", "slow", "good"]
     assert lines[0]["left_out"]["ours"] == "ValueError: no such thing"
     assert "999 s" in lines[1]["left_out"]["ours"]
+
+
+@pytest.mark.parametrize(
+    ("code", "seconds", "reason"),
+    [
+        ("pass", 60, None),
+        (f"raise SystemExit({gpu.FAILED})", 60, ""),  # it has said so itself
+        ("import os; os.kill(os.getpid(), 11)", 60, "its process ended with -11"),
+        ("raise RuntimeError", 60, "its process ended with 1"),
+        ("import time; time.sleep(100)", 1, "killed after 1 s"),
+    ],
+)
+def test_a_part_that_crashes_or_hangs_takes_nothing_with_it(code, seconds, reason):
+    assert gpu.guarded([sys.executable, "-c", code], seconds) == reason
+
+
+def test_a_wrong_answer_is_told_as_one(results, monkeypatch, capsys):
+    def wrong(device, folder, dry):
+        raise AssertionError("losses are off by 0.2")
+
+    checks = {"wrong": (wrong, 1), "right": (lambda device, folder, dry: "none seen", 1)}
+    monkeypatch.setattr(gpu, "CHECKS", checks)
+    monkeypatch.setattr(gpu, "PARTS", {name: (gpu.answer(name), 1) for name in checks})
+    assert gpu.main(["--dry"]) == gpu.FAILED
+    told = capsys.readouterr().out.splitlines()[-3:]
+    assert told == [
+        "right: right: none seen",
+        "NOT: wrong: AssertionError: losses are off by 0.2",
+        "failed: wrong",
+    ]
 
 
 def test_without_a_gpu_the_real_run_is_one_sentence(capsys):

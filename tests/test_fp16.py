@@ -176,26 +176,27 @@ def drawn(case):
 
 
 @functools.cache
-def stepped(case, fused=False):
+def stepped(case, fused=False, device=CPU):
     """(start, end, share of weights that never moved) of a case by our optimiser or PyTorch's fused one."""
     start, gradients = drawn(case)
+    start = start.to(device)
     model = One(start.clone())
     optimizer = build_optimizer(get_args(words_of(**ALONE["options"])), model)
     if fused:
         options = {**optimizer.param_groups[0], "foreach": False, "fused": True}
         options = {key: options[key] for key in ("params", "lr", "betas", "eps", "weight_decay", "fused")}
         optimizer = torch.optim.Adam([options.pop("params")[0]], **options)
-    unmoved = torch.ones(len(start), dtype=torch.bool)
+    unmoved = torch.ones(len(start), dtype=torch.bool, device=device)
     for gradient in gradients:
-        model.weight.grad = gradient
+        model.weight.grad = gradient.to(device)
         optimizer.step()
         unmoved &= model.weight.detach() == start
-    return start, model.weight.detach(), float(unmoved.double().mean())
+    return start.cpu(), model.weight.detach().cpu(), float(unmoved.double().mean())
 
 
-def off_published(case, fused=False):
+def off_published(case, fused=False, device=CPU):
     """{unmoved, update_l2, distance} from the published figures, as the README there defines them."""
-    start, end, unmoved = stepped(case, fused)
+    start, end, unmoved = stepped(case, fused, device)
     published, stored = ALONE["cases"][case], arrays("fp16/optimizer")[f"final_{case}"]
     length = float((end.double() - start.double()).norm())
     update = float((stored.double() - start.double()).norm())
@@ -288,10 +289,10 @@ class Scaled(torch.nn.Module):
 
 
 @functools.cache
-def trained(regime, fused=False):
+def trained(regime, fused=False, device=CPU):
     """(losses by name, {steps: (unmoved, update_l2)}) of a run through the training loop, whose watch looks
     every 50 steps as on an accelerator."""
-    model = new_model()
+    model = new_model().to(device)
     scaled = Scaled(model, MODEL["loss_scale"][regime])
     optimizer = build_optimizer(args_of(), model)
     if fused:
@@ -314,7 +315,9 @@ def trained(regime, fused=False):
 
     loader = [batches()[step % 10] for step in range(STEPS)]
     watch = FiniteWatch(scaled, optimizer, epoch=1, period=50)
-    train_one_epoch(scaled, loader, optimizer, CPU, 1, Steps(log_period=10**9, after_step=look, watch=watch))
+    train_one_epoch(
+        scaled, loader, optimizer, device, 1, Steps(log_period=10**9, after_step=look, watch=watch)
+    )
     losses = {name: [report[name] for report in scaled.reports] for name in scaled.reports[0]}
     losses["total_loss"] = [sum(report.values()) for report in scaled.reports]
     return losses, after
@@ -341,9 +344,9 @@ def lengths(start, now):
     return {**found, "fp16": length(name for name in start if start[name].dtype == torch.half)}
 
 
-def differences(regime, fused=False):
+def differences(regime, fused=False, device=CPU):
     """Largest difference of each kind of figure from the published run, as the README there defines it."""
-    published, (losses, after) = TRAJECTORY[regime], trained(regime, fused)
+    published, (losses, after) = TRAJECTORY[regime], trained(regime, fused, device)
     found = {
         key: max(off(losses[name][a:b], values[a:b]) for name, values in published["losses"].items())
         for key, (a, b) in RANGES.items()
