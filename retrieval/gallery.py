@@ -133,8 +133,9 @@ def cannot_be_kept(folder):
 
 def unread_hint(others):
     """What to do where files of a phone's or a camera's format were passed over."""
-    found = sorted(NOT_READ & others.keys())
-    return f"; {' and '.join(found)} are not read here: export them as JPEG first" if found else ""
+    *found, last = sorted(NOT_READ & others.keys()) or [""]
+    names = " and ".join(filter(None, [", ".join(found), last]))
+    return f"; {names} are not read here: export them as JPEG first" if names else ""
 
 
 def plural(number, thing):

@@ -39,6 +39,7 @@ CSS = """
 footer {display: none !important}
 .hint {color: var(--body-text-color-subdued)}
 #heading, .hint {overflow-wrap: anywhere}
+.toast-wrap {top: auto !important; bottom: var(--size-4)}  /* at the top a message covers Search */
 #gallery .grid-wrap {max-height: none; height: auto; overflow: visible; padding-top: 0}
 #gallery .grid-container {grid-template-columns:
   repeat(auto-fill, minmax(max(84px, (100% - 5 * var(--spacing-lg)) / 6), 1fr))}
@@ -65,9 +66,10 @@ class Page:
 
     def search(self, sentence, own):
         """(Result, [(thumbnail, caption), …], remark)."""
-        sentence = checked_sentence(sentence or "", "the sentence", self.encoders.tokenizer.plain)
+        sentence = sentence or ""
         if len(sentence) > LONGEST:
             raise InputError(f"the sentence has {len(sentence)} characters; at most {LONGEST} are taken here")
+        sentence = checked_sentence(sentence, "the sentence", self.encoders.tokenizer.plain)
         index, whose = (own, "your ") if own else (self.index, "")
         features = self.encoders.text_features([sentence])
         (answer,), lost = index.find(features, self.top_k, self.duplicates)
@@ -177,7 +179,7 @@ def build(page, title, examples=(), max_upload=20):
             sentence = gr.Textbox(
                 label="Sentence",
                 placeholder=EXAMPLES[0],
-                lines=2,
+                max_lines=4,  # it grows; of a box with more lines at first, Enter would not start the search
                 scale=5,
                 elem_id="sentence",
                 autofocus=True,
@@ -210,6 +212,7 @@ def lay_out_answer(gr):
             interactive=False,
             buttons=[],
             scale=4,
+            min_width=400,  # in a narrower window what the word looks at comes below, not beside one column
             elem_id="gallery",
         )
         with gr.Column(scale=1, min_width=240):
@@ -316,9 +319,8 @@ def port_to_listen_on(host, port):
 
 
 def cannot_listen(host, port, error):
-    return InputError(
-        f"cannot listen on {host}:{port} ({error.strerror or 'it is in use'}): give another --port or --host"
-    )
+    why = error.strerror or "taken by now, or the server did not start within Gradio's five seconds"
+    return InputError(f"cannot listen on {host}:{port} ({why}): give another --port or --host")
 
 
 def gallery_title(index):

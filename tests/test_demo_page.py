@@ -188,6 +188,23 @@ def test_nothing_is_asked_of_another_machine(page, address):
 
 
 @in_browser
+def test_by_the_keyboard_alone_a_sentence_is_asked_in_a_narrow_window_of_several_columns(page):
+    from selenium.webdriver.common.action_chains import ActionChains
+    from selenium.webdriver.common.keys import Keys
+
+    screen = {"width": 520, "height": 844, "deviceScaleFactor": 1, "mobile": False}
+    page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
+    try:
+        until(lambda: page.switch_to.active_element.tag_name == "textarea")  # the sentence has the focus
+        ActionChains(page).send_keys("a man").send_keys(Keys.ENTER).perform()
+        until(lambda: len(tiles(page)) == 5)
+        assert page.find_element("css selector", "#sentence textarea").get_attribute("value") == "a man"
+        assert len({tile.location["x"] for tile in tiles(page)}) >= 3
+    finally:
+        page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+@in_browser
 def test_an_example_fills_the_sentence(page):
     page.find_elements("css selector", ".gallery-item, button.gallery-item, .gallery button")[0].click()
     box = page.find_element("css selector", "#sentence textarea")
