@@ -22,7 +22,7 @@ from tests.test_micro_batch import assert_same, taken, whole
 from utils.batch import Batch
 from utils.checkpoint import load_optimizer
 from utils.errors import InputError
-from utils.losses import LOSSES, REPORTED, Loss, total_loss
+from utils.losses import LOSSES, REPORTED, Loss, named, total_loss
 from utils.options import get_args
 
 
@@ -167,7 +167,7 @@ def test_a_head_says_its_rate_where_it_is_defined(monkeypatch):
 
 
 def test_every_part_of_the_model_has_a_row_and_the_published_rule():
-    args = tiny_args("sdm+id+mlm+simclr", token_selection=True, learn_temperature=True)
+    args = tiny_args("+".join(named()), token_selection=True, learn_temperature=True)
     model = build_model(args, 7)
     assert {name.split(".")[0] for name, _ in model.named_parameters()} == set(PARTS)
     args = get_args([])
