@@ -109,28 +109,14 @@ def reports_errors(main):
         ready_output()
         try:
             return main(argv) or 0
-        except InputError as error:
-            if "--debug" in arguments:
-                traceback.print_exc()
-            print(f"error: {error}", file=sys.stderr)
-            return 2
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return 130
         except BrokenPipeError:  # `python test.py … | head`
             fall_silent(sys.stdout)
             return 1
-        except ModuleNotFoundError as error:
-            if not error.name or "." in error.name:  # a damaged installation: where it fails is what counts
-                raise
-            print(
-                f"error: the package {error.name} is not installed for {sys.executable}: "
-                "python -m pip install -r requirements.txt",
-                file=sys.stderr,
-            )
-            return 2
-        except OSError as error:  # of a log or TensorBoard's file; checkpoints say more (utils.files)
-            sentence = of_the_system(error)
+        except Exception as error:
+            sentence = sentence_of(error)
             if not sentence:
                 raise
             if "--debug" in arguments:
@@ -139,6 +125,21 @@ def reports_errors(main):
             return 2
 
     return run
+
+
+def sentence_of(error):
+    """What the user is told of an error; None of a fault of the code, whose traceback says more."""
+    if isinstance(error, InputError):
+        return str(error)
+    if isinstance(error, ModuleNotFoundError):
+        if not error.name or "." in error.name:  # a damaged installation: where it fails is what counts
+            return None
+        return (
+            f"the package {error.name} is not installed for {sys.executable}: "
+            "python -m pip install -r requirements.txt"
+        )
+    # of a log or TensorBoard's file; checkpoints say more (utils.files)
+    return of_the_system(error) if isinstance(error, OSError) else None
 
 
 def of_the_system(error):
