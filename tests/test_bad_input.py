@@ -249,7 +249,7 @@ ODD_RECORDS = {  # file contents, and what the sentence says, or None where it t
     "half": (json.dumps(SOUND)[:-20], "is not JSON"),
     "two lists": ("[][]", "is not JSON"),
     "a million brackets": ("[" * 1_000_000, "reid_raw.json"),
-    "UTF-16": (json.dumps(SOUND).encode("utf-16"), "it is not text"),
+    "UTF-16": (json.dumps(SOUND).encode("utf-16"), "it is text in UTF-16"),
     "Latin-1": ('[{"split": "é"}]'.encode("latin-1"), "it is not text"),
     "random bytes": (random.Random(0).randbytes(1000), "reid_raw.json"),
 }
