@@ -11,7 +11,8 @@ from utils.options import get_test_args, passed_over, read_run_options
 @reports_errors
 def main(argv=None):
     args = get_test_args(argv)
-    from utils.dist import out_of_memory, pick_device, process_group
+    from utils.device import out_of_memory, pick_device
+    from utils.dist import process_group
 
     device = pick_device(args.device)
     with process_group(device), out_of_memory(device, args.test_batch_size, "--test_batch_size"):

@@ -58,7 +58,7 @@ def split_pictures(args, folder):
     from retrieval.curves import draw_cmc
     from retrieval.encoders import open_run
     from retrieval.queries import choose, draw_query, outcomes
-    from utils.dist import out_of_memory
+    from utils.device import out_of_memory
     from utils.extras import extra
     from utils.metrics import rank_features
     from utils.run import setup_logger

@@ -206,7 +206,8 @@ def full_memory(device, folder, dry):
 
 FAILING = """
 import sys, torch, torch.distributed as dist
-from utils.dist import pick_device, process_group, process_index
+from utils.device import pick_device
+from utils.dist import process_group, process_index
 from utils.errors import InputError, reports_errors
 
 @reports_errors

@@ -15,7 +15,7 @@ from benchmarks.harness import interleaved, record
 from benchmarks.step import PERSONS, batch_of, options
 from model import build_model
 from processor.evaluator import encode, evaluate
-from utils.dist import pick_device
+from utils.device import pick_device
 
 
 def main(argv=None):

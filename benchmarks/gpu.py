@@ -34,7 +34,7 @@ from model import build_model
 from processor.trainer import Steps, train_one_epoch
 from solver import build_optimizer
 from utils.checkpoint import load_checkpoint, load_optimizer, load_weights, save_checkpoint
-from utils.dist import pick_device
+from utils.device import pick_device
 from utils.errors import ready_output
 
 ROOT = Path(__file__).parent.parent

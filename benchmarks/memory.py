@@ -25,7 +25,7 @@ from model import build_model
 from processor.trainer import backward
 from solver import build_optimizer
 from utils.batch import Batch
-from utils.dist import pick_device
+from utils.device import pick_device
 
 NO_HEAP = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}  # of glibc
 ARMS = {  # whether activations are computed twice, how many parts a batch is cut into

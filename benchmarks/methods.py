@@ -14,7 +14,7 @@ from benchmarks.harness import interleaved, record
 from benchmarks.step import PERSONS, TINY, OurStep, batch_of
 from model import build_model
 from solver import build_optimizer
-from utils.dist import pick_device, to_device
+from utils.device import pick_device, to_device
 from utils.options import get_args
 
 ARMS = {  # what is typed; the first is the baseline

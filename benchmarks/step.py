@@ -23,7 +23,7 @@ from model.build import build_model, in_precision, new_model
 from processor.trainer import FiniteWatch, Meters, Steps, backward, look_period
 from solver import build_optimizer
 from utils.batch import Batch
-from utils.dist import pick_device
+from utils.device import pick_device
 from utils.options import get_args
 
 GFLOP = 158.154

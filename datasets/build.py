@@ -24,7 +24,8 @@ from datasets.sampler import BatchShares, IdentityOrder, RandomOrder, Share, mix
 from datasets.tokenizer import PUNCTUATION, START_SIMILARITY
 from utils.batch import Batch
 from utils.data_sets import ignored_name
-from utils.dist import batches_of, process_sum, world_size
+from utils.device import batches_of
+from utils.dist import process_sum, world_size
 from utils.errors import InputError
 from utils.files import room_for_sockets
 from utils.losses import LOSSES, names_of

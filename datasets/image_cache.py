@@ -19,7 +19,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from datasets.transforms import read_image, resize
-from utils.dist import batches_of
+from utils.device import batches_of
 from utils.errors import InputError
 from utils.files import lock, remove_leftovers, room_for_sockets, whole_file
 from utils.progress import progress_bar

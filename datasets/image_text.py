@@ -21,7 +21,7 @@ from datasets.tokenizer import (
     tokenize_all,
 )
 from datasets.transforms import crop_padded, draw_augmentation, erase, normalise
-from utils.dist import to_device
+from utils.device import to_device
 from utils.errors import InputError
 from utils.losses import second_factor
 

@@ -6,7 +6,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from utils.dist import gather, process_index, to_device
+from utils.device import to_device
+from utils.dist import gather, process_index
 from utils.metrics import rank_by, rank_features
 from utils.progress import progress_bar
 

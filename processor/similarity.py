@@ -5,7 +5,8 @@ import torch
 
 from datasets.tokenizer import START_SIMILARITY
 from utils.batch import Batch
-from utils.dist import gather, share_sizes, to_device
+from utils.device import to_device
+from utils.dist import gather, share_sizes
 
 
 class WordSimilarities:

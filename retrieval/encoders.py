@@ -20,7 +20,7 @@ from datasets.transforms import as_rgb, open_image, resize
 from model.build import build_trained_model, facts_to_keep
 from model.irra import PARTS
 from utils.checkpoint import load_checkpoint
-from utils.dist import out_of_memory
+from utils.device import out_of_memory
 from utils.errors import InputError, printable
 from utils.settings import resolve
 

@@ -14,7 +14,7 @@ from datasets.tokenizer import tokenize
 from datasets.transforms import normalise, resize, resized
 from model.irra import at_eot, pooled
 from retrieval.contact_sheet import PAPER, font_of, shortened, write
-from utils.dist import out_of_memory
+from utils.device import out_of_memory
 from utils.errors import InputError
 
 

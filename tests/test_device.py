@@ -12,8 +12,9 @@ import torch
 
 from retrieval.encoders import Encoders
 from tests.conftest import PATIENCE
-from utils import dist, errors
-from utils.dist import out_of_memory, pick_device, process_group
+from utils import device, errors
+from utils.device import out_of_memory, pick_device
+from utils.dist import process_group
 from utils.errors import InputError, reports_errors
 
 GPU = torch.device("cuda:1")
@@ -24,10 +25,10 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture(autouse=True)
 def asked_anew():
     """What has been found out of this machine is found out again."""
-    dist.gpus.cache_clear()
+    device.gpus.cache_clear()
     errors.say_once.cache_clear()
     yield
-    dist.gpus.cache_clear()
+    device.gpus.cache_clear()
     errors.say_once.cache_clear()
 
 

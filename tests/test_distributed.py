@@ -17,7 +17,8 @@ from tests import processes
 from tests.children import ROOT, differ, draw, only_run, words
 from tests.processes import Group, together, torchrun
 from tests.recipe import off
-from utils.dist import pick_device, share
+from utils.device import pick_device
+from utils.dist import share
 from utils.errors import InputError
 from utils.options import get_args
 from utils.run import StopSignals

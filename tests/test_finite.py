@@ -16,7 +16,7 @@ from solver.skip import skips_on_device
 from tests import children
 from tests.children import differ, draw, only_run, run, words
 from utils.checkpoint import load_checkpoint
-from utils.dist import out_of_memory
+from utils.device import out_of_memory
 from utils.errors import InputError, reports_errors
 from utils.run import GRACE, Stopped, StopSignals
 

@@ -22,7 +22,7 @@ from retrieval.encoders import open_picture
 from retrieval.relevance import heat
 from tests.children import ROOT
 from tests.conftest import PATIENCE
-from utils.dist import out_of_memory
+from utils.device import out_of_memory
 from utils.errors import InputError
 
 STEPS = np.arange(48 * 20).reshape(48, 20) / (48 * 20 - 1)  # 0 to 1

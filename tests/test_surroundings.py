@@ -20,7 +20,7 @@ import torch
 
 from model.fetch import download
 from tests.children import ROOT, draw, words
-from utils.dist import batches_of
+from utils.device import batches_of
 from utils.errors import InputError, reports_errors
 from utils.files import SOCKET, room_for_sockets
 from utils.options import get_args

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, fields, replace
 
 import torch
 
-from utils.dist import to_device
+from utils.device import to_device
 
 # the fields that Batch.planned finds
 PLAN = ("text_length", "second_length", "same_caption", "mlm_at", "mlm_rows")

@@ -30,7 +30,8 @@ class Settings:
 
 def resolve(args):
     """The Settings of these options, here. Raises InputError where a rule of `check` is broken."""
-    from utils.dist import pick_device, world_size
+    from utils.device import pick_device
+    from utils.dist import world_size
 
     device = pick_device(args.device)
     settings = Settings(device, pick_precision(args, device), world_size())
