@@ -79,8 +79,7 @@ def split_pictures(args, folder):
     text, text_pids, image, image_pids = features
     written = []
     if args.cmc:
-        reach = min(50, len(image))
-        t2i = rank_features(text, image, text_pids, image_pids, reach).cmc.tolist()
+        t2i = rank_features(text, image, text_pids, image_pids, min(50, len(image))).cmc.tolist()
         i2t = rank_features(image, text, image_pids, text_pids, min(50, len(text))).cmc.tolist()
         path = folder / f"cmc_{args.split}.png"
         title = f"{args.name} on {name_of(args)}, {args.split} split"
