@@ -6,11 +6,13 @@ from pathlib import Path
 
 from retrieval.encoders import shown
 from retrieval.index import TABLE, GalleryIndex, has_moved, in_common, read_table
-from retrieval.pictures import NOT_READ, scan, stamps_of
+from retrieval.pictures import NOT_READ, Stamp, scan, stamps_of
 from utils.data_sets import ignored_name
 from utils.errors import InputError
 from utils.files import cannot_write, lock
 from utils.progress import progress_bar
+
+__all__ = ["GalleryIndex", "Stamp", "open_gallery"]  # a gallery for other programs, from one room
 
 
 @contextlib.contextmanager

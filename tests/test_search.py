@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from retrieval.pictures import Stamp
+from retrieval.gallery import Stamp
 from tests.conftest import PATIENCE, ROOT, load_script
 from tests.tiny_run import make_run, missing
 from utils import errors
