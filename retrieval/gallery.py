@@ -73,8 +73,9 @@ def renamed(old, folder, say):
     return old
 
 
-def open_gallery(encoders, args, say):
-    """The up-to-date index of the gallery that the options name. say: takes a line about what was done."""
+def open_gallery(encoders, args, say, progress=True):
+    """The up-to-date index of the gallery that the options name. say: takes a line about what was done.
+    progress: whether a bar shows how far it is."""
     away = {}
     if args.split is None:
         gallery, (found, others, away) = Path(args.gallery), scan(args.gallery)
@@ -104,7 +105,7 @@ def open_gallery(encoders, args, say):
             index.folder = None
         change = index.update(
             found,
-            lambda paths: encode_below(encoders, index, paths, args),
+            lambda paths: encode_below(encoders, index, paths, args, progress),
             args.index_type,
             say,
             away,
@@ -154,11 +155,11 @@ def split_pictures(args):
     return source.images, stamps_of(source.images, paths)
 
 
-def encode_below(encoders, index, paths, args):
+def encode_below(encoders, index, paths, args, progress):
     """Encoders.encode_files with paths relative to the index's gallery, what it does not know yet by content,
     and a progress bar."""
     full = {os.path.join(index.gallery, path): path for path in paths}
-    with progress_bar(len(paths), "pictures", unit="img") as bar:
+    with progress_bar(len(paths), "pictures", progress, unit="img") as bar:
         unknown = (
             os.path.join(index.gallery, path) for path in index.unknown(paths, args.num_workers, bar.update)
         )

@@ -1162,3 +1162,21 @@ def test_whatever_happens_to_a_gallery_its_index_answers_as_a_new_one(
         for a, b in zip(kept, fresh, strict=True):
             assert [hit.path for hit in a] == [hit.path for hit in b]
             assert np.allclose([hit.similarity for hit in a], [hit.similarity for hit in b], atol=1e-6)
+
+
+def test_a_program_of_ones_own_opens_a_gallery_without_a_bar(home, encoders, tmp_path, monkeypatch):
+    from retrieval import gallery
+
+    shown, bar = [], gallery.progress_bar
+
+    def watched(total, what, shown_too=True, **more):
+        shown.append(shown_too)
+        return bar(total, what, shown_too, **more)
+
+    monkeypatch.setattr(gallery, "progress_bar", watched)
+    for number, progress in enumerate((True, False)):
+        words = ["--config_file", home / "run", "--gallery", home / "data", "--index", tmp_path / str(number)]
+        args = search_args([*map(str, words), "--device", "cpu"])
+        found = gallery.open_gallery(encoders, args, [].append, progress=progress)
+        assert isinstance(found, gallery.GalleryIndex) and len(found)
+    assert shown == [True, False]
