@@ -39,7 +39,9 @@ class Group:
     """
 
     def __init__(self, number, function, *arguments, grouped=False, environment=None, store=None):
-        self.folder = Path(tempfile.mkdtemp(prefix="processes_"))
+        # it goes with the group: tests of whole models leave gigabytes
+        self.kept = tempfile.TemporaryDirectory(prefix="processes_", ignore_cleanup_errors=True)
+        self.folder = Path(self.kept.name)
         variables = {name: str(value) for name, value in (environment or {}).items()}
         if number > 1 or grouped:
             self.store = store or dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
