@@ -38,91 +38,18 @@ TEXT
 }
 
 demo() {
-    local data=demo/data logs run clip=demo/small_clip.pth
-    logs=$(last_value --output_dir demo/logs "$@")
     find_python
     use_environment requirements.txt
-    # threads that wait asleep: where cores are shared with other programs, waiting awake takes four times as long
-    export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
-    # memory that stays with the process: the scores of 49408 words are made anew each step, and were otherwise asked
-    # of Linux page by page each time
-    export MALLOC_MMAP_MAX_="${MALLOC_MMAP_MAX_:-0}" MALLOC_TRIM_THRESHOLD_="${MALLOC_TRIM_THRESHOLD_:-4000000000}"
-    step "1/4 Drawing pedestrians and writing sentences about them: seconds" "$python" -m datasets.synthetic \
-        --format CUHK-PEDES --ids 400 --val_ids 20 --test_ids 100 --images_per_id 4 --root "$data"
-    if [ "$clip" -nt configs/small_clip.yaml ]; then
-        printf '\n== 2/4 The small CLIP is there from an earlier demo: %s\n' "$clip"
-    else
-        step "2/4 Drawing 3200 other persons, and training a small CLIP on them: minutes on two CPU cores" small_clip
-    fi
-    step "3/4 Training IRRA from that CLIP, with the losses sdm+mlm+id: a minute" \
-        "$python" train.py --config_file configs/demo.yaml --root_dir "$data" --output_dir "$logs" "$@"
-    run=$(newest_run "$logs")
-    [ -n "$run" ] || die 1 "The training left no run in $logs (no $logs/*/*/configs.yaml)."
-    step "4/4 Looking for persons it has never seen: seconds" \
-        "$python" test.py --config_file "$run/configs.yaml" --chance --picture demo/retrieval.png
-    cat <<TEXT
-
-The table is above, and in $run/test_log.txt
-The picture: demo/retrieval.png
-The run:     $run
-The time:    $SECONDS s; $took
-
-Next, after $python -m pip install -r requirements-demo.txt: search, look, open a page.
-  $python search.py --config_file $run --gallery $data --query "a woman in a red coat" --save demo/search.png
-  $python visualize.py --config_file $run --worst 5
-  $python demo.py --config_file $run --gallery $data
-TEXT
-}
-
-small_clip() { # in the place that OpenAI's CLIP has for photographs
-    "$python" -m datasets.synthetic --ids 3200 --val_ids 0 --test_ids 100 --images_per_id 1 --root demo/pairs || return
-    "$python" train.py --config_file configs/small_clip.yaml --root_dir demo/pairs --output_dir demo/clip || return
-    mv "$(newest_run demo/clip)/last.pth" "$clip"
-}
-
-newest_run() { # FOLDER: of train.py's --output_dir; nothing where it holds none
-    local file newest=""
-    for file in "$1"/*/*/configs.yaml; do
-        if [ "$file" -nt "$newest" ]; then newest=$file; fi # also newer than none
-    done
-    [ -z "$newest" ] || dirname -- "$newest"
-}
-
-took=""
-step() { # TITLE COMMAND...: stops with the command's own exit code
-    local begin=$SECONDS code=0 title=$1
-    printf '\n== %s\n' "$title"
-    shift
-    "$@" || code=$?
-    [ "$code" -eq 0 ] || die "$code" "
-The demo stopped at this step, exit code $code (its own message is above): $*"
-    printf '== done in %s s\n' "$((SECONDS - begin))"
-    took="$took${took:+, }${title%%:*} $((SECONDS - begin)) s"
+    exec "$python" -m scripts.demo "$@"
 }
 
 train() {
-    local dataset_name=${DATASET_NAME:-CUHK-PEDES} root_dir=${ROOT_DIR:-./data}
+    local data_set=(--dataset_name "${DATASET_NAME:-CUHK-PEDES}" --root_dir "${ROOT_DIR:-./data}")
     find_python
-    # before anything is installed; a file of one's own, or a name that is not known, is for train.py to judge
-    [ -n "$(last_value --annotations "" "$@")" ] || "$python" -m utils.data_sets \
-        "$(last_value --dataset_name "$dataset_name" "$@")" "$(last_value --root_dir "$root_dir" "$@")"
+    "$python" -m utils.data_sets "${data_set[@]}" "$@" # is it there? before anything is installed
     use_environment requirements.txt
     exec "$python" train.py --name irra --img_aug --batch_size 64 --MLM --loss_names sdm+mlm+id \
-        --dataset_name "$dataset_name" --root_dir "$root_dir" --num_epoch 60 "$@"
-}
-
-# The value of FLAG that train.py will see.
-last_value() { # FLAG DEFAULT ARGUMENT...
-    local flag=$1 value=$2
-    shift 2
-    while [ $# -gt 0 ]; do
-        case $1 in
-        "$flag") value=${2:-} ;;
-        "$flag"=*) value=${1#*=} ;;
-        esac
-        shift
-    done
-    printf '%s\n' "$value"
+        "${data_set[@]}" --num_epoch 60 "$@"
 }
 
 help_if_asked "$@"

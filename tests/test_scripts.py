@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from packaging.specifiers import SpecifierSet
 
-from scripts import environment
+from scripts import demo, environment
 from tests.conftest import PATIENCE, SLOW
 
 ROOT = Path(__file__).parent.parent
@@ -55,52 +55,82 @@ scripts/environment.py) echo "$3" && exit ;;
 esac
 echo "$*" >> asked
 [ "$1" = train.py ] || exit 0
-while [ "$1" != --output_dir ]; do shift; done
 [ ! -e fails ] || exit 3
-run=$2/CUHK-PEDES/20261125_120000_a
+for word; do [ "$before" != --output_dir ] || logs=$word; before=$word; done
+run=$logs/CUHK-PEDES/20261125_120000_a
 mkdir -p "$run" && touch "$run/configs.yaml" "$run/last.pth"
 """
 
 
-def test_the_demo_trains_its_small_clip_once_and_says_what_it_did(tmp_path):
-    """With a Python that only writes down what it is asked for."""
-    for name in ("scripts", "configs"):
-        shutil.copytree(ROOT / name, tmp_path / name)
-    shutil.copy(ROOT / "run_irra.sh", tmp_path)
-    python, asked = tmp_path / "python", tmp_path / "asked"
+@pytest.fixture
+def writes_down(tmp_path):
+    """A Python that only writes down what it is asked for, in the current folder's file `asked`."""
+    python = tmp_path / "python"
     python.write_text(PYTHON)
     python.chmod(0o755)
+    return str(python)
 
-    def demo(*words):
+
+def test_the_demo_trains_its_small_clip_once_and_says_what_it_did(tmp_path, writes_down, monkeypatch, capfd):
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "executable", writes_down)
+    for name in demo.SURROUNDINGS:
+        monkeypatch.setenv(name, "1")
+    asked = tmp_path / "asked"
+
+    def run_demo(*words):
+        """Exit status, stdout and stderr, and the commands up to their first flag."""
         asked.write_text("")
-        status, out, err = run("./run_irra.sh", "demo", *words, cwd=tmp_path, PYTHON=str(python))
-        return status, out, err, [line.split(" --")[0] for line in asked.read_text().splitlines()]
+        status = 0
+        try:
+            demo.main(words)
+        except SystemExit as stop:
+            status = stop.code
+        return status, *capfd.readouterr(), [line.split(" --")[0] for line in asked.read_text().splitlines()]
 
+    status, _, err, did = run_demo("--num_epohc", "2")
+    assert (status, did) == (2, []) and "did you mean --num_epoch?" in err
     (tmp_path / "fails").touch()
-    status, _, err, _ = demo()
+    status, _, err, _ = run_demo()
     assert status == 3 and "stopped at this step, exit code 3" in err
     (tmp_path / "fails").unlink()
     draws, trains = "-m datasets.synthetic", "train.py"
-    status, out, err, did = demo("--num_epoch", "2")
+    status, out, err, did = run_demo("--num_epoch", "2")
     assert (status, err, did) == (0, "", [draws, draws, trains, trains, "test.py"])
     assert "The run:     demo/logs/CUHK-PEDES/20261125_120000_a\n" in out
     assert re.search(r"The time: .*small CLIP on them \d+ s, 3/4", out)
     assert asked.read_text().splitlines()[3].endswith("--output_dir demo/logs --num_epoch 2")
     assert (tmp_path / "demo/small_clip.pth").exists()
-    status, out, err, did = demo()
+    status, out, err, did = run_demo("--output_dir", "my runs")
     assert (status, did) == (0, [draws, trains, "test.py"])
-    assert "from an earlier demo" in out
+    assert "from an earlier demo" in out and "--config_file 'my runs/CUHK-PEDES/20261125_120000_a'" in out
     os.utime(tmp_path / "configs/small_clip.yaml")
-    assert demo()[3] == [draws, draws, trains, trains, "test.py"]
+    assert run_demo()[3] == [draws, draws, trains, trains, "test.py"]
+
+
+def test_run_irra_hands_its_flags_to_the_demo_or_to_the_training(tmp_path, writes_down):
+    shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
+    shutil.copy(ROOT / "run_irra.sh", tmp_path)
+
+    def asked(*words, **variables):
+        (tmp_path / "asked").write_text("")
+        assert run("./run_irra.sh", *words, cwd=tmp_path, PYTHON=writes_down, **variables) == (0, "", "")
+        return (tmp_path / "asked").read_text().splitlines()
+
+    assert asked("demo", "--name", "my demo") == ["-m scripts.demo --name my demo"]
+    flags = "--dataset_name RSTPReid --root_dir /sets"
+    looks, trains = asked("--output_dir", "logs", DATASET_NAME="RSTPReid", ROOT_DIR="/sets")
+    assert looks == f"-m utils.data_sets {flags} --output_dir logs"
+    assert trains.startswith("train.py --name irra ")
+    assert trains.endswith(f"{flags} --num_epoch 60 --output_dir logs")
 
 
 @pytest.mark.parametrize("words", ["", "--fast", "-x -k sampler", "tests/test_a.py", "-x tests", "a.py::b"])
-def test_each_core_runs_a_file_of_tests_unless_files_are_named(words, tmp_path):
+def test_each_core_runs_a_file_of_tests_unless_files_are_named(words, tmp_path, writes_down):
     shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
     shutil.copy(ROOT / "run_tests.sh", tmp_path)
-    (tmp_path / "python").write_text(PYTHON)
-    (tmp_path / "python").chmod(0o755)
-    assert run("./run_tests.sh", *words.split(), cwd=tmp_path, PYTHON=str(tmp_path / "python")) == (0, "", "")
+    assert run("./run_tests.sh", *words.split(), cwd=tmp_path, PYTHON=writes_down) == (0, "", "")
     *ruff, tests = (tmp_path / "asked").read_text().splitlines()
     assert ruff == ["-m ruff format --check .", "-m ruff check ."]
     each_core = "" if "tests" in words or ".py" in words else "-n auto --maxprocesses 4 --dist loadfile "

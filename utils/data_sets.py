@@ -1,9 +1,11 @@
 """The data sets, a row each, and which of them the options name.
 
-run_irra.sh asks here whether one is there, before anything is installed: `python3 -m utils.data_sets NAME
-ROOT_DIR` is silent, or says what is missing and ends with status 2. So nothing but the standard library.
+run_irra.sh asks here whether one is there, before anything is installed: `python3 -m utils.data_sets FLAGS`,
+those of train.py, is silent, or says what is missing and ends with status 2. So nothing but the standard
+library.
 """
 
+import argparse
 import contextlib
 import os
 import sys
@@ -128,10 +130,11 @@ def what_is_missing(name, root_dir):
 
 
 def main(argv):
-    if len(argv) != 2:
-        print("error: give NAME and ROOT_DIR: python3 -m utils.data_sets CUHK-PEDES data", file=sys.stderr)
-        return 2
-    missing = what_is_missing(*argv)
+    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
+    for flag in ("--dataset_name", "--root_dir", "--annotations"):
+        parser.add_argument(flag)
+    args, _ = parser.parse_known_args(argv)  # a file of one's own, and other flags, are for train.py to judge
+    missing = None if args.annotations else what_is_missing(args.dataset_name, args.root_dir)
     if missing:
         print(missing, file=sys.stderr)
     return 2 if missing else 0
