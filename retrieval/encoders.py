@@ -5,6 +5,7 @@ import copy
 import functools
 import hashlib
 import math
+import os
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -42,10 +43,6 @@ class Encoders:
         whole = all(parameter.dtype == torch.float32 for parameter in clip.parameters())
         return clip if whole else copy.deepcopy(clip).float()
 
-    def token_count(self, sentence):
-        """Tokens of a sentence with the two at its ends; more than text_length are cut."""
-        return 2 + len(self.tokenizer.encode(sentence))
-
     def tokens(self, sentence):
         """(1, L) ids, cut after the sentence's end: the encoder is causal and never looked further."""
         ids = tokenize(sentence, self.tokenizer, self.text_length)
@@ -68,31 +65,29 @@ class Encoders:
     def pixels(self, path):
         return resize(open_picture(path), self.img_size)
 
-    def encode_files(self, paths, batch_size=64, workers=4):
+    def encode_files(self, paths, batch_size=64, workers=4, folder=""):
         """Yields (paths, features [n, D], {path: InputError} of those that cannot be read), batch by batch.
 
-        paths: an iterable. The next batch is read while this one is encoded.
+        paths: an iterable, below the folder. The next batch is read while this one is encoded.
         """
         paths = iter(paths)
         with ThreadPoolExecutor(workers) as pool:
 
             def read_batch():
-                return [(path, pool.submit(self._read, path)) for path in islice(paths, batch_size)]
+                some = islice(paths, batch_size)
+                return [(path, pool.submit(self.pixels, os.path.join(folder, path))) for path in some]
 
             coming = read_batch()
             while coming:
                 reading, coming = coming, read_batch()
-                results = [(path, future.result()) for path, future in reading]
-                good = [(path, read) for path, read in results if isinstance(read, torch.Tensor)]
-                bad = {path: read for path, read in results if isinstance(read, InputError)}
-                features = self.image_features([r for _, r in good]) if good else np.zeros((0, self.width))
-                yield [p for p, _ in good], features.astype(np.float32, copy=False), bad
-
-    def _read(self, path):
-        try:
-            return self.pixels(path)
-        except InputError as error:
-            return error
+                good, bad = {}, {}
+                for path, future in reading:
+                    try:
+                        good[path] = future.result()
+                    except InputError as error:
+                        bad[path] = error
+                nothing = np.zeros((0, self.width), np.float32)
+                yield list(good), self.image_features(list(good.values())) if good else nothing, bad
 
 
 def numbers(features):
@@ -203,12 +198,10 @@ def checked_sentence(sentence, what="the query", plain=False):
 
 def cut_notice(encoders, sentence):
     """One line about a sentence that is longer than the model reads, or None."""
-    tokens = encoders.token_count(sentence)
-    if tokens <= encoders.text_length:
-        return None
-    if EOT in encoders.tokenizer.encode(sentence)[: encoders.text_length - 2]:
+    ids, most = encoders.tokenizer.encode(sentence), encoders.text_length - 2  # without those at its ends
+    if len(ids) <= most or EOT in ids[:most]:
         return None
     return (
-        f'"{sentence[:40].rstrip()}…" has {tokens} tokens, and the model reads {encoders.text_length}: '
+        f'"{sentence[:40].rstrip()}…" has {len(ids) + 2} tokens, and the model reads {most + 2}: '
         "the rest is cut off"
     )
