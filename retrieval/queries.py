@@ -38,8 +38,7 @@ def outcomes(features):
     ranks, margins = [], []
     for rows in torch.arange(len(text)).split(max(1, ROWS_AT_ONCE // len(image))):
         similarity = text[rows] @ image.t()
-        right = text_pids[rows, None] == image_pids[None]
-        right = right.to(similarity.device)
+        right = (text_pids[rows, None] == image_pids[None]).to(similarity.device)
         best_right = similarity.masked_fill(~right, -2).amax(dim=1)
         best_wrong = similarity.masked_fill(right, -2).amax(dim=1)
         ranks.append(1 + (similarity > best_right[:, None]).sum(dim=1).masked_fill(~right.any(1), len(image)))
