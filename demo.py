@@ -2,11 +2,10 @@
 
 import os
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 
-from utils.errors import printable, reports_errors, stop_like_an_interrupt
+from utils.errors import reports_errors, say, stop_like_an_interrupt
 from utils.tool_options import search_args
 
 PREFIX = "irra-page-"  # of folders for uploaded pictures, followed by the number of the process
@@ -69,10 +68,6 @@ def serve_page(args):
         say(f"--host {args.host}: everybody who can reach this machine can now search these pictures")
     print(f"the page is at {address} (Ctrl-C ends it)", flush=True)
     blocks.block_thread()
-
-
-def say(line):
-    print(printable(line), file=sys.stderr)
 
 
 if __name__ == "__main__":

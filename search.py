@@ -1,10 +1,9 @@
 """Find persons in a folder of pictures: `python search.py --config_file RUN --gallery FOLDER --query "…"`."""
 
 import json
-import sys
 from pathlib import Path
 
-from utils.errors import InputError, printable, reports_errors, stop_like_an_interrupt
+from utils.errors import InputError, reports_errors, say, stop_like_an_interrupt
 from utils.tool_options import search_args
 
 
@@ -68,11 +67,6 @@ def answers_of(index, encoders, sentences, args):
     if lost:
         say(f"{plural(lost, 'picture')} gone or changed since just now: left out")
     return [[hit._replace(path=str(Path(index.gallery) / hit.path)) for hit in hits] for hits in answers]
-
-
-def say(line):
-    """What is not the result itself: to stderr, so that --json can be piped."""
-    print(printable(line), file=sys.stderr)
 
 
 def read_sentences(path):

@@ -47,10 +47,12 @@ def last_line(error, most=200):
     return (str(error).strip() or type(error).__name__).splitlines()[-1][:most]
 
 
-@functools.cache
-def say_once(sentence):
-    """What the user should know and no log can hold yet."""
+def say(sentence):
+    """What is no result and no log holds: to stderr, so that results can be piped."""
     print(printable(sentence), file=sys.stderr)
+
+
+say_once = functools.cache(say)  # what is as true the second time
 
 
 def printable(text, keep=""):
