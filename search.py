@@ -41,16 +41,11 @@ def main(argv=None):
         print(json.dumps([as_record(*query, answer) for query, answer in zip(queries, answers, strict=True)]))
     else:
         for (_, query), answer in zip(queries, answers, strict=True):
-            print(f"{shown(query)}\n{table(answer, shown)}")
+            print(f"{shown(query)}\n{table(answer)}")
     if args.save and queries:
-        rows = [
-            (
-                query if kind == "query" else f"similar to {shown(query)}",
-                [Found(hit.path, hit.similarity, None, hit.copies) for hit in answer],
-            )
-            for (kind, query), answer in zip(queries, answers, strict=True)
-        ]
-        draw_contact_sheet(rows, args.save)
+        titles = sentences + [f"similar to {shown(path)}" for path in args.image]
+        found = [[Found(hit.path, hit.similarity, None, hit.copies) for hit in answer] for answer in answers]
+        draw_contact_sheet(list(zip(titles, found, strict=True)), args.save)
         say(f"the result is drawn in {args.save}")
 
 
@@ -92,8 +87,10 @@ def as_record(kind, query, answer):
     return {kind: query, "results": results}
 
 
-def table(answer, shown):
+def table(answer):
     from prettytable import PrettyTable
+
+    from retrieval.encoders import shown
 
     table = PrettyTable(["rank", "similarity", "file"], align="l")
     for rank, hit in enumerate(answer, start=1):
