@@ -12,8 +12,7 @@ from PIL import Image
 
 from utils.errors import InputError
 
-UNSURE, COARSE = 0, 2_000_000_000  # a time of change that none has; the coarsest clock of a file system, ns
-NOWHERE = (errno.ENOENT, errno.ELOOP)  # it went away, or is a link to nothing
+COARSE = 2_000_000_000  # ns, the coarsest clock of a file system
 NOT_LOOKED_INTO = {  # in lower case: thumbnails, and what was deleted, of network storage and of systems
     *("@eadir", "@recycle", "#recycle", "#snapshot"),
     *("$recycle.bin", "system volume information", "lost+found", "__macosx"),
@@ -32,6 +31,14 @@ class Stamp(NamedTuple):
     ctime_ns: int | None = None  # moves too where another file of that size and time is put there
 
 
+class Picture(NamedTuple):
+    """A file that an index knows."""
+
+    row: int  # of its features; equal features are there once
+    stamp: Stamp
+    digest: str  # digest_of its bytes, "" where that is not known
+
+
 def stamp_of(state):
     return Stamp(state.st_size, state.st_mtime_ns, state.st_ctime_ns)
 
@@ -43,9 +50,10 @@ def agree(known, found):
 
 def settled(stamp, read_from):
     """The stamp of a file that was read at that time or later (ns). Changed just before, it could change once
-    more in the same tick of the file system's clock: then it is marked, to be compared byte by byte."""
+    more in the same tick of the file system's clock: then it gets a time that no file has, so that its bytes
+    are compared next time."""
     recent = stamp.ctime_ns is not None and stamp.ctime_ns > read_from - COARSE
-    return stamp._replace(ctime_ns=UNSURE) if recent else stamp
+    return stamp._replace(ctime_ns=0) if recent else stamp
 
 
 def digest_of(path):
@@ -105,7 +113,7 @@ def scan(folder):
             try:
                 state = os.stat(path)
             except OSError as error:
-                if error.errno not in NOWHERE:
+                if error.errno not in (errno.ENOENT, errno.ELOOP):  # gone, or a link to nothing
                     away[os.path.relpath(directory, folder)] = error.strerror
                 continue
             if stat.S_ISREG(state.st_mode):

@@ -12,10 +12,15 @@ def feature_keys(vectors):
     return [hashlib.blake2b(row, digest_size=16).digest() for row in np.ascontiguousarray(vectors)]
 
 
+def cells_for(number):
+    """How many cells of like vectors an ivf index of so many has: 4·√n."""
+    return max(1, min(int(4 * number**0.5), number // 39))  # FAISS wants 39 vectors to learn a cell
+
+
 def new_faiss(kind, vectors):
     """A FAISS index of L2-normalised vectors [n, D] by inner product: flat is exact, ivf and hnsw are not.
 
-    ivf: 4·√n cells of like vectors, of which a query visits a sixteenth, 64 at least.
+    ivf: cells of like vectors, of which a query visits a sixteenth, 64 at least.
     hnsw: a graph, 32 links a vector.
     """
     faiss = extra("faiss")
@@ -24,8 +29,8 @@ def new_faiss(kind, vectors):
         index = faiss.IndexHNSWFlat(width, 32, faiss.METRIC_INNER_PRODUCT)
         index.hnsw.efConstruction = 64
     elif kind == "ivf" and n:
-        cells = max(1, min(int(4 * n**0.5), n // 39))  # FAISS wants 39 vectors to learn a cell
-        index = faiss.IndexIVFFlat(faiss.IndexFlatIP(width), width, cells, faiss.METRIC_INNER_PRODUCT)
+        quantizer = faiss.IndexFlatIP(width)
+        index = faiss.IndexIVFFlat(quantizer, width, cells_for(n), faiss.METRIC_INNER_PRODUCT)
         index.cp.min_points_per_centroid, index.cp.max_points_per_centroid = 1, 64
         index.train(vectors)
     else:
