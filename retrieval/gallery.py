@@ -81,22 +81,17 @@ def open_gallery(encoders, args, say, progress=True):
     with locked(folder, say):
         known = (folder, gallery, encoders.fingerprint, encoders.width)
         index = GalleryIndex(*known) if args.rebuild else GalleryIndex.load(*known, None if away else found)
-        if unwritable:
-            if index.stale(found):
-                say(f"{unwritable}; the index stays in memory")
-            index.folder = None
         update = Update(index, found, away)
+        if unwritable:
+            index.folder = None
+            if update.new:
+                say(f"{unwritable}; the index stays in memory")
         blocks = encode_new(encoders, update, args, progress)
-        change = update.run(blocks, args.index_type or index.kind, say)
-    for reason in change.unreadable.values():
+        update.run(blocks, args.index_type or index.kind, say)
+    for reason in update.failed.values():
         say(f"passed over: {reason}")
     where = f"the index {folder}" if index.folder else "memory"
-    say(
-        f"{plural(len(index), 'picture')} in {where}: {change.encoded} encoded, {change.removed} removed, "
-        f"{change.kept} kept"
-        + (f", {change.recognised} known by content" if change.recognised else "")
-        + (f"; {change.as_before} unreadable as before" if change.as_before else "")
-    )
+    say(f"{plural(len(index), 'picture')} in {where}: {update.summary()}")
     if not len(index):
         raise InputError(f"none of the {len(found)} files in {gallery} is a picture that can be read")
     return index

@@ -78,21 +78,11 @@ class GalleryIndex:
     def paths(self):
         return list(self.pictures)
 
-    def stamps(self):
-        """{relative path: Stamp} of what it knows, pictures or not."""
-        stamps = {path: picture.stamp for path, picture in self.pictures.items()}
-        return stamps | {path: stamp for path, (stamp, _) in self.unreadable.items()}
-
-    def stale(self, found):
-        """Whether `found` holds pictures, or states of them, that the index does not."""
-        known = self.stamps()
-        return any(known.get(path, ())[:2] != stamp[:2] for path, stamp in found.items())
-
     def update(self, found, encode):
         """Bring it up to date with `found` ({relative path: Stamp}); what is new or changed goes through
-        encode(relative paths), which yields blocks as Update.run takes them. Returns a Change."""
+        encode(relative paths), which yields blocks as Update.run takes them."""
         update = Update(self, found)
-        return update.run(encode(update.new), self.kind)
+        update.run(encode(update.new), self.kind)
 
     # ---- vectors ----
 

@@ -38,23 +38,18 @@ def read_table(folder):
 def check_table(table, folder, gallery, fingerprint, found=None):
     """InputError where it is of another model or gallery. found: {relative path: Stamp} of the gallery, by
     which one that was moved is told from another one."""
+    home, fault = table["gallery"], None
     if table["layout"] not in (1, LAYOUT):
-        raise InputError(f"the index in {folder} is of another version of search.py: {MEND}")
-    if table["fingerprint"] != fingerprint:
-        raise InputError(
-            f"the index in {folder} was made with another model or image size, so its features cannot be "
-            f"compared: {MEND}"
-        )
-    home = table["gallery"]
-    if home == os.path.abspath(gallery):
-        return
-    if not has_moved(table, gallery):
-        raise InputError(f"the index in {folder} is of the pictures in {home}, not of {gallery}: {MEND}")
-    if found is not None and 2 * in_common(table, found) < len(table["pictures"]):
-        raise InputError(
-            f"the index in {folder} is of the pictures in {home}, which are not there now, and most of them "
-            f"are not in {gallery} either: {MEND}"
-        )
+        fault = "is of another version of search.py"
+    elif table["fingerprint"] != fingerprint:
+        fault = "was made with another model or image size, so its features cannot be compared"
+    elif home != os.path.abspath(gallery):
+        if not has_moved(table, gallery):
+            fault = f"is of the pictures in {home}, not of {gallery}"
+        elif found is not None and 2 * in_common(table, found) < len(table["pictures"]):
+            fault = f"is of pictures in {home}, which are not there now, and most are not in {gallery} either"
+    if fault:
+        raise InputError(f"the index in {folder} {fault}: {MEND}")
 
 
 def has_moved(table, gallery):

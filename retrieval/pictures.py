@@ -73,9 +73,8 @@ def digests_of(folder, paths, workers):
     with ThreadPoolExecutor(workers) as pool:
         for start in range(0, len(paths), 256):
             some = paths[start : start + 256]
-            yield from zip(
-                some, pool.map(digest_of, [os.path.join(folder, path) for path in some]), strict=True
-            )
+            files = [os.path.join(folder, path) for path in some]
+            yield from zip(some, pool.map(digest_of, files), strict=True)
 
 
 def scan(folder):

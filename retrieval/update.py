@@ -2,7 +2,6 @@
 
 import time
 from collections import Counter
-from typing import NamedTuple
 
 import numpy as np
 
@@ -14,17 +13,6 @@ from utils.errors import InputError
 SAVE_PAUSE = 60  # seconds between two savings of what has been encoded
 
 
-class Change(NamedTuple):
-    """What an update did."""
-
-    encoded: int
-    removed: int
-    kept: int
-    recognised: int  # under another name, or beside a copy: they took over the features of equal bytes
-    unreadable: dict  # relative path: reason, of the files tried this time
-    as_before: int  # no pictures, as was known
-
-
 class Update:
     """One update of an index, and what is known while it lasts.
 
@@ -33,7 +21,9 @@ class Update:
     """
 
     def __init__(self, index, found, away=()):
-        out_of_reach = {p: stamp for p, stamp in index.stamps().items() if p not in found and below(p, away)}
+        known = {path: picture.stamp for path, picture in index.pictures.items()}
+        known |= {path: stamp for path, (stamp, _) in index.unreadable.items()}
+        out_of_reach = {p: stamp for p, stamp in known.items() if p not in found and below(p, away)}
         self.found = found = {**found, **out_of_reach}
         self.index, self.began, self.old = index, time.time_ns(), dict(index.pictures)
         self.kept = {p for p, known in self.old.items() if p in found and agree(known.stamp, found[p])}
@@ -75,10 +65,9 @@ class Update:
                 yield path
 
     def run(self, blocks, kind, say=None):
-        """blocks: yields (relative paths, features [n, D], {relative path: reason}) of new files. Returns a
-        Change.
+        """blocks: yields (relative paths, features [n, D], {relative path: reason}) of new files. What has
+        come is kept each minute, and when it is interrupted. kind: of index from now on.
 
-        What has come is kept each minute, and when it is interrupted. kind: of index from now on.
         say: takes the reason why the index cannot be kept, which then stays in memory; else an InputError.
         """
         saved, pause = time.monotonic(), SAVE_PAUSE
@@ -94,7 +83,6 @@ class Update:
             self.leave_out(kind)
         finally:
             self.keep(say)
-        return self.change()
 
     def take_up(self, paths, features, reasons):
         for path, row in zip(paths, self.rows_of(features), strict=True):
@@ -173,15 +161,15 @@ class Update:
             say(f"{error}; the answer comes from memory")
             self.index.folder = None
 
-    def change(self):
+    def summary(self):
+        """What it did, as the last line says it."""
         touched = sum(p in self.old and self.old[p].digest == self.digests[p] for p in self.joined)
         gone = Counter(known.digest for path, known in self.old.items() if path not in self.found)
         renamed = gone & Counter(self.digests[path] for path in self.joined if path not in self.old)
-        return Change(
-            encoded=len(self.encoded),
-            removed=gone.total() - renamed.total(),
-            kept=len(self.kept) + touched,
-            recognised=len(self.joined) - touched,
-            unreadable={path: str(reason) for path, reason in self.failed.items()},
-            as_before=self.as_before,
+        recognised = len(self.joined) - touched  # under another name, or beside a copy
+        return (
+            f"{len(self.encoded)} encoded, {(gone - renamed).total()} removed, "
+            f"{len(self.kept) + touched} kept"
+            + (f", {recognised} known by content" if recognised else "")
+            + (f"; {self.as_before} unreadable as before" if self.as_before else "")
         )

@@ -979,7 +979,7 @@ def test_an_index_whose_disk_is_away_is_not_given_to_another_gallery(opened, gal
     away = gallery.rename(tmp_path / "unplugged")
     _, lines = opened(other)
     assert "5 encoded, 0 removed, 0 kept" in lines[-1]
-    with pytest.raises(InputError, match="which are not there now, and most of them are not in"):
+    with pytest.raises(InputError, match="which are not there now, and most are not in"):
         opened(other, "--index", tmp_path / "index")
     away.rename(gallery)
     for words in ((), ("--index", tmp_path / "index")):
