@@ -113,7 +113,7 @@ SLOW = {  # what --fast leaves out, by what takes it long: a file, or file::begi
         "test_export.py::test_transformers_gives_the_same_features_at_any_image_size",
     ),
     "programs of their own, and pictures of five million pixels": (
-        "test_search.py::test_a_program_that_a_signal_ends",
+        "test_gallery.py::test_a_program_that_a_signal_ends",
         "test_output.py::test_a_training_that_nobody_listens_to",
         "test_output.py::test_pictures_of_any_caption",
         "test_pictures.py::test_a_pictures_shape_does_not_decide_the_memory",

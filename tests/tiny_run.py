@@ -16,6 +16,10 @@ def missing(module, package, requirements="requirements-search.txt"):
     return pytest.mark.skipif(find_spec(module) is None, reason=reason)
 
 
+needs_faiss = missing("faiss", "faiss-cpu")
+QUERY = "a woman in a red coat"
+
+
 def make_run(folder, loss_names="sdm+mlm+id", **options):
     """Writes configs.yaml and best.pth as train.py does; the data set lies in folder/data."""
     data = folder / "data"
