@@ -125,9 +125,11 @@ def drawing(run, args):
 def draw_sets(args):
     for root, run in {table.root_of(run, args): run for run in missing(args)}.items():
         make_folder(root, "--root_dir")
-        ids = (SIZES[key] for key in ("ids", "val_ids", "test_ids", "images_per_id"))
-        noise, rewritten = NOISE_OF[run.row], is_rewritten(run.row)
-        folder = make_hard_dataset(root, run.dataset, *ids, run.seed, SIZES["size"], noise, rewritten)
+        sizes = {key: SIZES[key] for key in ("val_ids", "test_ids", "images_per_id", "size")}
+        changes = {"noise": NOISE_OF[run.row], "rewritten": is_rewritten(run.row)}
+        folder = make_hard_dataset(
+            root, run.dataset, train_ids=SIZES["ids"], seed=run.seed, **sizes, **changes
+        )
         print(f"drawn: {folder}", flush=True)
 
 

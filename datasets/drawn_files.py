@@ -3,24 +3,38 @@
 import json
 import shutil
 
-from datasets.pedestrians import draw
+from tqdm import tqdm
+
+from datasets.pedestrians import VERSION, draw
 from utils.data_sets import DATA_SETS
 from utils.errors import InputError
 from utils.files import write_whole
 
-FORMATS = {  # annotation file, key of the image path, first id, captions an image
-    name: (row.files[0], row.path_key, row.first_pid, row.captions_per_image)
-    for name, row in DATA_SETS.items()
-}
 CUHK_FOLDERS = ("cam_a", "cam_b", "CUHK01", "CUHK03", "Market", "test_query", "train_query")
 MAX_IDS = 30_000  # of a split: a fraction of the persons there are, so that new ones are found at once
 
 
-def made(folder, arguments, draw_records):
+def arguments_of(format, train_ids, val_ids, test_ids, images_per_id, seed, size):
+    """What any set is drawn by, as its folder keeps it. InputError: it cannot be drawn."""
+    if format not in DATA_SETS:
+        raise InputError(f"there is no format {format!r} to draw in, only {', '.join(DATA_SETS)}")
+    ids = {"train": train_ids, "val": 0 if format == "ICFG-PEDES" else val_ids, "test": test_ids}
+    for split, count in ids.items():
+        least = 0 if split == "val" else 1
+        if not least <= count <= MAX_IDS:
+            raise InputError(f"{count} {split} identities cannot be drawn: give {least} to {MAX_IDS}")
+    if images_per_id < 1:
+        raise InputError(f"{images_per_id} images per identity cannot be drawn: give 1 or more")
+    if size and not (48 <= size[0] <= 2048 and 20 <= size[1] <= 2048):
+        raise InputError(f"images of {size[0]}x{size[1]} cannot be drawn: give 48..2048 high, 20..2048 wide")
+    return {"version": VERSION, "ids": ids, "images": images_per_id, "seed": seed, "size": size}
+
+
+def made(folder, arguments, draw_records, progress):
     """The folder, of the name of a format, with what the arguments stand for: the images that
-    draw_records(imgs) draws, and the records that it returns."""
-    annotation, stamp = folder / FORMATS[folder.name][0], folder / "synthetic.json"
-    arguments = json.dumps(arguments)
+    draw_records(imgs) draws, and their records, which it yields. progress: show a bar."""
+    annotation, stamp = folder / DATA_SETS[folder.name].files[0], folder / "synthetic.json"
+    number, arguments = sum(arguments["ids"].values()) * arguments["images"], json.dumps(arguments)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not stamp.exists() and any(folder.iterdir()):
@@ -33,28 +47,11 @@ def made(folder, arguments, draw_records):
         write_whole(stamp, arguments)
         if (folder / "imgs").exists():
             shutil.rmtree(folder / "imgs")
-        write_whole(annotation, json.dumps(draw_records(folder / "imgs"), indent=1))
+        bar = tqdm(draw_records(folder / "imgs"), total=number, disable=not progress, unit=" images")
+        write_whole(annotation, json.dumps(list(bar), indent=1))
     except OSError as error:
         raise InputError(f"{folder} cannot be written: {error.strerror or error}") from error
     return folder
-
-
-def counts_of(format, train_ids, val_ids, test_ids):
-    """{split: persons}"""
-    return {"train": train_ids, "val": 0 if format == "ICFG-PEDES" else val_ids, "test": test_ids}
-
-
-def check_arguments(format, counts, images_per_id, size):
-    if format not in FORMATS:
-        raise InputError(f"there is no format {format!r} to draw in, only {', '.join(FORMATS)}")
-    for split, count in counts.items():
-        least = 0 if split == "val" else 1
-        if not least <= count <= MAX_IDS:
-            raise InputError(f"{count} {split} identities cannot be drawn: give {least} to {MAX_IDS}")
-    if images_per_id < 1:
-        raise InputError(f"{images_per_id} images per identity cannot be drawn: give 1 or more")
-    if size and not (48 <= size[0] <= 2048 and 20 <= size[1] <= 2048):
-        raise InputError(f"images of {size[0]}x{size[1]} cannot be drawn: give 48..2048 high, 20..2048 wide")
 
 
 def draw_file(path, identity, view, rng, size, obstruct=None):

@@ -12,13 +12,11 @@ import sys
 from pathlib import Path
 from random import Random
 
-from tqdm import tqdm
-
 from datasets import synthetic_hard
-from datasets.drawn_files import FORMATS, check_arguments, counts_of, draw_file, image_name, made
-from datasets.pedestrians import VERSION, VIEWS, describe, make_identities
+from datasets.drawn_files import arguments_of, draw_file, image_name, made
+from datasets.pedestrians import VIEWS, describe, make_identities
 from datasets.synthetic_hard import HARD
-from utils.data_sets import DEFAULT
+from utils.data_sets import DATA_SETS, DEFAULT
 from utils.errors import InputError, printable, reports_errors
 
 
@@ -40,34 +38,25 @@ def make_dataset(
     size: (height, width) of every image; None varies it around 192x80.
     val_ids is not used for ICFG-PEDES, which has no val split.
     """
-    counts = counts_of(format, train_ids, val_ids, test_ids)
-    check_arguments(format, counts, images_per_id, size)
-    arguments = {"version": VERSION, "ids": counts, "images": images_per_id, "seed": seed, "size": size}
+    arguments = arguments_of(format, train_ids, val_ids, test_ids, images_per_id, seed, size)
 
     def draw_records(imgs):
-        return draw_all(imgs, format, counts, images_per_id, seed, size, progress)
-
-    return made(Path(root) / format, arguments, draw_records)
-
-
-def draw_all(imgs, format, counts, images_per_id, seed, size, progress):
-    """Draws every image; returns the records of the annotation file."""
-    _, path_key, pid, captions_per_image = FORMATS[format]
-    records = []
-    with tqdm(total=sum(counts.values()) * images_per_id, disable=not progress, unit=" images") as bar:
-        for split, count in counts.items():
+        row = DATA_SETS[format]
+        pid = row.first_pid
+        for split, count in arguments["ids"].items():
             for index, identity in enumerate(make_identities(seed, split, count)):
                 for number in range(images_per_id):
                     # The place in the split, not the pid: more training ids change no other split's images
-                    rng = Random(f"{seed}/{split}/{index}/{number}")
-                    view, words = rng.choice(VIEWS), Random(f"{seed}/{split}/{index}/{number}/words")
-                    captions = [describe(identity, view, words) for _ in range(captions_per_image)]
+                    place = f"{seed}/{split}/{index}/{number}"
+                    rng, words = Random(place), Random(f"{place}/words")
+                    view = rng.choice(VIEWS)
+                    captions = [describe(identity, view, words) for _ in range(row.captions_per_image)]
                     name = image_name(format, pid, number)
                     draw_file(imgs / name, identity, view, rng, size)
-                    records.append({"split": split, "captions": captions, path_key: name, "id": pid})
-                    bar.update()
+                    yield {"split": split, "captions": captions, row.path_key: name, "id": pid}
                 pid += 1
-    return records
+
+    return made(Path(root) / format, arguments, draw_records, progress)
 
 
 # ---- command line
@@ -82,7 +71,7 @@ class Parser(argparse.ArgumentParser):
 def main(argv=None):
     parser = Parser(prog="python -m datasets.synthetic", description="Draws a small data set of pedestrians.")
     add = parser.add_argument
-    add("--format", default=DEFAULT, choices=list(FORMATS), help="the data set whose files to imitate")
+    add("--format", default=DEFAULT, choices=list(DATA_SETS), help="the data set whose files to imitate")
     add("--root", default="data_synthetic", help="the folder in which to make the folder <format>")
     sizes = f"{' or '.join(HARD)}: persons who differ in one attribute; --ids … too change what it is made of"
     add("--hard", choices=list(HARD), help=sizes)
@@ -103,13 +92,15 @@ def main(argv=None):
     if args.hard:
         parser.set_defaults(**HARD[args.hard])
         args = parser.parse_args(argv)
-    counts = args.ids, args.val_ids, args.test_ids, args.images_per_id
-    where, progress = (args.root, args.format, *counts, args.seed, args.size), sys.stderr.isatty()
+    what = {"train_ids": args.ids, "val_ids": args.val_ids, "test_ids": args.test_ids}
+    what |= {"images_per_id": args.images_per_id, "seed": args.seed, "size": args.size}
+    where, progress = (args.root, args.format), sys.stderr.isatty()
     if args.hard:
-        folder = synthetic_hard.make_hard_dataset(*where, args.noise or 0.0, args.rewritten, progress)
+        what |= {"noise": args.noise or 0.0, "rewritten": args.rewritten}
+        folder = synthetic_hard.make_hard_dataset(*where, **what, progress=progress)
     else:
-        folder = make_dataset(*where, progress)
-    records = json.loads((folder / FORMATS[args.format][0]).read_text())
+        folder = make_dataset(*where, **what, progress=progress)
+    records = json.loads((folder / DATA_SETS[args.format].files[0]).read_text())
     captions = sum(len(record["captions"]) for record in records)
     people = len({record["id"] for record in records})
     print(

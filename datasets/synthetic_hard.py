@@ -22,11 +22,11 @@ from pathlib import Path
 from random import Random
 
 from PIL import ImageDraw
-from tqdm import tqdm
 
-from datasets import drawn_files, pedestrians
-from datasets.drawn_files import FORMATS
+from datasets import pedestrians
+from datasets.drawn_files import arguments_of, draw_file, image_name, made
 from datasets.pedestrians import SYNONYMS, VIEWS
+from utils.data_sets import DATA_SETS, DEFAULT
 from utils.errors import InputError
 
 VERSION = 1  # of what is drawn and worded here
@@ -236,13 +236,14 @@ def obstruct(image, rng):
 
 def make_hard_dataset(
     root,
-    format="CUHK-PEDES",
-    train_ids=HARD["small"]["ids"],
-    val_ids=HARD["small"]["val_ids"],
-    test_ids=HARD["small"]["test_ids"],
-    images_per_id=HARD["small"]["images_per_id"],
+    format=DEFAULT,
+    *,
+    train_ids,
+    val_ids,
+    test_ids,
+    images_per_id,
     seed=0,
-    size=HARD["small"]["size"],
+    size=None,
     noise=0.0,
     rewritten=False,
     progress=False,
@@ -250,59 +251,55 @@ def make_hard_dataset(
     """As synthetic.make_dataset, a hard set. noise: share of the training captions that describe another
     person than their image shows; images and right captions are the same for any noise. rewritten: with
     diversity_captions, and all else the same."""
-    counts = drawn_files.counts_of(format, train_ids, val_ids, test_ids)
-    drawn_files.check_arguments(format, counts, images_per_id, size)
-    if 1 in counts.values():
+    arguments = arguments_of(format, train_ids, val_ids, test_ids, images_per_id, seed, size)
+    ids = arguments["ids"]
+    if 1 in ids.values():
         raise InputError("of 1 identity nobody is near-identical: give 2 or more of each split")
     if not 0 <= noise <= 1:
         raise InputError(f"a share of {noise} wrong captions cannot be drawn: give 0 to 1")
-    arguments = {"hard": VERSION, "version": pedestrians.VERSION, "ids": counts, "images": images_per_id}
-    arguments |= {"seed": seed, "size": size and list(size), "noise": noise}
+    arguments = {"hard": VERSION, **arguments, "noise": noise}
     arguments |= {"rewritten": True} if rewritten else {}
 
     def draw_records(imgs):
-        taken, crowds = set(), {}
-        for split in ("test", "val", "train"):  # so that more training persons change no other split
-            crowds[split] = Crowd(make_groups(seed, split, counts[split], taken))
-        records, place = [], {"imgs": imgs, "format": format, "seed": seed, "size": size}
-        with tqdm(total=sum(counts.values()) * images_per_id, disable=not progress, unit=" images") as bar:
-            for split in counts:
-                first_pid = FORMATS[format][2] + len({record["id"] for record in records})
-                also = (noise, rewritten) if split == "train" else (0, False)
-                for record in draw_split(crowds[split], split, first_pid, images_per_id, *also, **place):
-                    records.append(record)
-                    bar.update()
-        return records
+        taken, first_pid = set(), DATA_SETS[format].first_pid
+        # the training persons last, so that more of them change no other split
+        groups = {split: make_groups(seed, split, ids[split], taken) for split in ("test", "val", "train")}
+        for split in ids:
+            yield from draw_split(imgs, format, split, Crowd(groups[split]), first_pid, arguments)
+            first_pid += ids[split]
 
-    return drawn_files.made(Path(root) / format, arguments, draw_records)
+    return made(Path(root) / format, arguments, draw_records, progress)
 
 
-def draw_split(crowd, split, first_pid, images_per_id, noise, rewritten, imgs, format, seed, size):
+def draw_split(imgs, format, split, crowd, first_pid, arguments):
     """Draws the images of a split; yields their records."""
-    _, path_key, _, captions_per_image = FORMATS[format]
-    each = images_per_id * captions_per_image
-    wrong = wrong_captions(len(crowd.members), each, noise, seed)
+    row, training = DATA_SETS[format], split == "train"
+    each = arguments["images"] * row.captions_per_image
+    noise = arguments["noise"] if training else 0
+    wrong = wrong_captions(len(crowd.members), each, noise, arguments["seed"])
+    rewritten = training and "rewritten" in arguments
     for index, member in enumerate(crowd.members):
-        pid = first_pid + index
-        for number in range(images_per_id):
-            rng = Random(f"{seed}/hard/{split}/{index}/{number}")
-            view, captions, rewrites, described, fits = rng.choice(VIEWS), [], [], [], []
-            file = drawn_files.image_name(format, pid, number)
-            drawn_files.draw_file(imgs / file, member.identity, view, rng, size, obstruct)
-            for n in range(captions_per_image):
-                words = Random(f"{seed}/hard/{split}/{index}/{number}/words/{n}")
-                other = wrong.get((index, number * captions_per_image + n), index)
+        for number in range(arguments["images"]):
+            place = f"{arguments['seed']}/hard/{split}/{index}/{number}"
+            rng = Random(place)
+            view = rng.choice(VIEWS)
+            file = image_name(format, first_pid + index, number)
+            draw_file(imgs / file, member.identity, view, rng, arguments["size"], obstruct)
+            record = {"split": split, "captions": [], row.path_key: file, "id": first_pid + index}
+            record |= {"described": [], "fits": []} | ({"diversity_captions": []} if rewritten else {})
+            for n in range(row.captions_per_image):
+                words = Random(f"{place}/words/{n}")
+                other = wrong.get((index, number * row.captions_per_image + n), index)
                 identity = crowd.members[other].identity
-                said = choose_attributes(other, crowd, words, telling=split != "train")
+                said = choose_attributes(other, crowd, words, telling=not training)
                 while other != index and index in crowd.fitting(identity, said):
                     said = choose_attributes(other, crowd, words, telling=False)
-                captions.append(describe(identity, said, view, words))
-                rewrites.append(rewrite(identity, view, words))
-                described.append(first_pid + other)
-                fits.append(len(crowd.fitting(identity, said)))
-            record = {"split": split, "captions": captions, path_key: file, "id": pid}
-            more = {"diversity_captions": rewrites} if rewritten else {}
-            yield {**record, "described": described, "fits": fits, **more}
+                record["captions"].append(describe(identity, said, view, words))
+                record["described"].append(first_pid + other)
+                record["fits"].append(len(crowd.fitting(identity, said)))
+                if rewritten:
+                    record["diversity_captions"].append(rewrite(identity, view, words))
+            yield record
 
 
 def wrong_captions(persons, captions_each, share, seed):

@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 
 from datasets import pedestrians
-from datasets.drawn_files import FORMATS
 from datasets.pedestrians import draw, make_identities
 from datasets.synthetic import main, make_dataset
+from utils.data_sets import DATA_SETS
 from utils.errors import InputError
 
 SMALL = {"train_ids": 3, "val_ids": 2, "test_ids": 2, "images_per_id": 2, "size": (64, 28)}
@@ -21,7 +21,7 @@ def contents(folder):
 
 
 def records_of(folder):
-    return json.loads((folder / FORMATS[folder.name][0]).read_text())
+    return json.loads((folder / DATA_SETS[folder.name].files[0]).read_text())
 
 
 def all_identities(count):

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from datasets.drawn_files import FORMATS
 from datasets.pedestrians import SPLITS
 from datasets.synthetic import main
 from datasets.synthetic_hard import (
@@ -25,6 +24,7 @@ from datasets.synthetic_hard import (
     obstruct,
 )
 from tests.test_synthetic import contents, records_of
+from utils.data_sets import DATA_SETS
 
 ROOT = Path(__file__).parent.parent
 SMALL = {"train_ids": 14, "val_ids": 4, "test_ids": 9, "images_per_id": 2, "size": (48, 20)}
@@ -126,11 +126,11 @@ def test_a_sentence_says_the_attributes_that_it_is_to_say_and_no_others():
         assert heard(text) == {attribute: values[attribute] for attribute in said}, text
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", DATA_SETS)
 def test_recorded_is_whom_a_caption_describes_and_how_many_it_fits(tmp_path, format):
     folder = make_hard_dataset(tmp_path, format, **SMALL, noise=0.3)
     groups = members(train=14, val=0 if format == "ICFG-PEDES" else 4, test=9)
-    first = FORMATS[format][2]
+    first = DATA_SETS[format].first_pid
     persons = [(split, member) for split in SPLITS for member in groups[split]]
     for record in records_of(folder):
         split = record["split"]
