@@ -3,13 +3,12 @@
 python -m benchmarks.demo --config_file demo/logs/CUHK-PEDES/20261125_101500_demo
 """
 
-import argparse
 import json
 import re
 from datetime import datetime
 from pathlib import Path
 
-from benchmarks.harness import record
+from benchmarks.harness import new_parser, record
 from benchmarks.table_report import FIGURES
 from utils.errors import InputError, reports_errors
 
@@ -22,7 +21,7 @@ VALIDATION = re.compile(r"Validation Results - Epoch: (\d+).*?\| t2i +\| +([\d.]
 
 @reports_errors
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = new_parser(__doc__, [])
     parser.add_argument("--config_file", required=True, help="the run's folder")
     run = Path(parser.parse_args(argv).config_file)
     run = run.parent if run.suffix == ".yaml" else run

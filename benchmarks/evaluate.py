@@ -6,12 +6,10 @@ python -m benchmarks.evaluate --device cuda --images 3074 --captions 6156    CUH
 Images come from memory in both arms, as normalised floats: decoding is the loader's benchmark.
 """
 
-import argparse
-
 import torch
 
 from benchmarks import published
-from benchmarks.harness import interleaved, record
+from benchmarks.harness import new_parser, record_times
 from benchmarks.step import PERSONS, batch_of, options
 from model import build_model
 from processor.evaluator import encode, evaluate
@@ -19,15 +17,9 @@ from utils.device import pick_device
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--precision", default=None)
+    parser = new_parser(__doc__, batch_size=512)
     parser.add_argument("--images", type=int, default=16)
     parser.add_argument("--captions", type=int, default=32)
-    parser.add_argument("--batch_size", type=int, default=512)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--tiny", action="store_true", help="a tiny model: whether the benchmark runs at all")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     device, chosen = pick_device(args.device), options(args)
@@ -44,12 +36,9 @@ def main(argv=None):
         "published": lambda: published.evaluate(model, img_loader, txt_loader, device),
         "ours": lambda: evaluate(encode(model, img_loader, txt_loader, device)),
     }
-    what = f"evaluation, {args.captions} captions, {args.images} images" + (
-        ", tiny model" if args.tiny else ""
-    )
-    measured = interleaved(arms, args.repeats, 1 if device.type == "cuda" else 0, device)
-    for seconds, kind in zip(measured, ("time", "CPU time"), strict=True):
-        record(f"{what}, {kind}", seconds, "s", device=device)
+    tiny = ", tiny model" if args.tiny else ""
+    what = f"evaluation, {args.captions} captions, {args.images} images{tiny}"
+    record_times(what, arms, args.repeats, int(device.type == "cuda"), device)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
-"""What the benchmarks share: arms that take turns in one process, their memory, a line of JSON a figure."""
+"""What the benchmarks share: options, arms that take turns, their memory, a line of JSON a figure."""
 
+import argparse
 import ctypes
 import gc
 import json
@@ -16,41 +17,71 @@ import torch
 from utils.errors import ready_output
 
 RESULTS = Path(__file__).parent / "results"
+CPU = torch.device("cpu")
+CLOCKS = ("time", "CPU time")  # the second counts all threads; other work hardly lengthens it
+OPTIONS = {  # of several benchmarks
+    "device": {"default": "cpu"},
+    "precision": {},
+    "batch_size": {"type": int},
+    "repeats": {"type": int, "default": 5},
+    "threads": {"type": int, "default": torch.get_num_threads()},
+    "tiny": {"action": "store_true", "help": "a tiny model: whether the benchmark runs at all"},
+}
 
 
-def interleaved(arms, repeats=5, warm_up=1, device=None):
+def new_parser(description, names=OPTIONS, **defaults):
+    """A benchmark's parser with those of OPTIONS that it has."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawTextHelpFormatter)
+    for name in names:
+        parser.add_argument(f"--{name}", **OPTIONS[name])
+    parser.set_defaults(**defaults)
+    return parser
+
+
+def timed(run, *arguments, device=CPU):
+    """(what it returns, (seconds, seconds of CPU of all threads))."""
+    synchronise(device)
+    start = time.perf_counter(), time.process_time()
+    found = run(*arguments)
+    synchronise(device)
+    return found, (time.perf_counter() - start[0], time.process_time() - start[1])
+
+
+def interleaved(arms, repeats=5, warm_up=1, device=CPU):
     """Functions that take turns, so that a busy machine is busy for all of them.
 
-    Returns ({name: median seconds}, {name: median seconds of CPU}); the second counts all threads together,
-    and other work on the machine hardly lengthens it.
+    Returns for each of CLOCKS {name: median seconds}.
     """
     taken = {name: [] for name in arms}
     for turn in range(warm_up + repeats):
         for name, run in arms.items():
-            synchronise(device)
-            start = time.perf_counter(), time.process_time()
-            run()
-            synchronise(device)
+            _, times = timed(run, device=device)
             if turn >= warm_up:
-                taken[name].append((time.perf_counter() - start[0], time.process_time() - start[1]))
+                taken[name].append(times)
     return tuple(
         {name: statistics.median(times[clock] for times in all_times) for name, all_times in taken.items()}
-        for clock in (0, 1)
+        for clock in range(len(CLOCKS))
     )
 
 
+def record_times(what, arms, repeats, warm_up=1, device=CPU, **details):
+    """Record the seconds that the arms take by each of CLOCKS. details: of `record`."""
+    for seconds, clock in zip(interleaved(arms, repeats, warm_up, device), CLOCKS, strict=True):
+        record(f"{what}, {clock}", seconds, "s", device=device, **details)
+
+
 def synchronise(device):
-    if device is not None and device.type == "cuda":
+    if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def peak_memory(run, device=None):
+def peak_memory(run, device=CPU):
     """(peak, extra) bytes: the most that the process held while `run` ran, and how far that is above before.
 
     On CUDA what PyTorch allocated; else the resident memory of the whole process (Linux), libraries included.
     """
     gc.collect()
-    if device is not None and device.type == "cuda":
+    if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = held(device)
@@ -67,9 +98,9 @@ def peak_memory(run, device=None):
     return peak, peak - before
 
 
-def held(device=None):
+def held(device=CPU):
     """Bytes that PyTorch has allocated on CUDA; else the process's resident memory (Linux; elsewhere 0)."""
-    if device is not None and device.type == "cuda":
+    if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     return _status("VmRSS") if os.path.exists("/proc/self/status") else 0
 
@@ -79,7 +110,7 @@ def _status(key):
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(key + ":"))
 
 
-def record(figure, arms, unit, baseline="published", better="less", device=None, **details):
+def record(figure, arms, unit, baseline="published", better="less", device=CPU, **details):
     """Print one figure as a JSON line and add it to benchmarks/results. arms: {name: number}.
 
     ratio: of each arm to the baseline, above 1 where the arm is better. better: less or more of the unit.
@@ -93,12 +124,12 @@ def record(figure, arms, unit, baseline="published", better="less", device=None,
     keep({"figure": figure, "unit": unit, "arms": arms, "ratio": ratio, **details}, device)
 
 
-def left_out(figure, arm, reason, device=None):
+def left_out(figure, arm, reason, device=CPU):
     """Say in a line of its own why a figure has no such arm."""
     keep({"figure": figure, "unit": "", "arms": {}, "ratio": {}, "left_out": {arm: reason}}, device)
 
 
-def keep(line, device=None):
+def keep(line, device=CPU):
     """At once: what a later part does loses nothing of it."""
     program = Path(sys.argv[0]).stem
     line = {
@@ -121,8 +152,8 @@ def results_file():
     return RESULTS / f"{Path(sys.argv[0]).stem}.jsonl"
 
 
-def machine(device=None):
-    if device is not None and device.type == "cuda":
+def machine(device=CPU):
+    if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     name = platform.processor() or platform.machine()
     if os.path.exists("/proc/cpuinfo"):

@@ -7,7 +7,6 @@ samples are normalised floats; ours are bytes, which are normalised on the devic
 of its own, "cached, normalised here".
 """
 
-import argparse
 import tempfile
 from pathlib import Path
 from random import Random
@@ -15,7 +14,7 @@ from random import Random
 import torch
 
 from benchmarks import published
-from benchmarks.harness import interleaved, record
+from benchmarks.harness import interleaved, new_parser, record
 from datasets import pedestrians
 from datasets.annotations import TrainSample
 from datasets.image_cache import DecodedImages, open_images
@@ -37,10 +36,8 @@ def draw_files(folder, number):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = new_parser(__doc__, ["batch_size", "repeats"], batch_size=64)
     parser.add_argument("--images", type=int, default=256)
-    parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
@@ -77,15 +74,10 @@ def compare(samples, folder, args):
     }
     number = len(batches) * args.batch_size
     numbers = {name: number * (many if name == "cached" else 1) for name in arms}
+    note = f"batches of {args.batch_size}"
     for seconds, what in zip(interleaved(arms, args.repeats), ("", ", of CPU time"), strict=True):
         speed = {name: numbers[name] / s for name, s in seconds.items()}
-        record(
-            f"loader, one process{what}",
-            speed,
-            "samples/s",
-            better="more",
-            note=f"batches of {args.batch_size}",
-        )
+        record(f"loader, one process{what}", speed, "samples/s", better="more", note=note)
 
 
 if __name__ == "__main__":

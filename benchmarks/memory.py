@@ -14,13 +14,12 @@ import os
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import torch
 
 from benchmarks import step
-from benchmarks.harness import peak_memory, record, synchronise
+from benchmarks.harness import new_parser, peak_memory, record, timed
 from model import build_model
 from processor.trainer import backward
 from solver import build_optimizer
@@ -34,6 +33,15 @@ ARMS = {  # whether activations are computed twice, how many parts a batch is cu
     "--micro_batch, a quarter": (False, 4),
     "both": (True, 4),
 }
+WHOLE = "whole process: weights, gradients, Adam's two moments, libraries"
+ABOVE = "above weights, Adam's two moments and libraries"
+FIGURES = {  # of what `measure` found: its key, factor to the unit, unit, note
+    "peak memory": ("peak", 2**-20, "MiB", WHOLE),
+    "peak memory of activations and gradients": ("beyond", 2**-20, "MiB", ABOVE),
+    "time": ("seconds", 1000, "ms", ""),
+    "CPU time": ("cpu_seconds", 1000, "ms", "of all threads"),
+}
+ROOT = Path(__file__).parent.parent
 
 
 def measure(name, args):
@@ -52,23 +60,13 @@ def measure(name, args):
         optimizer.step()
 
     one_step(whole.parts(2)[0])  # Adam's moments come into being
-    synchronise(device)
-    start = time.perf_counter(), time.process_time()
     optimizer.zero_grad(set_to_none=True)
-    peak, beyond = peak_memory(lambda: one_step(whole), device)
-    synchronise(device)
-    taken = {"seconds": time.perf_counter() - start[0], "cpu_seconds": time.process_time() - start[1]}
-    return {**taken, "peak": peak, "beyond": beyond}
+    found, (seconds, cpu_seconds) = timed(peak_memory, lambda: one_step(whole), device, device=device)
+    return {"seconds": seconds, "cpu_seconds": cpu_seconds, "peak": found[0], "beyond": found[1]}
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--precision", default=None)
-    parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--repeats", type=int, default=1)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--tiny", action="store_true", help="a tiny model: whether the benchmark runs at all")
+    parser = new_parser(__doc__, batch_size=32, repeats=1)
     parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)
     words = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(words)
@@ -79,33 +77,12 @@ def main(argv=None):
     for _ in range(args.repeats):
         for name in ARMS:
             command = [sys.executable, "-m", "benchmarks.memory", *words, f"--arm={name}"]
-            folder = Path(__file__).parent.parent
-            environment = {**os.environ, **NO_HEAP}
-            said = subprocess.run(
-                command, stdout=subprocess.PIPE, text=True, check=True, cwd=folder, env=environment
-            )
-            found[name].append(json.loads(said.stdout.splitlines()[-1]))
+            how = {"stdout": subprocess.PIPE, "text": True, "check": True, "cwd": ROOT}
+            said = subprocess.run(command, env={**os.environ, **NO_HEAP}, **how).stdout
+            found[name].append(json.loads(said.splitlines()[-1]))
     device = torch.device(args.device)
-    what = f"training step, batch {args.batch_size}, {step.options(args).precision}" + (
-        ", tiny model" if args.tiny else ""
-    )
-    notes = {
-        "peak memory": (
-            "peak",
-            2**-20,
-            "MiB",
-            "whole process: weights, gradients, Adam's two moments, libraries",
-        ),
-        "peak memory of activations and gradients": (
-            "beyond",
-            2**-20,
-            "MiB",
-            "above weights, Adam's two moments and libraries",
-        ),
-        "time": ("seconds", 1000, "ms", ""),
-        "CPU time": ("cpu_seconds", 1000, "ms", "of all threads"),
-    }
-    for figure, (key, factor, unit, note) in notes.items():
+    what = step.named(args, step.options(args))
+    for figure, (key, factor, unit, note) in FIGURES.items():
         if found["whole batch"][0][key] is None or (figure == "CPU time" and device.type != "cpu"):
             continue
         arms = {name: factor * statistics.median(one[key] for one in all_) for name, all_ in found.items()}

@@ -6,11 +6,9 @@ python -m benchmarks.methods --device cuda --batch_size 64        on a GPU
 A step is forward, backward and the optimiser's, of full-size models from random weights.
 """
 
-import argparse
-
 import torch
 
-from benchmarks.harness import interleaved, record
+from benchmarks.harness import new_parser, record_times
 from benchmarks.step import PERSONS, TINY, OurStep, batch_of
 from model import build_model
 from solver import build_optimizer
@@ -25,14 +23,7 @@ ARMS = {  # what is typed; the first is the baseline
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--precision", default="fp32")
-    parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--tiny", action="store_true", help="a tiny model: whether the benchmark runs at all")
-    args = parser.parse_args(argv)
+    args = new_parser(__doc__, precision="fp32", batch_size=8).parse_args(argv)
     torch.set_num_threads(args.threads)
     device = pick_device(args.device)
     tiny = ["--clip_architecture", *TINY] if args.tiny else []
@@ -48,9 +39,7 @@ def main(argv=None):
         encodings[name] = encoding_of(model, batch, device)
     what = f"batch {args.batch_size}, {args.precision}{', tiny model' if args.tiny else ''}"
     for kind, arms in (("training step", steps), ("encoding pictures and captions", encodings)):
-        measured = interleaved(arms, args.repeats, 1, device)
-        for seconds, clock in zip(measured, ("time", "CPU time"), strict=True):
-            record(f"{kind}, {what}, {clock}", seconds, "s", baseline="sdm+id", device=device)
+        record_times(f"{kind}, {what}", arms, args.repeats, device=device, baseline="sdm+id")
 
 
 def after_similarities(step):

@@ -8,18 +8,16 @@ Vectors are drawn: persons in a space of 64 dimensions, turned into 512, ten noi
 another noisy view of a person. Evenly spread vectors would be harder for ivf and hnsw than features are.
 """
 
-import argparse
 import os
 import statistics
 import tempfile
-import time
 from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from benchmarks.harness import record
+from benchmarks.harness import CLOCKS, new_parser, record, timed
 from retrieval.encoders import Encoders
 from retrieval.index import GalleryIndex
 from retrieval.pictures import Stamp
@@ -66,25 +64,18 @@ def answers(pictures, repeats):
         f"{colours[n // 3 % 10]} trousers and white sneakers and carries a {colours[n // 7 % 10]} backpack."
         for n in range(repeats + 5)
     ]
-    taken = {"time": [], "CPU time": []}  # of all threads together; a busy machine lengthens the first
-    alone = []
+    both, alone = [], []  # encoding and search, and search: seconds by each of CLOCKS
     for sentence in sentences:
-        start, cpu = time.perf_counter(), time.process_time()
-        features = encoders.text_features([sentence])
-        between = time.process_time()
-        index.search(features, 10)
-        taken["time"].append(1000 * (time.perf_counter() - start))
-        taken["CPU time"].append(1000 * (time.process_time() - cpu))
-        alone.append(1000 * (time.process_time() - between))
-    for name, times in taken.items():
-        times = sorted(times[5:])
-        arms = {
-            "fastest": times[0],
-            "median": statistics.median(times),
-            "95 %": times[int(0.95 * len(times))],
-        }
-        record(f"answer over {pictures} pictures, ViT-B/16, {name}", arms, "ms", None, repeats=repeats)
-    arms = {"median": statistics.median(alone[5:])}
+        features, encoding = timed(encoders.text_features, [sentence])
+        _, searching = timed(index.search, features, 10)
+        both.append([sum(parts) for parts in zip(encoding, searching, strict=True)])
+        alone.append(searching)
+    for place, clock in enumerate(CLOCKS):
+        times = sorted(1000 * taken[place] for taken in both[5:])
+        arms = {"fastest": times[0], "median": statistics.median(times)}
+        arms["95 %"] = times[int(0.95 * len(times))]
+        record(f"answer over {pictures} pictures, ViT-B/16, {clock}", arms, "ms", None, repeats=repeats)
+    arms = {"median": 1000 * statistics.median(cpu for _, cpu in alone[5:])}
     record(f"of it the search of {pictures} vectors, CPU time", arms, "ms", None, repeats=repeats)
 
 
@@ -98,52 +89,35 @@ def indices(number, kinds, queries, build_threads):
     figures = defaultdict(dict)  # by name and unit, then by type of index
     for kind in kinds:
         faiss.omp_set_num_threads(build_threads)
-        start, before = time.perf_counter(), time.process_time()
-        index = new_faiss(kind, vectors)
-        figures["build, s"][kind] = time.perf_counter() - start
-        figures["build CPU, s"][kind] = time.process_time() - before
+        index, built = timed(new_faiss, kind, vectors)
+        figures["build, s"][kind], figures["build CPU, s"][kind] = built
         with tempfile.TemporaryDirectory() as folder:
             path = str(Path(folder) / "index")
             faiss.write_index(index, path)
             del index
             figures["file, MiB"][kind] = os.path.getsize(path) / 2**20
-            start = time.perf_counter()
-            index = faiss.read_index(path)
-            figures["load, s"][kind] = time.perf_counter() - start
+            index, (figures["load, s"][kind], _) = timed(faiss.read_index, path)
         set_effort(index, kind)
         faiss.omp_set_num_threads(threads)
-        taken, cpu, rows = [], [], []
-        for query in asked:
-            start, before = time.perf_counter(), time.process_time()
-            rows.append(index.search(query[None], 10)[1][0])
-            taken.append(1000 * (time.perf_counter() - start))
-            cpu.append(1000 * (time.process_time() - before))
-        figures["query, ms"][kind] = statistics.median(taken)
-        figures["query CPU, ms"][kind] = statistics.median(cpu)
-        right = [len(set(a) & set(b)) for a, b in zip(rows, exact, strict=True)]
+        found = [timed(index.search, query[None], 10) for query in asked]
+        figures["query, ms"][kind] = 1000 * statistics.median(seconds for _, (seconds, _) in found)
+        figures["query CPU, ms"][kind] = 1000 * statistics.median(cpu for _, (_, cpu) in found)
+        right = [len(set(near[0]) & set(best)) for ((_, near), _), best in zip(found, exact, strict=True)]
         figures["recall at 10, %"][kind] = 10 * statistics.mean(right)
         del index
+    how = {"queries": queries, "threads": {"build": build_threads, "query": threads}}
     for name, arms in figures.items():
         what, unit = name.split(", ")
-        record(
-            f"{what}, index of {number} vectors",
-            arms,
-            unit,
-            baseline="flat",
-            better="more" if unit == "%" else "less",
-            queries=queries,
-            threads={"build": build_threads, "query": threads},
-        )
+        better = "more" if unit == "%" else "less"
+        record(f"{what}, index of {number} vectors", arms, unit, "flat", better, **how)
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = new_parser(__doc__, ["repeats", "threads"], repeats=100)
     parser.add_argument("--pictures", type=int, default=10_000)
-    parser.add_argument("--repeats", type=int, default=100)
     parser.add_argument("--index", type=int, metavar="VECTORS")
     parser.add_argument("--kinds", nargs="+", default=["flat", "ivf", "hnsw"])
     parser.add_argument("--queries", type=int, default=500)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--build_threads", type=int, help="of building; default: as --threads")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)

@@ -5,13 +5,12 @@ python -m benchmarks.startup
 The published arm is what its train.py does before it looks at its options: it imports torch and torchvision.
 """
 
-import argparse
 import subprocess
 import sys
 from functools import partial
 from pathlib import Path
 
-from benchmarks.harness import interleaved, record
+from benchmarks.harness import interleaved, new_parser, record
 
 ROOT = Path(__file__).parent.parent
 ARMS = {
@@ -22,9 +21,7 @@ ARMS = {
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=5)
-    args = parser.parse_args(argv)
+    args = new_parser(__doc__, ["repeats"]).parse_args(argv)
 
     def start(words):
         subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True)

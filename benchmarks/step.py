@@ -9,7 +9,6 @@ MFU: 158.154 GFLOP a sample, forward and backward of the published computation, 
 rate of bf16 matrix products measured here. Only on an accelerator.
 """
 
-import argparse
 import functools
 import gc
 from collections import defaultdict
@@ -17,10 +16,10 @@ from collections import defaultdict
 import torch
 
 from benchmarks import published
-from benchmarks.harness import held, interleaved, left_out, peak_memory, record
+from benchmarks.harness import held, interleaved, left_out, new_parser, peak_memory, record
 from benchmarks.pretended import DEVICE, Pretended
 from model.build import build_model, in_precision, new_model
-from processor.trainer import FiniteWatch, Meters, Steps, backward, look_period
+from processor.trainer import FiniteWatch, Meters, Steps, backward, look_period, train_one_epoch
 from solver import build_optimizer
 from utils.batch import Batch
 from utils.device import pick_device
@@ -61,12 +60,17 @@ def options(args):
     return get_args(words)
 
 
+def named(args, chosen):
+    tiny = ", tiny model" if args.tiny else ""
+    return f"training step, batch {args.batch_size}, {chosen.precision}{tiny}"
+
+
 class OurStep:
     """A step as processor.trainer takes it between two log lines, its watch and its meters included."""
 
-    def __init__(self, model, optimizer, batch, device, log_period=100):
+    def __init__(self, model, optimizer, batch, device):
         self.model, self.optimizer, self.batch, self.device = model, optimizer, Batch.of(batch), device
-        self.watch = FiniteWatch(model, optimizer, 1, look_period(device, log_period))
+        self.watch = FiniteWatch(model, optimizer, 1, look_period(device, 100))
         self.meters, self.number = Meters(), 0
 
     def __call__(self):
@@ -83,31 +87,20 @@ def arms_of(options, model, batch, device, names):
     it, since two moments of each weight for each arm are more than a small machine holds."""
     shared = functools.cache(lambda: published.optimizer_of(options, model))
 
-    def plain(switches, merged):
-        optimizer = build_optimizer(options, model) if merged else shared()
-        meters = defaultdict(published.Meter)
+    def step_of(name):
+        if name == "ours":
+            return OurStep(model, build_optimizer(options, model), batch, device)
+        optimizer = build_optimizer(options, model) if name == "merged optimiser" else shared()
+        meters, switches = defaultdict(published.Meter), (name,)  # one that is no switch's changes nothing
         return lambda: published.train_step(model, optimizer, batch, device, meters, switches)
 
-    made = {
-        "published": lambda: plain((), False),
-        "merged optimiser": lambda: plain((), True),
-        **{name: lambda name=name: plain((name,), False) for name in (*published.SWITCHES, "no waits")},
-        "ours": lambda: OurStep(model, build_optimizer(options, model), batch, device),
-    }
-    return {name: made[name]() for name in names}
+    return {name: step_of(name) for name in names}
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--precision", default=None)
-    parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--tiny", action="store_true", help="a tiny model: whether the benchmark runs at all")
-    parser.add_argument(
-        "--alone", action="store_true", help="each shortcut alone too (memory for three optimisers)"
-    )
+    parser = new_parser(__doc__, batch_size=8)
+    alone = "each shortcut alone too (memory for three optimisers)"
+    parser.add_argument("--alone", action="store_true", help=alone)
     parser.add_argument("--compile", action="store_true", help="an arm with compiled encoders too")
     parser.add_argument("--optimizer", action="store_true")
     parser.add_argument("--growth", type=int, default=0, metavar="STEPS")
@@ -126,15 +119,13 @@ def main(argv=None):
     batch = batch_of(args.batch_size, chosen.img_size)
     if device.type == "cuda":
         batch = {key: value.pin_memory() for key, value in batch.items()}
-    what = f"training step, batch {args.batch_size}, {chosen.precision}" + (
-        ", tiny model" if args.tiny else ""
-    )
+    what = named(args, chosen)
     # memory first, one arm at a time: two optimisers' states at once would hide what a step needs
     fitting = memory(what, args, chosen, model, batch, device, libraries)
     if not args.repeats:  # memory alone
         return
     names = ["published", *published.SWITCHES, "no waits", "merged optimiser", "ours"]
-    arms = arms_of(chosen, model, batch, device, [name for name in (names if args.alone else fitting)])
+    arms = arms_of(chosen, model, batch, device, names if args.alone else fitting)
     if args.compile:
         compiled = build_model(chosen, PERSONS)
         compiled.train()
@@ -181,10 +172,8 @@ def memory(what, args, chosen, model, batch, device, libraries):
         note = "whole process: weights, gradients, Adam's two moments, libraries"
         if device.type == "cuda":
             note = "what PyTorch allocated: weights, gradients, Adam's two moments, activations"
-            estimates = {
-                f"{name}, estimate": estimate(name, chosen, args.batch_size) / 2**20 for name in shown
-            }
-            shown.update(estimates)
+            for name in peak:
+                shown[f"{name}, estimate"] = estimate(name, chosen, args.batch_size) / 2**20
         record(f"{what}, peak memory", shown, "MiB", device=device, note=note)
         note = f"the peak less weights, gradients, moments and {libraries / 2**20:.0f} MiB held before"
         record(f"{what}, peak memory beyond these", beyond, "MiB", device=device, note=note)
@@ -209,13 +198,10 @@ def estimate(name, chosen, batch_size):
     batch = batch_of(batch_size, chosen.img_size)
     with Pretended(values=False) as gpu:
         model.to(DEVICE)
-        if name == "published":
-            optimizer, meters = published.optimizer_of(chosen, model), defaultdict(published.Meter)
-            step = functools.partial(
-                published.train_step, model, optimizer, batch, DEVICE, meters, ("no waits",)
-            )
-        else:
-            step = OurStep(model, build_optimizer(chosen, model), batch, DEVICE)
+        arm = (
+            "no waits" if name == "published" else name
+        )  # the published step reads its loss, which is not there
+        step = arms_of(chosen, model, batch, DEVICE, [arm])[arm]
         step()  # the moments come into being
         gpu.peak = gpu.live
         step()
@@ -244,18 +230,15 @@ def optimizer_time(args):
         ours.step()
 
     arms = {"published": published.optimizer_of(chosen, model).step, "ours": our_step}
-    tensors = len(list(model.parameters()))
+    note = f"{len(list(model.parameters()))} tensors of one number each"
     measured = interleaved(arms, max(args.repeats, 21), 3, device)
     for seconds, what in zip(measured, ("host time", "host CPU time"), strict=True):
         milliseconds = {name: 1000 * s for name, s in seconds.items()}
-        note = f"{tensors} tensors of one number each"
         record(f"optimiser step, {chosen.precision}, {what}", milliseconds, "ms", device=device, note=note)
 
 
 def growth(args):
     """Resident memory over many steps of the training loop."""
-    from processor.trainer import train_one_epoch
-
     args.tiny = True
     chosen, device = options(args), pick_device(args.device)
     model = build_model(chosen, 50)
@@ -270,14 +253,8 @@ def growth(args):
 
     loader = [batches[step % 8] for step in range(last)]
     train_one_epoch(model, loader, optimizer, device, 1, Steps(log_period=10**9, after_step=look))
-    grown = (memory[last] - memory[first]) / args.growth
-    record(
-        "host memory, growth a step",
-        {"ours": grown},
-        "bytes",
-        note=f"over {args.growth} steps",
-        device=device,
-    )
+    grown = {"ours": (memory[last] - memory[first]) / args.growth}
+    record("host memory, growth a step", grown, "bytes", device=device, note=f"over {args.growth} steps")
 
 
 if __name__ == "__main__":

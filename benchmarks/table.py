@@ -451,7 +451,7 @@ def describe_machine():
 
     from benchmarks import harness
 
-    device = torch.device("cuda") if torch.cuda.is_available() else None
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return {"machine": harness.machine(device).split(", load")[0], "versions": harness.versions()}
 
 

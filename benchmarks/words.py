@@ -7,7 +7,6 @@ Drawn persons, new to a run on a drawn set. The truth comes from the drawing: a 
 when it alone is drawn in other colours. A patch's weight counts by the share of it that the part covers.
 """
 
-import argparse
 import itertools
 from collections import defaultdict
 from random import Random
@@ -16,7 +15,7 @@ from statistics import fmean
 import numpy as np
 from PIL import Image
 
-from benchmarks.harness import record
+from benchmarks.harness import new_parser, record
 from datasets.pedestrians import SYNONYMS, VIEWS, describe, draw, make_identities
 from utils.errors import reports_errors
 from utils.options import WORDS_BY, from_1, parser_of, tool_args
@@ -28,9 +27,8 @@ VISIBLE = 12  # grey levels: what blur carries further is no part
 
 @reports_errors
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = new_parser(__doc__, ["device"], device="auto")
     parser.add_argument("--config_file", required=True, help="the run, its folder or its configs.yaml")
-    parser.add_argument("--device", default="auto")
     parser.add_argument("--persons", type=from_1, default=100)
     args = parser.parse_args(argv)
     from retrieval.encoders import open_run
