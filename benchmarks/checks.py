@@ -20,8 +20,48 @@ from utils.metrics import rank_features
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
+FROM_RANDOM = "--config_file configs/small_clip.yaml --loss_names itc+mlm+id --cmt_depth 1".split()
+TINY_DEMO = ["--num_epoch", "1", "--batch_size", "16", "--eval_period", "1"]
 PRECISIONS = ("fp32", "fp16", "bf16")
 SLACK = {"fp32": 2e-3, "fp16": 0.05, "bf16": 0.1}  # relative, of losses after a few steps of a tiny model
+
+
+# ---- programs ----
+
+
+def train_drawn(device, folder, dry, name, words=(), launcher=()):
+    """Train the demo's model on the demo's data, from random weights; returns the run's folder. launcher:
+    what Python is given before train.py."""
+    draw(folder / "data", ("24", "4", "8") if dry else ("400", "20", "100"))
+    words = [*FROM_RANDOM, "--root_dir", str(folder / "data"), "--name", name, *words]
+    words += ["--output_dir", str(folder / "logs"), "--device", device.type]
+    python([*launcher, "train.py", *words, *(TINY_DEMO if dry else [])])
+    (run,) = (folder / "logs").glob(f"*/*_{name}")
+    return run
+
+
+def draw(root, people):
+    ids = [word for pair in zip(("--ids", "--val_ids", "--test_ids"), people, strict=True) for word in pair]
+    python(["-m", "datasets.synthetic", "--root", str(root), *ids])
+
+
+def python(words):
+    """Run a program of this repository; what it says is returned, or where it fails in the error."""
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        said = (done.stderr.strip() or done.stdout.strip() or "nothing").splitlines()
+        raise RuntimeError(f"{' '.join(words[:4])} … ended with {done.returncode}: {said[-1]}")
+    return done.stdout
+
+
+def ended(words, seconds=120):
+    """(exit status, sentences or else last words) of a program."""
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, timeout=seconds)
+    lines = done.stderr.strip().splitlines()
+    return done.returncode, [line for line in lines if line.startswith("error: ")] or lines[-1:]
+
+
+# ---- the checks ----
 
 
 def published_fp16(device, folder, dry):
@@ -179,22 +219,13 @@ def evaluation(device, folder, dry):
     return f"features off by at most {off:.2g}; {expected.tied} tied queries ranked alike"
 
 
-def ended(words, seconds=120):
-    """(exit status, sentences or else last words) of a program."""
-    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, timeout=seconds)
-    lines = done.stderr.strip().splitlines()
-    return done.returncode, [line for line in lines if line.startswith("error: ")] or lines[-1:]
-
-
 def full_memory(device, folder, dry):
     """A training that finds the GPU full of another program's data ends with the sentence that says so."""
     if device.type != "cuda":
         return "not tried on a CPU"
     words = ["train.py", "--pretrain_choice", "random", "--precision", "fp32", "--num_workers", "0"]
     words += ["--root_dir", str(folder / "data"), "--output_dir", str(folder / "logs"), "--batch_size", "64"]
-    drawn = ["--ids", "24", "--val_ids", "4", "--test_ids", "8"]
-    status, said = ended(["-m", "datasets.synthetic", "--root", str(folder / "data"), *drawn])
-    assert not status, said
+    draw(folder / "data", ("24", "4", "8"))
     free, _ = torch.cuda.mem_get_info(device)
     held = torch.empty(max(free - 3 * 2**30, 1), dtype=torch.uint8, device=device)  # too little for ViT-B/16
     status, said = ended([*words, "--device", "cuda"])
@@ -239,12 +270,10 @@ def failing_process(device, folder, dry):
 
 def tools(device, folder, dry):
     """A run of fp16 in test.py, search.py, visualize.py and export.py: what they find on the CPU too."""
-    from benchmarks.gpu import python, train_drawn
-
     if dry:
         return "not tried: the tests do"
     precision = ["--optimizer", "SGD", "--lr", "1e-3", "--num_epoch", "1", "--eval_period", "1"]
-    run = train_drawn(dry, folder, "tools", [*precision, "--precision", "fp16"])
+    run = train_drawn(device, folder, dry, "tools", [*precision, "--precision", "fp16"])
     figures, hits = [], []
     for where, precision in ((device.type, "fp16"), ("cpu", "fp32")):
         words = ["--config_file", str(run), "--device", where, "--precision", precision]

@@ -22,7 +22,7 @@ def main(argv=None):
     parser.add_argument("--captions", type=int, default=32)
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
-    device, chosen = pick_device(args.device), options(args)
+    device, chosen = pick_device(args.device), options(args.device, args.precision, args.tiny)
     torch.manual_seed(0)
     model = build_model(chosen, PERSONS)
     pids = torch.arange(args.images) // 3

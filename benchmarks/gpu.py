@@ -21,14 +21,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from benchmarks import evaluate, harness, loader, step
-from benchmarks.checks import CHECKS
-from benchmarks.harness import keep, left_out, record
+from benchmarks.checks import CHECKS, python, train_drawn
+from benchmarks.harness import keep, left_out, record, timed
 from benchmarks.step import PERSONS, batch_of
 from model import build_model
 from processor.trainer import Steps, train_one_epoch
@@ -38,58 +37,29 @@ from utils.device import pick_device
 from utils.errors import ready_output
 
 ROOT = Path(__file__).parent.parent
-FROM_RANDOM = "--config_file configs/small_clip.yaml --loss_names itc+mlm+id --cmt_depth 1".split()
-TINY_DEMO = ["--num_epoch", "1", "--batch_size", "16", "--eval_period", "1"]
 
 
 # ---- does it work ----
 
 
-def demo(args, device, folder):
+def demo(device, folder, dry):
     """A training of the demo's size and its test: Rank-1 and seconds."""
     began = time.time()
-    run = train_drawn(args.dry, folder, "demo", [])
+    run = train_drawn(device, folder, dry, "demo")
     seconds = time.time() - began
-    words = ["--config_file", str(run), "--chance", "--device", device.type]
-    python(["test.py", *words])
+    python(["test.py", "--config_file", str(run), "--chance", "--device", device.type])
     found = json.loads((run / "results.json").read_text())
-    arms = {"t2i": found["t2i"]["R1"], "chance": found["chance"]["R1"]}
+    arms = {task: found[task]["R1"] for task in ("t2i", "chance")}
     record("demo, Rank-1", arms, "%", "chance", "more", device)
-    record(
-        "demo, seconds",
-        {"ours": seconds},
-        "s",
-        device=device,
-        note="drawing, start-up and evaluation included",
-    )
+    note = "drawing, start-up and evaluation included"
+    record("demo, seconds", {"ours": seconds}, "s", device=device, note=note)
 
 
-def train_drawn(dry, folder, name, words, launcher=()):
-    """Train the demo's model on the demo's data, from random weights; returns the run's folder."""
-    people = ["24", "4", "8"] if dry else ["400", "20", "100"]
-    ids = [word for pair in zip(("--ids", "--val_ids", "--test_ids"), people, strict=True) for word in pair]
-    python(["-m", "datasets.synthetic", "--root", str(folder / "data"), *ids])
-    words = [*FROM_RANDOM, "--root_dir", str(folder / "data"), "--name", name, *words]
-    words += ["--output_dir", str(folder / "logs"), "--device", "cpu" if dry else "cuda"]
-    python([*launcher, "train.py", *words, *(TINY_DEMO if dry else [])])
-    (run,) = (folder / "logs").glob(f"*/*_{name}")
-    return run
-
-
-def python(words):
-    """Run a program of this repository; what it says is returned, or where it fails in the error."""
-    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
-    if done.returncode:
-        said = (done.stderr.strip() or done.stdout.strip() or "nothing").splitlines()
-        raise RuntimeError(f"{' '.join(words[:4])} … ended with {done.returncode}: {said[-1]}")
-    return done.stdout
-
-
-def full_size(args, device, folder):
+def full_size(device, folder, dry):
     """300 steps of the recipe in its precision, from weights made on the spot, through the training loop;
     then 50 more twice, the second time from a checkpoint."""
-    steps, more = (40, 2) if args.dry else (300, 50)
-    chosen, model, optimizer = fresh(args)
+    steps, more = (40, 2) if dry else (300, 50)
+    chosen, model, optimizer = fresh(device, dry)
     losses, unmoved = [], []
 
     def after_step(number, meters):
@@ -98,7 +68,7 @@ def full_size(args, device, folder):
         if "frac_unmoved" in meters.latest:
             unmoved.append(meters.latest["frac_unmoved"])
 
-    batches = Batches(args, chosen, device, steps)
+    batches = Batches(device, dry, chosen, steps)
     train_one_epoch(model, batches, optimizer, device, 1, Steps(log_period=steps // 4, after_step=after_step))
     sums = [0.0, *torch.stack(losses).tolist()]
     each = [(b - a) / batches.size for a, b in zip(sums, sums[1:], strict=False)]
@@ -111,45 +81,36 @@ def full_size(args, device, folder):
 
     parts = {"model": model, "optimizer": optimizer}
     save_checkpoint(folder / "full.pth", parts)
-    train_one_epoch(model, Batches(args, chosen, device, more), optimizer, device, 2)
+    train_one_epoch(model, Batches(device, dry, chosen, more), optimizer, device, 2)
     unbroken = {name: weight.detach().cpu() for name, weight in model.state_dict().items()}
     del model, optimizer, parts
-    _, model, optimizer = fresh(args)
+    _, model, optimizer = fresh(device, dry)
     state = load_checkpoint(folder / "full.pth")
     load_weights(model, state["model"], "full.pth")
     load_optimizer(optimizer, state["optimizer"], "full.pth")
-    train_one_epoch(model, Batches(args, chosen, device, more), optimizer, device, 2)
+    train_one_epoch(model, Batches(device, dry, chosen, more), optimizer, device, 2)
     pairs = [(weight.detach().cpu(), unbroken[name]) for name, weight in model.state_dict().items()]
     differ = sum(int((a != b).sum()) for a, b in pairs) / sum(a.numel() for a, _ in pairs)
     apart = max(float((a.double() - b.double()).abs().max()) for a, b in pairs)
-    record(
-        "full size, weights that differ after a resume",
-        {"ours": 100 * differ},
-        "%",
-        device=device,
-        note=f"after {more} steps; the largest difference is {apart:.3g}",
-    )
+    note = f"after {more} steps; the largest difference is {apart:.3g}"
+    what = "full size, weights that differ after a resume"
+    record(what, {"ours": 100 * differ}, "%", device=device, note=note)
 
 
-def fresh(args):
-    chosen = step.options(step_args(args, device="cpu" if args.dry else "cuda"))
+def fresh(device, dry):
+    chosen = step.options(device.type, "fp16", dry)
     torch.manual_seed(0)
     model = build_model(chosen, PERSONS)
     return chosen, model, build_optimizer(chosen, model)
 
 
-def step_args(args, **more):
-    return argparse.Namespace(**{"tiny": args.dry, "precision": "fp16", **more})
-
-
 class Batches:
     """A few batches in turn, ids on the host and images on the device, as the loader gives them."""
 
-    def __init__(self, args, chosen, device, steps):
-        self.steps, self.size, number = (steps, 4, 2) if args.dry else (steps, 32, 10)
-        self.batches = [batch_of(self.size, chosen.img_size, seed) for seed in range(number)]
-        for batch in self.batches:
-            batch["images"] = batch["images"].to(device)
+    def __init__(self, device, dry, chosen, steps):
+        self.steps, self.size, number = (steps, 4, 2) if dry else (steps, 32, 10)
+        batches = [batch_of(self.size, chosen.img_size, seed) for seed in range(number)]
+        self.batches = [batch_on(batch, device) for batch in batches]
 
     def __len__(self):
         return self.steps
@@ -158,40 +119,35 @@ class Batches:
         return (dict(self.batches[number % len(self.batches)]) for number in range(self.steps))
 
 
-def one_process(args, device, folder):
+def one_process(device, folder, dry):
     """torchrun with one process (NCCL on a GPU) against none: the same weights after an epoch."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
     weights = []
     for name, how in (("alone", []), ("group", launcher)):
-        run = train_drawn(args.dry, folder, name, ["--num_epoch", "1", "--eval_period", "9"], how)
+        run = train_drawn(device, folder, dry, name, ["--num_epoch", "1", "--eval_period", "9"], how)
         weights.append(load_checkpoint(run / "last.pth")["model"])
     apart = max(float((weights[0][key] - weights[1][key]).abs().max()) for key in weights[0])
     note = "largest difference of a weight after an epoch of the demo"
     record("one process of a group against none", {"ours": apart}, "", device=device, note=note)
 
 
-def compiled(args, device, folder):
+def compiled(device, folder, dry):
     """--compile: no graph is made anew for other batches and lengths once there were two."""
     from torch._dynamo.utils import counters
 
-    _, model, optimizer = fresh(args)
+    chosen, model, optimizer = fresh(device, dry)
     before = counters["stats"]["unique_graphs"]  # of an earlier part
-    model.compile_encoders(**({"backend": "eager"} if args.dry else {}))
-    sizes = (6, 4) if args.dry else (32, 17)
+    model.compile_encoders(**({"backend": "eager"} if dry else {}))
+    sizes = (6, 4) if dry else (32, 17)
     made = []
     for size in (*sizes, *sizes, sizes[0] - 1):
         for seed in range(2):
-            batch = batch_of(size, step.options(step_args(args, device=device.type)).img_size, seed)
-            train_one_epoch(model, [batch_on(batch, device)], optimizer, device, 1)
+            batch = batch_on(batch_of(size, chosen.img_size, seed), device)
+            train_one_epoch(model, [batch], optimizer, device, 1)
         made.append(counters["stats"]["unique_graphs"])
-    record(
-        "--compile, graphs made anew",
-        {"at the start": made[1] - before, "after": made[-1] - made[1]},
-        "",
-        "",
-        device=device,
-        note=f"batches of {sizes[0]}, {sizes[1]} and {sizes[0] - 1}",
-    )
+    arms = {"at the start": made[1] - before, "after": made[-1] - made[1]}
+    note = f"batches of {sizes[0]}, {sizes[1]} and {sizes[0] - 1}"
+    record("--compile, graphs made anew", arms, "", "", device=device, note=note)
 
 
 def batch_on(batch, device):
@@ -201,8 +157,8 @@ def batch_on(batch, device):
 def answer(name):
     """A part that is one of the CHECKS."""
 
-    def part(args, device, folder):
-        found = CHECKS[name][0](device, folder, args.dry)
+    def part(device, folder, dry):
+        found = CHECKS[name][0](device, folder, dry)
         line = {"figure": name, "unit": "", "arms": {}, "ratio": {}}
         keep({**line, "verdict": "right", "note": found}, device)
 
@@ -212,25 +168,30 @@ def answer(name):
 # ---- how fast ----
 
 
-def program(main, words, dry):
+def program(main, words, dry_words):
     """A part that is another benchmark with these words, or with those for --dry."""
-    return lambda args, device, folder: main(dry if args.dry else ["--device", "cuda", *words])
+    return lambda device, folder, dry: main(dry_words if dry else ["--device", "cuda", *words])
 
 
-def fed(args, device, folder):
+def fed(device, folder, dry):
     """Training with batches from the loader, files and cache, against batches that are there already."""
     from datasets.build import TrainLoader, as_it_is
     from datasets.image_cache import DecodedImages, open_images
     from datasets.image_text import CaptionChanges, Images, PairDataset
     from datasets.sampler import BatchShares, RandomOrder
 
-    chosen, model, optimizer = fresh(args)
-    number, size, workers = (16, 4, 0) if args.dry else (768, 64, 8)
+    chosen, model, optimizer = fresh(device, dry)
+    number, size, workers = (16, 4, 0) if dry else (768, 64, 8)
     drawn = loader.draw_files(folder, min(number, 192))
     samples = [drawn[i % len(drawn)] for i in range(number)]
     settings = dict(text_length=77, seed=1, img_aug=True, changes=CaptionChanges(masking=(0.8, 0.1)))
     img_size = tuple(chosen.img_size)
     cache = open_images(folder, [sample.image_path for sample in drawn], img_size, "gpu")
+
+    def seconds_of(batches):
+        _, (seconds, _) = timed(train_one_epoch, model, batches, optimizer, device, 1, device=device)
+        return seconds
+
     speed = {}
     for name, source in (("files", DecodedImages(img_size)), ("--image_cache", cache)):
         dataset = PairDataset(samples, Images(source, img_size), **settings)
@@ -245,35 +206,21 @@ def fed(args, device, folder):
         )
         for epoch in (1, 2):  # the first one starts the loading processes
             batches.set_epoch(epoch)
-            speed[name] = number / epoch_time(model, batches, optimizer, device)
+            speed[name] = number / seconds_of(batches)
     there = [batch_on(batch_of(size, chosen.img_size, seed), device) for seed in range(number // size)]
-    speed["already there"] = number / epoch_time(model, there, optimizer, device)
+    speed["already there"] = number / seconds_of(there)
     note = f"{workers} loading processes, batches of {size}"
     record("training fed by the loader", speed, "samples/s", "already there", "more", device, note=note)
 
 
-def epoch_time(model, batches, optimizer, device):
-    harness.synchronise(device)
-    began = time.perf_counter()
-    train_one_epoch(model, batches, optimizer, device, 1)
-    harness.synchronise(device)
-    return time.perf_counter() - began
-
-
 TINY = ["--tiny", "--batch_size", "2", "--repeats", "1"]
+EACH = ["--alone", "--compile"]
 SPLIT = ["--images", "3074", "--captions", "6156", "--repeats", "2"]  # CUHK-PEDES' test split
 PARTS = {  # name: what it does, seconds that it may take on a 24 GB card; in the order of their worth
     "demo": (demo, 60),
     **{name: (answer(name), seconds) for name, (_, seconds) in CHECKS.items()},
     "full size": (full_size, 90),
-    "step": (
-        program(
-            step.main,
-            ["--batch_size", "64", "--alone", "--compile"],
-            [*TINY, "--precision", "fp16", "--alone", "--compile"],
-        ),
-        110,
-    ),
+    "step": (program(step.main, ["--batch_size", "64", *EACH], [*TINY, "--precision", "fp16", *EACH]), 110),
     "evaluation": (program(evaluate.main, SPLIT, [*TINY, "--images", "6", "--captions", "8"]), 60),
     "one process": (one_process, 40),
     "compile": (compiled, 60),
@@ -284,10 +231,6 @@ PARTS = {  # name: what it does, seconds that it may take on a 24 GB card; in th
 
 
 FAILED = 3  # exit status where a part has failed and said so
-
-
-class TooLate(Exception):
-    """The time of the whole run is over."""
 
 
 def run_parts(args, device):
@@ -303,10 +246,10 @@ def run_parts(args, device):
         if not args.here:
             print(f"== {name}", flush=True)
         if args.here or args.dry or args.debug:
-            reason = run_here(part, args, device, None if args.dry else left)
+            reason = run_here(part, args, device)
         else:
             words = ["--parts", name, "--here", "--minutes", f"{left / 60 + 0.05:.2f}"]
-            reason = guarded([sys.executable, "-m", "benchmarks.gpu", *words], left + 15)
+            reason = guarded([sys.executable, "-m", "benchmarks.gpu", *words], left)
         if reason is not None:
             failed.append(name)
         if reason:
@@ -314,11 +257,11 @@ def run_parts(args, device):
     return failed
 
 
-def run_here(part, args, device, seconds):
+def run_here(part, args, device):
     """Why the part failed, or None."""
     try:
-        with tempfile.TemporaryDirectory() as folder, time_limit(seconds):
-            part(args, device, Path(folder))
+        with tempfile.TemporaryDirectory() as folder:
+            part(device, Path(folder), args.dry)
     except Exception as error:  # whatever it was, the other parts tell something too
         if args.debug:
             raise
@@ -333,35 +276,18 @@ def run_here(part, args, device, seconds):
 def guarded(command, seconds):
     """Run a part in a process of its own: after an error of CUDA one is of no more use, and a crash or a wait
     for ever would end all. Returns why it failed, "" where it has said so itself, or None."""
-    child = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
-    try:
-        status = child.wait(seconds)
-        return {0: None, FAILED: ""}.get(status, f"its process ended with {status}")
-    except subprocess.TimeoutExpired:
-        return f"killed after {seconds:.0f} s"
-    finally:
-        if child.poll() is None:
-            os.killpg(child.pid, signal.SIGKILL)  # the programs that it has started too
-            child.wait()
-
-
-@contextmanager
-def time_limit(seconds):
-    """End what runs inside when the time is over. Unix only; elsewhere nothing ends it."""
-
-    def stop(number, frame):
-        raise TooLate(f"ended after {seconds:.0f} s, when the time of the whole run was over")
-
-    if seconds is None or not hasattr(signal, "SIGALRM"):
-        yield
-        return
-    earlier = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(max(int(seconds), 1))
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, earlier)
+    with tempfile.TemporaryDirectory() as folder:  # for what a part that is killed leaves
+        where = {"cwd": ROOT, "env": {**os.environ, "TMPDIR": folder}}
+        child = subprocess.Popen(command, start_new_session=True, **where)
+        try:
+            status = child.wait(seconds)
+            return {0: None, FAILED: ""}.get(status, f"its process ended with {status}")
+        except subprocess.TimeoutExpired:
+            return f"killed after {seconds:.0f} s"
+        finally:
+            if child.poll() is None:
+                os.killpg(child.pid, signal.SIGKILL)  # the programs that it has started too
+                child.wait()
 
 
 def summary(file, start):
@@ -382,14 +308,13 @@ def estimates(args):
     rows = ["| batch | image | precision | published, GiB | here, GiB |", "|---|---|---|---|---|"]
     for batch_size in args.batch_size:
         for precision in args.precision:
-            chosen = step.options(argparse.Namespace(tiny=False, precision=precision, device="cpu"))
+            chosen = step.options("cpu", precision)
             chosen.img_size = args.img_size
-            ours = step.estimate("ours", chosen, batch_size) / 2**30
-            plain = (
-                "" if precision == "bf16" else f"{step.estimate('published', chosen, batch_size) / 2**30:.1f}"
-            )
+            arms = ("ours",) if precision == "bf16" else ("published", "ours")
+            found = {arm: f"{step.estimate(arm, chosen, batch_size) / 2**30:.1f}" for arm in arms}
             size = "x".join(map(str, args.img_size))
-            rows.append(f"| {batch_size} | {size} | {precision} | {plain} | {ours:.1f} |")
+            cells = batch_size, size, precision, found.get("published", ""), found["ours"]
+            rows.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(rows)
 
 

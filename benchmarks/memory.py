@@ -47,7 +47,7 @@ ROOT = Path(__file__).parent.parent
 def measure(name, args):
     """{peak, beyond: bytes, seconds, cpu_seconds} of a step."""
     torch.set_num_threads(args.threads)
-    chosen, device = step.options(args), pick_device(args.device)
+    chosen, device = step.options(args.device, args.precision, args.tiny), pick_device(args.device)
     chosen.grad_checkpointing, pieces = ARMS[name]
     torch.manual_seed(0)
     model = build_model(chosen, step.PERSONS).train()
@@ -81,7 +81,7 @@ def main(argv=None):
             said = subprocess.run(command, env={**os.environ, **NO_HEAP}, **how).stdout
             found[name].append(json.loads(said.splitlines()[-1]))
     device = torch.device(args.device)
-    what = step.named(args, step.options(args))
+    what = step.named(args, step.options(args.device, args.precision, args.tiny))
     for figure, (key, factor, unit, note) in FIGURES.items():
         if found["whole batch"][0][key] is None or (figure == "CPU time" and device.type != "cpu"):
             continue

@@ -51,11 +51,11 @@ def batch_of(size, img_size, seed=0):
     }
 
 
-def options(args):
+def options(device, precision=None, tiny=False):
     """The recipe's, from random weights; in fp16 on a GPU, where that is the recipe's precision."""
-    words = ["--pretrain_choice", "random", "--MLM", "--loss_names", "sdm+mlm+id", "--device", args.device]
-    words += ["--precision", args.precision or ("fp32" if pick_device(args.device).type == "cpu" else "fp16")]
-    if args.tiny:
+    words = ["--pretrain_choice", "random", "--MLM", "--loss_names", "sdm+mlm+id", "--device", device]
+    words += ["--precision", precision or ("fp32" if pick_device(device).type == "cpu" else "fp16")]
+    if tiny:
         words += ["--img_size", "64", "32", "--clip_architecture", *TINY]
     return get_args(words)
 
@@ -110,7 +110,7 @@ def main(argv=None):
         return growth(args)
     if args.optimizer:
         return optimizer_time(args)
-    device, chosen = pick_device(args.device), options(args)
+    device, chosen = pick_device(args.device), options(args.device, args.precision, args.tiny)
     gc.collect()
     libraries = held(device)
     torch.manual_seed(0)
@@ -198,9 +198,8 @@ def estimate(name, chosen, batch_size):
     batch = batch_of(batch_size, chosen.img_size)
     with Pretended(values=False) as gpu:
         model.to(DEVICE)
-        arm = (
-            "no waits" if name == "published" else name
-        )  # the published step reads its loss, which is not there
+        # the published step reads its loss, which is not there
+        arm = "no waits" if name == "published" else name
         step = arms_of(chosen, model, batch, DEVICE, [arm])[arm]
         step()  # the moments come into being
         gpu.peak = gpu.live
@@ -217,7 +216,7 @@ def bf16_rate(device, size=8192):
 
 def optimizer_time(args):
     """Adam's step over the model's 367 tensors, each cut to one number: what remains is the host's work."""
-    chosen, device = options(args), pick_device(args.device)
+    chosen, device = options(args.device, args.precision, args.tiny), pick_device(args.device)
     model = build_model(chosen, PERSONS)
     for parameter in model.parameters():
         parameter.data = parameter.data.flatten()[:1].clone()
@@ -239,8 +238,7 @@ def optimizer_time(args):
 
 def growth(args):
     """Resident memory over many steps of the training loop."""
-    args.tiny = True
-    chosen, device = options(args), pick_device(args.device)
+    chosen, device = options(args.device, args.precision, tiny=True), pick_device(args.device)
     model = build_model(chosen, 50)
     batches = [batch_of(4, chosen.img_size, seed) for seed in range(8)]
     batches = [{**batch, "pids": batch["pids"] % 50} for batch in batches]

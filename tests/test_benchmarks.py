@@ -2,6 +2,7 @@
 
 import json
 import sys
+import tempfile
 
 import pytest
 import torch
@@ -90,11 +91,13 @@ def test_a_part_that_fails_or_would_end_too_late_says_so_and_leaves_the_rest(res
         (f"raise SystemExit({gpu.FAILED})", 60, ""),  # it has said so itself
         ("import os; os.kill(os.getpid(), 11)", 60, "its process ended with -11"),
         ("raise RuntimeError", 60, "its process ended with 1"),
-        ("import time; time.sleep(100)", 1, "killed after 1 s"),
+        ("import tempfile, time; tempfile.mkdtemp(); time.sleep(100)", 1, "killed after 1 s"),
     ],
 )
-def test_a_part_that_crashes_or_hangs_takes_nothing_with_it(code, seconds, reason):
+def test_a_part_that_crashes_or_hangs_takes_and_leaves_nothing(code, seconds, reason, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     assert gpu.guarded([sys.executable, "-c", code], seconds) == reason
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_wrong_answer_is_told_as_one(results, monkeypatch, capsys):
