@@ -21,6 +21,7 @@ from pathlib import Path
 
 from benchmarks import drawn_report, table, table_report
 from benchmarks.harness import RESULTS
+from benchmarks.programs import Programs
 from benchmarks.table import Row, Run
 from datasets.pedestrians import VERSION as EASY_VERSION
 from datasets.synthetic import make_dataset
@@ -281,7 +282,7 @@ def main(argv=None):
     stop_like_an_interrupt()
     make_folder(args.output_dir, "--output_dir")
     draw_sets(args)
-    programs = table.Programs([None] * args.jobs, OMP_NUM_THREADS="1")
+    programs = Programs([None] * args.jobs, OMP_NUM_THREADS="1")
     failed = make_clip(args, programs) or table.run_all(args, programs)
     runs = [run for run in collected(args) if bool(run["options"]) == bool(args.words)]
     print(drawn_report.tables(runs, ROWS, NOISE_OF))

@@ -15,24 +15,21 @@ which holds no paths and no names.
 import argparse
 import hashlib
 import json
-import math
 import os
 import re
 import shlex
-import subprocess
 import sys
-import threading
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from queue import SimpleQueue
 from typing import NamedTuple
 
 from benchmarks import table_report
+from benchmarks.programs import Programs, Stopping, gpus_for, seconds_in
 from utils.data_sets import DATA_SETS, DEFAULT
 from utils.errors import InputError, printable, reports_errors, stop_like_an_interrupt
 from utils.files import make_folder
-from utils.option_types import Parser, nearest, number_list, path
+from utils.option_types import Parser, number_list, one_of, path
 from utils.options import CLIP_MODELS, OPTIONS, PATHS, from_1, get_args, read_run_options
 from utils.run_folders import name_in
 
@@ -253,82 +250,6 @@ def list_commands(args):
 # ---- running ----
 
 
-class Stopping(Exception):
-    """The table is being interrupted."""
-
-
-TOOK = "benchmarks.table: seconds of CPU: "  # in a run's log, before the number
-
-
-class Programs:
-    """Programs that run beside one another, each on a device of its own, and end together.
-    environment: of each of them, what it has besides."""
-
-    def __init__(self, gpus, **environment):
-        self.environment = {"PYTHONUNBUFFERED": "1", **environment}
-        self.gpus, self.running, self.stopping = SimpleQueue(), set(), False
-        self.lock, self.reaping = threading.Lock(), threading.Lock()
-        for gpu in gpus:
-            self.gpus.put(gpu)
-
-    def run(self, words, log, gpu):
-        """Raises InputError with the last thing that a program said which did not end well."""
-        env = {**os.environ, **self.environment}
-        if gpu is not None:
-            env["CUDA_VISIBLE_DEVICES"] = gpu
-        with open(log, "ab") as file:
-            before = file.tell()
-            quiet = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": subprocess.STDOUT}
-            with self.lock:
-                if self.stopping:
-                    raise Stopping
-                # a terminal's Ctrl-C does not reach it: it is told once, since twice would lose something
-                process = subprocess.Popen([sys.executable, *words], env=env, start_new_session=True, **quiet)
-                self.running.add(process)
-        status, seconds = self.end_of(process)
-        said = log.read_bytes()[before:].decode("utf-8", "replace").split("\n")
-        with self.lock:
-            self.running.discard(process)
-        with open(log, "a", encoding="utf-8") as file:
-            file.write(f"{TOOK}{seconds:.1f}\n")
-        if self.stopping:
-            raise Stopping
-        if status:
-            last = next((line.strip() for line in reversed(said) if line.strip()), "nothing")
-            ended = f"was ended by signal {-status}" if status < 0 else f"ended with status {status}"
-            raise InputError(f"{Path(words[0]).name} {ended}: {last.removeprefix('error: ')} (see {log})")
-
-    def end_of(self, process):
-        """(status, seconds of CPU) of a process: what those of all that have ended grow by with this one."""
-        try:
-            os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-        except (AttributeError, ChildProcessError):  # not every system has it; or it has ended in stop()
-            return process.wait(), math.nan
-        with self.reaping:
-            before, status, after = os.times(), process.wait(), os.times()
-        return status, sum(after[2:4]) - sum(before[2:4])
-
-    def stop(self):
-        with self.lock:
-            self.stopping = True
-            for process in self.running:
-                process.terminate()
-
-
-def gpus_for(jobs):
-    """What CUDA_VISIBLE_DEVICES is to be for each job; None: as it is."""
-    if jobs == 1:
-        return [None]
-    import torch
-
-    number = torch.cuda.device_count()
-    if 0 < number < jobs:
-        raise InputError(f"--jobs {jobs}: a job has a GPU of its own, and {number} can be seen here")
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = visible.split(",") if visible else map(str, range(number))
-    return list(names)[:jobs] if number else [None] * jobs
-
-
 def log_of(run, args):
     return Path(args.output_dir) / run.dataset / f"{run.name}.txt"
 
@@ -380,7 +301,7 @@ def collect(args, kept):
         if not is_finished(folder, row):
             continue
         record = record_of(run, folder, row)
-        old, seconds = kept.get(table_report.key_of(record)), seconds_of(log_of(run, args))
+        old, seconds = kept.get(table_report.key_of(record)), seconds_in(log_of(run, args))
         if old and all(old[key] == record[key] for key in ("options", "best", "last")):
             facts = {key: old[key] for key in ("data", "machine", "versions")}
             seconds = seconds or old.get("seconds")
@@ -391,16 +312,6 @@ def collect(args, kept):
             facts = {"data": data[place], **describe_machine()}
         records.append({**record, "seconds": seconds, **facts})
     return records
-
-
-def seconds_of(log):
-    """Of CPU, all threads together, of all the programs that made a run; None where that is not known."""
-    try:
-        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:  # made by hand, or elsewhere
-        return None
-    seconds = sum(float(line.removeprefix(TOOK)) for line in lines if line.startswith(TOOK))
-    return round(seconds, 1) if seconds > 0 else None  # NaN is not
 
 
 def record_of(run, folder, row):
@@ -459,13 +370,10 @@ def describe_machine():
 
 
 def name_list(known):
+    """The type of some names or all, as `irra,rde`."""
+
     def parse(text):
-        names = list(known) if text == "all" else [name.strip() for name in text.split(",")]
-        for name in names:
-            if name not in known:
-                raise argparse.ArgumentTypeError(
-                    f'"{name}" is not one of {", ".join(known)} or all{nearest(name, known)}'
-                )
+        names = known if text == "all" else [one_of(*known)(name.strip()) for name in text.split(",")]
         return list(dict.fromkeys(names))
 
     return parse

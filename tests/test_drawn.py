@@ -12,6 +12,7 @@ import yaml
 
 from benchmarks import drawn, drawn_report, table, table_report
 from benchmarks.drawn_report import T95, difference, paired
+from benchmarks.programs import TOOK, Programs
 from benchmarks.table import Row, Run
 from tests.test_table import TINY, interrupted, record
 from utils.errors import InputError
@@ -220,13 +221,13 @@ def test_a_trained_small_clip_is_put_where_the_rows_look_for_it_whenever_it_is_n
     args = drawn.read_words(words_for(tmp_path))
     trained = finished_clip(args)
     for _ in range(2):
-        assert drawn.make_clip(args, table.Programs([None])) == [] and start.read_bytes() == b"weights"
+        assert drawn.make_clip(args, Programs([None])) == [] and start.read_bytes() == b"weights"
         start.unlink()
     trained.unlink()  # checkpoints of finished runs may go
-    (sentence,) = drawn.make_clip(args, table.Programs([None]))
+    (sentence,) = drawn.make_clip(args, Programs([None]))
     assert f"{trained} and {start} are gone" in sentence
     start.write_bytes(b"weights")
-    assert drawn.make_clip(args, table.Programs([None])) == []
+    assert drawn.make_clip(args, Programs([None])) == []
 
 
 def test_no_small_clip_is_trained_for_rows_that_are_finished(start, tmp_path):
@@ -242,7 +243,7 @@ def test_a_small_clip_of_another_recipe_is_neither_started_from_nor_written_down
     finished_clip(args)
     row = drawn.CLIP_ROWS[drawn.CLIP]
     monkeypatch.setitem(drawn.CLIP_ROWS, drawn.CLIP, row._replace(words=f"{row.words} --loss_names sdm"))
-    (sentence,) = drawn.make_clip(args, table.Programs([None]))
+    (sentence,) = drawn.make_clip(args, Programs([None]))
     assert 'was made with loss_names "itc"' in sentence and not start.exists()
     with pytest.raises(InputError, match='was made with loss_names "itc"'):
         drawn.check_sets([], args)
@@ -268,11 +269,11 @@ def test_the_small_clip_is_listed_before_the_rows_that_start_from_it(start, tmp_
 def test_the_small_clip_is_trained_once_and_a_row_starts_from_it(start, tmp_path, train_script):
     args = drawn.read_words(words_for(tmp_path))
     for _ in range(2):
-        assert drawn.make_clip(args, table.Programs([None], OMP_NUM_THREADS="1")) == []
+        assert drawn.make_clip(args, Programs([None], OMP_NUM_THREADS="1")) == []
     ((run, folder),) = table.runs_in(args.output_dir, drawn.CLIP_ROWS).items()
     assert run == Run(drawn.CLIP, "CUHK-PEDES", 1)
     assert start.read_bytes() == (folder / "last.pth").read_bytes()
-    assert table.log_of(run, args).read_text().count(table.TOOK) == 3  # programs, in both calls together
+    assert table.log_of(run, args).read_text().count(TOOK) == 3  # programs, in both calls together
     words = table.train_words(Run("irra", "CUHK-PEDES", 1), args)
     more = ["--root_dir", str(tmp_path / "data" / drawn.CLIP), "--img_size", "64", "32", "--batch_size", "8"]
     assert train_script.main([*words, *more, "--num_epoch", "1"]) == 0
@@ -290,8 +291,8 @@ class Drawn:
         self.output = folder / "logs"
         where = ["--root_dir", str(folder / "data"), "--output_dir", str(self.output)]
         self.words = ["--rows", "clip,irra_ema", "--seeds", "1", *where]
-        self.extra = ["--", *TINY, "--num_epoch", "6", "--eval_period", "6"]
-        self.interrupted = interrupted(self.program("--jobs", "2"), self.output)
+        self.extra = ["--", *TINY, "--num_epoch", "3", "--eval_period", "3"]
+        self.interrupted = interrupted(self.program("--jobs", "2"), folder)
         self.left = [path.name for path in self.output.glob("*/*/results*.json")]
         self.second, self.third = (self.run("--jobs", "2") for _ in range(2))
 
@@ -325,13 +326,13 @@ def test_the_average_is_what_is_measured_of_the_row_that_averages(made):
         folder = table.runs_in(made.output, drawn.ROWS)[Run(run["row"], "CUHK-PEDES", 1)]
         name = {"clip": "results_last", "irra_ema": "results_best_ema"}[run["row"]]
         found = json.loads((folder / f"{name}.json").read_text())
-        assert found["epoch"] == 6 and run["last"] == {key: found[key] for key in run["last"]}
+        assert found["epoch"] == 3 and run["last"] == {key: found[key] for key in run["last"]}
 
 
 def test_the_seconds_of_cpu_are_those_of_all_programs_of_a_run(made):
     for run in table_report.read_results(made.output / "table.json"):
         log = (made.output / "CUHK-PEDES" / f"{run['row']}_seed1.txt").read_text()
-        parts = [float(line.split(": ")[-1]) for line in log.splitlines() if line.startswith(table.TOOK)]
+        parts = [float(line.split(": ")[-1]) for line in log.splitlines() if line.startswith(TOOK)]
         assert len(parts) >= 3 and run["seconds"] == pytest.approx(sum(parts), abs=0.06) and min(parts) > 0
 
 

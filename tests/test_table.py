@@ -7,17 +7,17 @@ import math
 import os
 import re
 import shlex
-import signal
 import socket
 import subprocess
 import sys
-import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import yaml
 
 from benchmarks import table, table_report
+from benchmarks.programs import TOOK, Programs, seconds_in
 from benchmarks.table import ROWS, Run
 from datasets.synthetic import make_dataset
 from tests.children import ARCHITECTURE, draw, rewritten
@@ -215,26 +215,68 @@ def test_a_program_sees_the_gpu_of_its_job_and_a_failure_tells_its_last_line(tmp
     (tmp_path / "p.py").write_text(
         "import os, sys\nprint(os.environ['CUDA_VISIBLE_DEVICES'])\nsys.exit(*sys.argv[1:])"
     )
-    programs = table.Programs(["2", "5"])
+    programs = Programs(["2", "5"])
     programs.run([str(tmp_path / "p.py")], tmp_path / "log", "5")
-    assert (tmp_path / "log").read_text().startswith(f"5\n{table.TOOK}")
+    assert (tmp_path / "log").read_text().startswith(f"5\n{TOOK}")
     with pytest.raises(InputError, match=r"p.py ended with status 1: error of its own \(see "):
         programs.run([str(tmp_path / "p.py"), "error of its own"], tmp_path / "log", "2")
+
+
+def test_the_seconds_of_cpu_are_a_programs_own_with_those_that_it_starts(tmp_path):
+    busy = "import time\nwhile time.process_time() < 0.3:\n    pass\n"
+    start = f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', {busy!r}])\n"
+    for name, code in (("p", start), ("q", "pass")):
+        (tmp_path / name).write_text(code)
+    programs = Programs([None])
+    with ThreadPoolExecutor(2) as pool:  # the seconds of the one are not the other's
+        jobs = [pool.submit(programs.run, [str(tmp_path / n)], tmp_path / f"{n}.log", None) for n in "pq"]
+    assert [job.result() for job in jobs] == [None, None]
+    assert seconds_in(tmp_path / "p.log") >= 0.3 > (seconds_in(tmp_path / "q.log") or 0)
+
+
+def test_the_seconds_of_a_program_that_ended_just_before_it_was_stopped_are_known():
+    programs, process = Programs([None]), subprocess.Popen([sys.executable, "-c", "pass"])
+    programs.running.add(process)
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    programs.stop()
+    status, seconds = programs.end_of(process)
+    assert status == 0 and seconds > 0
 
 
 def program(*words):
     return [sys.executable, "-m", "benchmarks.table", *map(str, words)]
 
 
-def interrupted(command, output):
-    """The exit status of a table that is told to stop once a run has something to go on with."""
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
-    limit = time.monotonic() + PATIENCE
-    while not list(output.glob("*/*/last.pth")) and process.poll() is None:
-        assert time.monotonic() < limit
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    return process.wait(PATIENCE)
+STOP = """
+import logging, os, signal, time
+
+class Stop(logging.Handler):
+    told = False
+
+    def emit(self, record):
+        table = os.getppid()
+        if "finishing the batch" in record.getMessage():
+            self.told = True
+        elif "Epoch[2]" in record.getMessage() and not os.path.exists({mark!r}):
+            open({mark!r}, "x").close()
+            os.kill(table, signal.SIGTERM)
+            while not self.told and os.getppid() == table:
+                time.sleep(0.01)
+
+logging.getLogger("IRRA.train").addHandler(Stop())
+"""
+
+
+def interrupted(command, folder):
+    """The exit status of a table that a training tells to stop when there is something to go on with; it
+    waits until the table has told it to. Python runs sitecustomize.py when a program starts."""
+    (folder / "stop").mkdir()
+    (folder / "stop" / "sitecustomize.py").write_text(STOP.format(mark=str(folder / "stopped")))
+    path = f"{folder / 'stop'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    environment = {**os.environ, "PYTHONPATH": path}
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, timeout=PATIENCE
+    ).returncode
 
 
 class Table:
@@ -242,9 +284,9 @@ class Table:
 
     def __init__(self, folder):
         self.output = folder / "logs"
-        self.data, extra = draw(folder), ["--", *TINY, "--num_epoch", "6"]
+        self.data, extra = draw(folder), ["--", *TINY, "--num_epoch", "3"]
         self.words = ["--rows", "clip_baseline", "--root_dir", self.data, "--output_dir", self.output]
-        self.interrupted = interrupted(program(*self.words, *extra), self.output)
+        self.interrupted = interrupted(program(*self.words, *extra), folder)
         self.left = {path.name for path in self.output.glob("*/*/results*.json")}
         dry = self.run("--seeds", 2, "--dry", *extra).stdout  # pasted
         paste = f'set -e\npython() {{ {shlex.quote(sys.executable)} "$@"; }}\n{dry}'
@@ -296,9 +338,9 @@ def test_the_table_has_what_test_py_found_of_best_and_last_epoch(made):
         for which, name in (("best", "results.json"), ("last", "results_last.json")):
             found = json.loads((folder / name).read_text())
             assert record[which] == {key: found[key] for key in record[which]}
-        assert record["last"]["epoch"] == 6 and {"t2i", "i2t"} < record["best"].keys()
+        assert record["last"]["epoch"] == 3 and {"t2i", "i2t"} < record["best"].keys()
         assert record["data"]["train"] == [12, 24, 48] and len(record["data"]["sha256"]) == 64
-        assert record["options"]["num_epoch"] == 6 and "device" not in record["options"]
+        assert record["options"]["num_epoch"] == 3 and "device" not in record["options"]
     mean = sum(record["last"]["t2i"]["R1"] for record in made.results) / 2
     row = next(line for line in made.first.stdout.splitlines() if line.startswith("| clip_baseline"))
     assert row.split("|")[-5].strip().startswith(f"{mean:.2f} ± ") and "Not the data" in made.first.stdout
@@ -331,8 +373,8 @@ def test_the_results_file_has_no_paths_and_no_names(made):
 def test_a_run_that_was_made_with_other_options_is_refused_not_taken(made, capsys):
     words = [*map(str, made.words), "--dry", "--", *TINY]
     assert table.main([*words, "--num_epoch", "7"]) == 0
-    assert "was made with num_epoch 6, which is not what is asked for" in capsys.readouterr().out
-    assert table.main([*words, "--num_epoch", "6", "--num_workers", "1"]) == 0
+    assert "was made with num_epoch 3, which is not what is asked for" in capsys.readouterr().out
+    assert table.main([*words, "--num_epoch", "3", "--num_workers", "1"]) == 0
     assert capsys.readouterr().out == "# CUHK-PEDES, clip_baseline, seed 1: finished\n"
 
 
