@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from datasets.tokenizer import tokenize
 from datasets.transforms import normalise, resize, resized
 from model.irra import at_eot, pooled
+from model.pretrained import architecture, image_grid
 from retrieval.contact_sheet import PAPER, font_of, shortened, write
 from utils.device import out_of_memory
 from utils.errors import InputError
@@ -41,17 +42,6 @@ def words_of(sentence, tokenizer, text_length):
         if kept:
             words.append((word, kept))
     return words
-
-
-def attention_weights(attn, query, key):
-    """Weights of an nn.MultiheadAttention, heads averaged, fp32: (B, Q, D), (B, K, D) to (B, Q, K)."""
-    B, Q, D = query.shape
-    heads, width = attn.num_heads, D // attn.num_heads
-    wq, wk, _ = attn.in_proj_weight.chunk(3)
-    bq, bk, _ = attn.in_proj_bias.chunk(3)
-    q = F.linear(query, wq, bq).view(B, -1, heads, width).transpose(1, 2).float()
-    k = F.linear(key, wk, bk).view(B, -1, heads, width).transpose(1, 2).float()
-    return (q @ k.transpose(2, 3) / width**0.5).softmax(dim=-1).mean(dim=1)
 
 
 def word_maps(encoders, sentence, picture, by="relevance", numbers=None):
@@ -89,8 +79,8 @@ def by_attention(encoders, sentence, pixels, words):
         text = model.base_model.encode_text(ids)  # (1, L, D)
         image = model.base_model.encode_image(pixels)  # (1, N, D)
         text, image = model.ln_pre_t(text), model.ln_pre_i(image)
-        (weights,) = attention_weights(model.cross_attn, text, image)  # (L, N)
-    return [weights[positions].sum(dim=0) for positions in words]
+        _, (weights,) = model.cross_attn(text, image, image)  # (L, N)
+    return [weights[positions].float().sum(dim=0) for positions in words]
 
 
 def by_relevance(encoders, sentence, pixels, words):
@@ -155,11 +145,8 @@ def relevance(weights, slopes):
 
 def grid_of(encoders):
     """(rows, columns) of image tokens."""
-    visual = encoders.model.base_model.visual
-    if hasattr(visual, "attnpool"):
-        return tuple(side // 32 for side in encoders.img_size)
-    sides = zip(encoders.img_size, visual.conv1.kernel_size, visual.conv1.stride, strict=True)
-    return tuple((side - patch) // stride + 1 for side, patch, stride in sides)
+    clip = encoders.model.base_model
+    return image_grid(architecture(clip.state_dict()), encoders.img_size, clip.visual.conv1.stride[0])
 
 
 # ---- drawing ----

@@ -283,7 +283,8 @@ def test_relevance_is_the_rollout_of_what_a_word_adds_to_the_similarity(home, en
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
-def test_relevance_in_half_precision_is_that_of_the_same_weights_in_fp32(home, precision):
+def test_words_in_half_precision_look_where_those_of_the_same_weights_in_fp32_do(home, precision):
+    """By relevance, which is computed in fp32, to the last bit."""
     from model.build import in_precision
     from retrieval.encoders import Encoders, open_picture
     from retrieval.relevance import word_maps
@@ -298,9 +299,10 @@ def test_relevance_in_half_precision_is_that_of_the_same_weights_in_fp32(home, p
         for weight, rounded in zip(whole.parameters(), half.parameters(), strict=True):
             weight.copy_(rounded)
     picture, sentence = open_picture(image_of(home)), "a man in a red coat"
-    pairs = (word_maps(encoders_of(model), sentence, picture) for model in (half, whole))
-    for found, expected in zip(*pairs, strict=True):
-        assert np.array_equal(found.map, expected.map)
+    for way, most in (("relevance", 0), ("attention", 0.02)):
+        pairs = (word_maps(encoders_of(model), sentence, picture, way) for model in (half, whole))
+        for found, expected in zip(*pairs, strict=True):
+            assert np.allclose(found.map, expected.map, rtol=most, atol=0)
     assert any(weight.dtype == torch.float16 for weight in half.parameters()) == (precision == "fp16")
 
 
