@@ -80,7 +80,7 @@ def on(region, weights):
     """The share of a word's map that lies in a region. weights: (rows, columns). region: (H, W) bool."""
     size = weights.shape[::-1]
     covered = Image.fromarray(region.astype(np.float32)).resize(size, Image.Resampling.BOX)
-    return float((weights * np.asarray(covered)).sum())
+    return float((weights * np.asarray(covered)).sum() / weights.sum())
 
 
 # ---- the truth ----

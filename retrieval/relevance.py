@@ -21,7 +21,7 @@ from utils.errors import InputError
 
 class WordMap(NamedTuple):
     word: str
-    map: np.ndarray  # (rows, columns) of image tokens, sums to 1
+    map: np.ndarray  # (rows, columns) of image tokens; those of a sentence can be compared
 
 
 def words_of(sentence, tokenizer, text_length):
@@ -55,19 +55,15 @@ def word_maps(encoders, sentence, picture, by="relevance", numbers=None):
     with out_of_memory(encoders.device):
         pixels = normalise(resize(picture, encoders.img_size)[None].to(encoders.device))
         seen = WAYS[by](encoders, sentence, pixels, [positions for _, positions in words])
-    maps = []
-    for (word, _), row in zip(words, seen, strict=True):
-        row = row[1:].cpu().numpy()
-        if not row.any():  # a word that adds nothing: one after a typed <|endoftext|>
-            row = np.ones_like(row)
-        maps.append(WordMap(word, (row / row.sum()).reshape(grid_of(encoders))))
-    return maps
+    grid = grid_of(encoders)
+    rows = [row[1:].float().cpu().numpy() for row in seen]
+    return [WordMap(word, row.reshape(grid)) for (word, _), row in zip(words, rows, strict=True)]
 
 
 @torch.inference_mode()
 def by_attention(encoders, sentence, pixels, words):
     """[(N,), …] for words, which are lists of positions: the cross-attention weights of their tokens over the
-    image tokens, mean over heads, sum over a word's tokens."""
+    image tokens, mean over heads and over a word's tokens."""
     model = encoders.model
     if not hasattr(model, "cross_attn"):
         raise InputError(
@@ -80,7 +76,7 @@ def by_attention(encoders, sentence, pixels, words):
         image = model.base_model.encode_image(pixels)  # (1, N, D)
         text, image = model.ln_pre_t(text), model.ln_pre_i(image)
         _, (weights,) = model.cross_attn(text, image, image)  # (L, N)
-    return [weights[positions].float().sum(dim=0) for positions in words]
+    return [weights[positions].mean(dim=0) for positions in words]
 
 
 def by_relevance(encoders, sentence, pixels, words):
@@ -162,13 +158,20 @@ def tile_size(picture, height):
     return max(48, round(picture.width * scale)), max(48, round(picture.height * scale))
 
 
-def heat(picture, weights, height=HEIGHT):
+def end_of_scale(weights):
+    """The largest weight, but not below four times an even spread: an even map stays dark."""
+    return max(weights.max(), 4 * weights.mean())
+
+
+def heat(picture, weights, height=HEIGHT, most=0):
     """A word's map laid over the picture: warm and light where the word looks. Returns a PIL picture.
 
-    The scale ends at the largest weight, but not below four times an even spread: an even map stays dark.
+    most: the largest end_of_scale of the maps beside it. The colours end at the geometric mean of that and of
+    the map's own: of a word whose weights are a hundredth of another's they go a tenth as far.
     """
-    size = tile_size(picture, height)
-    share = Image.fromarray((weights / max(weights.max(), 4 * weights.mean())).astype(np.float32))
+    size, own = tile_size(picture, height), end_of_scale(weights)
+    end = math.sqrt(own * max(own, most)) or 1  # 0 where the words add nothing: then nothing is lit
+    share = Image.fromarray((weights / end).astype(np.float32))
     share = np.clip(np.asarray(share.resize(size, BICUBIC)), 0, 1)[..., None]
     places = share[..., 0] * (len(COLD_TO_HOT) - 1)
     channels = [np.interp(places, range(len(COLD_TO_HOT)), COLD_TO_HOT[:, c]) for c in range(3)]
@@ -181,7 +184,8 @@ def heat(picture, weights, height=HEIGHT):
 def draw_word_maps(picture, maps):
     """The picture and, beside it, one heat map for each word with the word below. Returns a PIL picture."""
     tiles = [("", resized(picture, tile_size(picture, HEIGHT), BICUBIC))]
-    tiles += [(word, heat(picture, weights)) for word, weights in maps]
+    most = max(end_of_scale(weights) for _, weights in maps)
+    tiles += [(word, heat(picture, weights, most=most)) for word, weights in maps]
     font = font_of(14)
     tiles = [(shortened(word, WORD, font), tile) for word, tile in tiles]
     width = max(tiles[0][1].width, *(math.ceil(font.getlength(word)) for word, _ in tiles)) + GAP

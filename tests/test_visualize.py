@@ -1,7 +1,5 @@
 """visualize.py: the queries, curves and word maps that it draws are those of the run."""
 
-import math
-
 import numpy as np
 import pytest
 import torch
@@ -210,10 +208,9 @@ def test_maps_are_the_cross_attention_that_pytorch_computes(home, encoders):
     assert max(pieces) > 1  # a word of several pieces is among them
     start = 1
     for (word, found), number, said in zip(maps, pieces, sentence.split(), strict=True):
-        expected = weights[0, start : start + number, 1:].sum(0)
+        expected = weights[0, start : start + number, 1:].mean(0)
         assert word == said and found.shape == (6, 2)  # 96x32 pixels, patches of 16
-        assert np.allclose(found.flatten(), expected / expected.sum(), atol=1e-6)
-        assert math.isclose(found.sum(), 1, rel_tol=1e-5)
+        assert np.allclose(found.flatten(), expected, atol=1e-6)
         start += number
 
 
@@ -276,10 +273,10 @@ def test_relevance_is_the_rollout_of_what_a_word_adds_to_the_similarity(home, en
         start = places.stop
         added = text_without(clip, ids, []) - text_without(clip, ids, list(places))
         row = rolled_out_by_hand(clip, pixels, added)[1:].numpy()
-        assert np.allclose(found.flatten(), row / row.sum(), rtol=1e-3, atol=1e-5)
-        assert not np.allclose(found, 1 / found.size, rtol=0.1)
+        assert np.allclose(found.flatten(), row, rtol=1e-3, atol=1e-5 * row.sum())
+        assert not np.allclose(found, found.mean(), rtol=0.1)
     (fourth,) = word_maps(encoders, " ".join(words), open_picture(path), numbers=[4])
-    assert fourth.word == "multicoloured" and np.allclose(fourth.map, maps[4].map, atol=1e-5)
+    assert fourth.word == "multicoloured" and np.allclose(fourth.map, maps[4].map, rtol=1e-4)
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
@@ -306,13 +303,13 @@ def test_words_in_half_precision_look_where_those_of_the_same_weights_in_fp32_do
     assert any(weight.dtype == torch.float16 for weight in half.parameters()) == (precision == "fp16")
 
 
-def test_a_word_that_is_not_read_looks_everywhere_alike(home, encoders):
+def test_a_word_that_is_not_read_looks_nowhere(home, encoders):
     from retrieval.encoders import open_picture
     from retrieval.relevance import word_maps
 
     maps = word_maps(encoders, "a man <|endoftext|> coat", open_picture(image_of(home)))
     assert [word for word, _ in maps] == ["a", "man", "<|endoftext|>", "coat"]
-    assert np.allclose(maps[3].map, 1 / maps[3].map.size) and not np.allclose(maps[1].map, maps[3].map)
+    assert not maps[3].map.any() and maps[1].map.any()
 
 
 def test_relevance_needs_no_interaction_module_and_goes_with_every_image_encoder(home, tmp_path):
@@ -329,7 +326,7 @@ def test_relevance_needs_no_interaction_module_and_goes_with_every_image_encoder
     for model, grid in ((resnet, (3, 1)), (selected, (6, 2)), (strided, (11, 3))):
         encoders = Encoders(model, (96, 32), 77, torch.device("cpu"), "")
         for _, found in word_maps(encoders, "a man in a red coat", open_picture(image_of(home))):
-            assert found.shape == grid and math.isclose(found.sum(), 1, rel_tol=1e-5) and found.min() >= 0
+            assert found.shape == grid and found.min() >= 0 and found.any()
 
 
 def test_a_heat_map_is_light_where_the_weight_is(home):
@@ -341,6 +338,21 @@ def test_a_heat_map_is_light_where_the_weight_is(home):
     drawn = np.asarray(heat(open_picture(image_of(home)), weights / weights.sum()), float).sum(axis=2)
     y, x = np.unravel_index(drawn.argmax(), drawn.shape)
     assert 4 / 6 <= y / drawn.shape[0] <= 5 / 6 and x / drawn.shape[1] >= 0.5
+
+
+def test_a_word_that_adds_little_is_dark_beside_one_that_adds_much_and_so_are_even_maps():
+    from retrieval.relevance import WordMap, draw_word_maps, heat
+
+    much, even = np.full((6, 2), 1e-6), np.full((6, 2), 0.1)
+    much[4, 1] = 1
+    grey = Image.new("RGB", (128, 384), (128, 128, 128))
+    maps = [WordMap("coat", much), WordMap("a", 1e-4 * much), WordMap("of", 0 * much)]
+    reds = np.asarray(draw_word_maps(grey, maps).crop((0, 12, 1000, 268)))[..., 0]  # without the words
+    tiles = np.split(reds[:, 12:], range(97, 400, 97), axis=1)  # 85 wide, 12 apart
+    brightest = [int(tile[:, :85].max()) for tile in tiles[1:4]]
+    assert brightest[0] > 180 and max(brightest[1:]) < 110
+    assert brightest[2] == np.asarray(heat(grey, 0 * much))[..., 0].max()  # no number is divided by 0
+    assert np.asarray(heat(grey, even))[..., 0].max() < 110
 
 
 @pytest.mark.parametrize(

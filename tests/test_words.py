@@ -78,7 +78,7 @@ def test_every_sentence_has_words_for_the_top_and_for_four_parts_at_least():
 def test_a_patchs_weight_counts_by_what_the_part_covers_of_it():
     region = np.zeros((40, 20), bool)
     region[:10, :5] = True  # half of the upper left one of 2 x 2 patches, across, and half of that
-    weights = np.array([[0.6, 0.1], [0.2, 0.1]])
+    weights = np.array([[6, 1], [2, 1]])
     assert words.on(region, weights) == pytest.approx(0.6 / 4)
     assert words.on(region, np.full((2, 2), 0.25)) == pytest.approx(region.mean())
 
