@@ -16,23 +16,20 @@ def main(argv=None):
     make_folder(folder, "--output")
     written = []
     if args.curves:
-        written += curves(args, folder)
+        from retrieval.curves import draw_curves
+
+        written.append(folder / "curves.png")
+        draw_curves(args.curves, written[-1])
     if args.words is not None:
-        written += words(args, folder)
+        written.append(words(args, folder))
     if args.cmc or args.queries or args.worst or args.best or args.random:
         written += split_pictures(args, folder)
     for path in written:
         print(printable(str(path)))
 
 
-def curves(args, folder):
-    from retrieval.curves import draw_curves
-
-    draw_curves(args.curves, folder / "curves.png")
-    return [folder / "curves.png"]
-
-
 def words(args, folder):
+    """Draw where the words look; returns the file."""
     from retrieval.contact_sheet import save_picture
     from retrieval.encoders import checked_sentence, cut_notice, open_picture, open_run
     from retrieval.relevance import draw_word_maps, word_maps
@@ -47,11 +44,11 @@ def words(args, folder):
         name = name[:60]
     path = folder / f"words_{name}.png"
     save_picture(draw_word_maps(picture, word_maps(encoders, sentence, picture, args.words_by)), path)
-    return [path]
+    return path
 
 
 def split_pictures(args, folder):
-    """The CMC curve and the pictures of single queries: they share the features of the split."""
+    """Draw the CMC curve and single queries, which share the features of the split; returns the files."""
     from datasets import build_dataloader
     from processor.evaluator import encode
     from retrieval.contact_sheet import gallery_paths, query_rows, save_picture
@@ -81,24 +78,23 @@ def split_pictures(args, folder):
     if args.cmc:
         t2i = rank_features(text, image, text_pids, image_pids, min(50, len(image))).cmc.tolist()
         i2t = rank_features(image, text, image_pids, text_pids, min(50, len(text))).cmc.tolist()
-        path = folder / f"cmc_{args.split}.png"
         title = f"{args.name} on {name_of(args)}, {args.split} split"
-        draw_cmc({"text to image": t2i, "image to text": i2t}, title, path)
-        written.append(path)
+        written.append(folder / f"cmc_{args.split}.png")
+        draw_cmc({"text to image": t2i, "image to text": i2t}, title, written[-1])
     if not (args.queries or args.best or args.worst or args.random):
         return written
     outcome, paths = outcomes(features), gallery_paths(img_loader.dataset, [img_loader.left_out])
     queries = [*(args.queries or []), *choose(outcome, args.best, args.worst, args.random, args.seed)]
+    queries = list(dict.fromkeys(queries))  # each once
     ranking = rank_features(text, image, text_pids, image_pids, 10)
-    for query in dict.fromkeys(queries):
-        ((sentence, found),) = query_rows(features, ranking.indices, paths, captions, [query])
+    rows = query_rows(features, ranking.indices, paths, captions, queries)
+    for query, (sentence, found) in zip(queries, rows, strict=True):
         pid = int(text_pids[query])
         right = [paths[row] for row in (image_pids == pid).nonzero()[:, 0].tolist()]
-        person = img_loader.person(pid)
-        note = f"the first right one at rank {int(outcome.first_rank[query])}, query {query}, person {person}"
-        path = folder / f"query_{args.split}_{query:05d}.png"
-        save_picture(draw_query(sentence, right, found, note), path)
-        written.append(path)
+        rank, person = int(outcome.first_rank[query]), img_loader.person(pid)
+        note = f"the first right one at rank {rank}, query {query}, person {person}"
+        written.append(folder / f"query_{args.split}_{query:05d}.png")
+        save_picture(draw_query(sentence, right, found, note), written[-1])
     return written
 
 

@@ -51,9 +51,7 @@ def draw_cmc(curves, title, path):
 
 
 def read_scalars(run):
-    """{tag: (epochs, values)} of a run folder's event files."""
-    run = Path(run)
-    run = run.parent if run.is_file() else run
+    """{tag: (epochs, values)} of a run folder's event files. run: a Path."""
     if not run.is_dir():
         raise InputError(f"no run folder at {run}")
     if not list(run.glob("events.out.tfevents.*")):

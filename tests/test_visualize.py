@@ -1,15 +1,26 @@
 """visualize.py: the queries, curves and word maps that it draws are those of the run."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from datasets.transforms import normalise
+from model import build_model
+from model.build import in_precision
 from processor.evaluator import Features
 from retrieval.contact_sheet import retrieval_picture, spread
+from retrieval.curves import draw_curves, labelled, read_scalars
+from retrieval.encoders import Encoders, open_picture, open_run
 from retrieval.queries import choose, outcomes
+from retrieval.relevance import WAYS, WordMap, draw_word_maps, heat, word_maps, words_of
+from tests import recipe
 from tests.conftest import load_script
 from tests.tiny_run import make_run, missing
+from utils.metrics import rank_features
+from utils.options import WORDS_BY, parser_of, tool_args
 
 needs_matplotlib = missing("matplotlib", "matplotlib")
 
@@ -36,6 +47,17 @@ def visualize(home, tmp_path, capsys):
 
 def image_of(home, number=0):
     return sorted((home / "data" / "CUHK-PEDES" / "imgs").rglob("*.jpg"))[number]
+
+
+@pytest.fixture(scope="module")
+def encoders(home):
+    argv = ["--config_file", str(home / "run"), "--device", "cpu"]
+    return open_run(tool_args(parser_of("visualize"), argv))
+
+
+@pytest.fixture(scope="module")
+def picture(home):
+    return open_picture(image_of(home))
 
 
 # ---- single queries ----
@@ -68,9 +90,7 @@ def test_the_worst_the_best_and_the_random_ones_are_chosen_each_once():
     assert choose(outcome, random=2, seed=5) == choose(outcome, random=2, seed=5)
 
 
-def test_first_ranks_give_the_cmc_of_the_table(home):
-    from utils.metrics import rank_features
-
+def test_first_ranks_give_the_cmc_of_the_table():
     torch.manual_seed(0)
     text, image = torch.randn(40, 8), torch.randn(30, 8)
     pids = torch.randint(0, 6, (40,)), torch.randint(0, 6, (30,))
@@ -79,7 +99,7 @@ def test_first_ranks_give_the_cmc_of_the_table(home):
     assert cmc.tolist() == pytest.approx([100 * float((ranks <= k).double().mean()) for k in range(1, 11)])
 
 
-def test_one_picture_for_each_asked_query(visualize, tmp_path):
+def test_one_picture_for_each_asked_query(visualize):
     status, written, _ = visualize("--queries", "0,3", "--best", 1, "--worst", 1)
     assert status == 0 and 2 <= len(written) <= 4
     names = [path.rsplit("/")[-1] for path in written]
@@ -87,11 +107,6 @@ def test_one_picture_for_each_asked_query(visualize, tmp_path):
     for path in written:
         width, height = Image.open(path).size
         assert width > 1000 and height > 500  # ten images side by side, two rows of them
-
-
-def test_a_query_that_does_not_exist_is_one_sentence(visualize):
-    status, _, err = visualize("--queries", "0,9999")
-    assert status == 2 and "no query 9999" in err and len(err.strip().splitlines()) == 1
 
 
 def test_the_board_gets_a_picture_of_the_same_queries_each_time(home):
@@ -109,8 +124,6 @@ def test_the_board_gets_a_picture_of_the_same_queries_each_time(home):
 
 @needs_matplotlib
 def test_cmc_curve_is_drawn_and_matplotlib_is_needed_only_then(visualize, monkeypatch):
-    import sys
-
     status, written, _ = visualize("--cmc")
     assert status == 0 and written[0].endswith("cmc_test.png") and Image.open(written[0]).size[0] > 300
     monkeypatch.setitem(sys.modules, "matplotlib", None)
@@ -130,8 +143,6 @@ def write_events(folder, values, tag="loss"):
 
 
 def test_curves_hold_what_the_event_files_hold(tmp_path):
-    from retrieval.curves import read_scalars
-
     write_events(tmp_path / "run", [3.0, 2.0, 1.5])
     write_events(tmp_path / "run", [10.0, 40.0], "t2i/R1")  # a second file, as a resumed run has
     scalars = read_scalars(tmp_path / "run")
@@ -141,8 +152,6 @@ def test_curves_hold_what_the_event_files_hold(tmp_path):
 
 @needs_matplotlib
 def test_several_runs_share_one_plot(visualize, tmp_path):
-    from retrieval.curves import draw_curves, labelled
-
     write_events(tmp_path / "a" / "run", [3.0, 2.0])
     write_events(tmp_path / "b" / "run", [4.0, 1.0])
     assert list(labelled([tmp_path / "a" / "run", tmp_path / "b" / "run"])) == [
@@ -154,29 +163,10 @@ def test_several_runs_share_one_plot(visualize, tmp_path):
     assert status == 0 and written[0].endswith("curves.png")
 
 
-@needs_matplotlib
-def test_a_folder_without_events_is_one_sentence(visualize, tmp_path):
-    (tmp_path / "empty").mkdir()
-    for folder, words in ((tmp_path / "empty", "no event files"), (tmp_path / "none", "no run folder")):
-        status, _, err = visualize("--curves", folder, run=None)
-        assert status == 2 and words in err
-
-
 # ---- where the words look ----
 
 
-@pytest.fixture(scope="module")
-def encoders(home):
-    from retrieval.encoders import open_run
-    from utils.options import parser_of, tool_args
-
-    argv = ["--config_file", str(home / "run"), "--device", "cpu"]
-    return open_run(tool_args(parser_of("visualize"), argv))
-
-
 def test_words_keep_their_tokens(encoders):
-    from retrieval.relevance import words_of
-
     words = words_of("A woman in a T-shirt,  brown trousers.", encoders.tokenizer, 77)
     ids = encoders.tokens("A woman in a T-shirt,  brown trousers.")[0].tolist()
     said = [(word, encoders.tokenizer.decode([ids[p] for p in places])) for word, places in words]
@@ -190,13 +180,9 @@ def test_words_keep_their_tokens(encoders):
     ]
 
 
-def test_maps_are_the_cross_attention_that_pytorch_computes(home, encoders):
-    from datasets.transforms import normalise
-    from retrieval.encoders import open_picture
-    from retrieval.relevance import word_maps
-
+def test_maps_are_the_cross_attention_that_pytorch_computes(home, encoders, picture):
     path, sentence = image_of(home), "a man with a multicoloured rucksack"
-    maps = word_maps(encoders, sentence, open_picture(path), "attention")
+    maps = word_maps(encoders, sentence, picture, "attention")
     model = encoders.model
     ids = torch.zeros(1, 77, dtype=torch.long)
     ids[:, : encoders.tokens(sentence).shape[1]] = encoders.tokens(sentence)
@@ -256,16 +242,12 @@ def text_without(clip, ids, left_out):
     return feature / feature.norm()
 
 
-def test_relevance_is_the_rollout_of_what_a_word_adds_to_the_similarity(home, encoders):
+def test_relevance_is_the_rollout_of_what_a_word_adds_to_the_similarity(home, encoders, picture):
     """The words after it stay in their places."""
-    from datasets.transforms import normalise
-    from retrieval.encoders import open_picture
-    from retrieval.relevance import word_maps
-
-    path, words = image_of(home), "a man with a multicoloured rucksack".split()
-    pixels, clip = normalise(encoders.pixels(path)[None]), encoders.model.base_model
+    words = "a man with a multicoloured rucksack".split()
+    pixels, clip = normalise(encoders.pixels(image_of(home))[None]), encoders.model.base_model
     (ids,) = encoders.tokens(" ".join(words))
-    maps = word_maps(encoders, " ".join(words), open_picture(path))
+    maps = word_maps(encoders, " ".join(words), picture)
     assert [word for word, _ in maps] == words
     start = 1
     for word, found in maps:
@@ -275,49 +257,36 @@ def test_relevance_is_the_rollout_of_what_a_word_adds_to_the_similarity(home, en
         row = rolled_out_by_hand(clip, pixels, added)[1:].numpy()
         assert np.allclose(found.flatten(), row, rtol=1e-3, atol=1e-5 * row.sum())
         assert not np.allclose(found, found.mean(), rtol=0.1)
-    (fourth,) = word_maps(encoders, " ".join(words), open_picture(path), numbers=[4])
+    (fourth,) = word_maps(encoders, " ".join(words), picture, numbers=[4])
     assert fourth.word == "multicoloured" and np.allclose(fourth.map, maps[4].map, rtol=1e-4)
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
-def test_words_in_half_precision_look_where_those_of_the_same_weights_in_fp32_do(home, precision):
+def test_words_in_half_precision_look_where_those_of_the_same_weights_in_fp32_do(picture, precision):
     """By relevance, which is computed in fp32, to the last bit."""
-    from model.build import in_precision
-    from retrieval.encoders import Encoders, open_picture
-    from retrieval.relevance import word_maps
-    from tests.recipe import tiny_model
 
     def encoders_of(model):
         return Encoders(model, (96, 32), 77, torch.device("cpu"), "")
 
-    half = in_precision(tiny_model("sdm+mlm+id"), precision)
-    whole = tiny_model("sdm+mlm+id")
+    half = in_precision(recipe.tiny_model("sdm+mlm+id"), precision)
+    whole = recipe.tiny_model("sdm+mlm+id")
     with torch.no_grad():
         for weight, rounded in zip(whole.parameters(), half.parameters(), strict=True):
             weight.copy_(rounded)
-    picture, sentence = open_picture(image_of(home)), "a man in a red coat"
     for way, most in (("relevance", 0), ("attention", 0.02)):
-        pairs = (word_maps(encoders_of(model), sentence, picture, way) for model in (half, whole))
+        pairs = (word_maps(encoders_of(model), "a man", picture, way) for model in (half, whole))
         for found, expected in zip(*pairs, strict=True):
             assert np.allclose(found.map, expected.map, rtol=most, atol=0)
     assert any(weight.dtype == torch.float16 for weight in half.parameters()) == (precision == "fp16")
 
 
-def test_a_word_that_is_not_read_looks_nowhere(home, encoders):
-    from retrieval.encoders import open_picture
-    from retrieval.relevance import word_maps
-
-    maps = word_maps(encoders, "a man <|endoftext|> coat", open_picture(image_of(home)))
+def test_a_word_that_is_not_read_looks_nowhere(encoders, picture):
+    maps = word_maps(encoders, "a man <|endoftext|> coat", picture)
     assert [word for word, _ in maps] == ["a", "man", "<|endoftext|>", "coat"]
     assert not maps[3].map.any() and maps[1].map.any()
 
 
-def test_relevance_needs_no_interaction_module_and_goes_with_every_image_encoder(home, tmp_path):
-    from model import build_model
-    from retrieval.encoders import Encoders, open_picture
-    from retrieval.relevance import word_maps
-    from tests import recipe
-
+def test_relevance_needs_no_interaction_module_and_goes_with_every_image_encoder(picture, tmp_path):
     sizes = dict(embed_dim=64, grid=2, width=8, layers=(1, 2, 1, 1), text_width=64, text_layers=1)
     torch.save(recipe.resnet_weights(**sizes), tmp_path / "resnet.pt")
     resnet = build_model(recipe.tiny_args("sdm", pretrain_choice=tmp_path / "resnet.pt"), 3)
@@ -325,24 +294,19 @@ def test_relevance_needs_no_interaction_module_and_goes_with_every_image_encoder
     strided = recipe.tiny_model("sdm", stride_size=8)
     for model, grid in ((resnet, (3, 1)), (selected, (6, 2)), (strided, (11, 3))):
         encoders = Encoders(model, (96, 32), 77, torch.device("cpu"), "")
-        for _, found in word_maps(encoders, "a man in a red coat", open_picture(image_of(home))):
+        for _, found in word_maps(encoders, "a man in a red coat", picture):
             assert found.shape == grid and found.min() >= 0 and found.any()
 
 
-def test_a_heat_map_is_light_where_the_weight_is(home):
-    from retrieval.encoders import open_picture
-    from retrieval.relevance import heat
-
+def test_a_heat_map_is_light_where_the_weight_is(picture):
     weights = np.full((6, 2), 0.01)
     weights[4, 1] = 1
-    drawn = np.asarray(heat(open_picture(image_of(home)), weights / weights.sum()), float).sum(axis=2)
+    drawn = np.asarray(heat(picture, weights), float).sum(axis=2)
     y, x = np.unravel_index(drawn.argmax(), drawn.shape)
     assert 4 / 6 <= y / drawn.shape[0] <= 5 / 6 and x / drawn.shape[1] >= 0.5
 
 
 def test_a_word_that_adds_little_is_dark_beside_one_that_adds_much_and_so_are_even_maps():
-    from retrieval.relevance import WordMap, draw_word_maps, heat
-
     much, even = np.full((6, 2), 1e-6), np.full((6, 2), 0.1)
     much[4, 1] = 1
     grey = Image.new("RGB", (128, 384), (128, 128, 128))
@@ -360,15 +324,10 @@ def test_a_word_that_adds_little_is_dark_beside_one_that_adds_much_and_so_are_ev
     [((128, 384), (128, 384)), ((20, 4000), (48, 384)), ((4000, 20), (1536, 48)), ((2, 1), (768, 384))],
 )
 def test_a_heat_map_is_as_small_as_its_box_whatever_the_pictures_shape(size, drawn):
-    from retrieval.relevance import heat
-
     assert heat(Image.new("RGB", size), np.ones((6, 2)), 384).size == drawn
 
 
 def test_words_over_an_image_are_drawn_in_each_way(visualize, home):
-    from retrieval.relevance import WAYS
-    from utils.options import WORDS_BY
-
     assert set(WAYS) == set(WORDS_BY)
     pictures = set()
     for way in WORDS_BY:
@@ -388,20 +347,19 @@ def test_a_model_without_the_interaction_module_says_so(visualize, home, tmp_pat
 
 
 @pytest.mark.parametrize(
-    "words, said",
+    "run, words, said",
     [
-        ((), "nothing to draw"),
-        (("--words", "a woman"), "go together"),
-        (("--words", " ", "--image", "IMAGE"), "--words is empty"),
-        (("--words", "a woman", "--image", "none.jpg"), "no picture at none.jpg"),
+        ("run", (), "nothing to draw"),
+        ("run", ("--queries", "0,9999"), "no query 9999"),
+        ("run", ("--words", "a woman"), "go together"),
+        ("run", ("--words", " ", "--image", "IMAGE"), "--words is empty"),
+        ("run", ("--words", "a woman", "--image", "none.jpg"), "no picture at none.jpg"),
+        (None, ("--cmc",), "--config_file RUN is missing"),  # without a run only curves can be drawn
+        (None, ("--curves", "FOLDER"), "no event files"),
+        (None, ("--curves", "none"), "no run folder"),
     ],
 )
-def test_bad_input_is_one_sentence(visualize, home, words, said):
-    words = [str(image_of(home)) if word == "IMAGE" else word for word in words]
-    status, _, err = visualize(*words)
+def test_bad_input_is_one_sentence(visualize, home, run, words, said):
+    paths = {"IMAGE": image_of(home), "FOLDER": home / "data"}
+    status, _, err = visualize(*(paths.get(word, word) for word in words), run=run and home / run)
     assert status == 2 and said in err and len(err.strip().splitlines()) == 1
-
-
-def test_without_a_run_only_curves_can_be_drawn(visualize):
-    status, _, err = visualize("--cmc", run=None)
-    assert status == 2 and "--config_file RUN is missing" in err
