@@ -112,7 +112,7 @@ sentences = ["a woman in a red coat with a black bag", "a man with grey trousers
 for sentence, (similarity,) in zip(sentences, similarities.tolist()):
     print(f"{{similarity:.4f}}  {{sentence}}")
 ```"""
-HUB = """---
+CARD = """---
 library_name: {library}
 pipeline_tag: zero-shot-image-classification
 language: en
@@ -128,10 +128,7 @@ tags:
 - {kind}
 ---
 
-"""
-CARD = (
-    HUB
-    + """# {args.name}: IRRA on {data_set}
+# {args.name}: IRRA on {data_set}
 
 Retrieves the image of a person from a sentence that describes them (IRRA, CVPR 2023, arXiv 2303.12501): an
 image and a text encoder into one space of {D} dimensions. Form: {kind}. The classifier and the module of
@@ -164,23 +161,22 @@ It knows the kind of pictures and sentences it was trained on: one person, cut o
 full sentences. It can be wrong, and it finds people: mind whose pictures you search, and the law where you
 are. The data set's authors limit what may be done with models trained on it.
 """
-)
 CUT = "; those of more than {L} tokens, training cut there"
 NOT_SQUARE = """
 
 Each call of the model needs `interpolate_pos_encoding=True`, since images are not square (`pipeline()` does
 not pass it). The positions in the file are those of a square grid, made so that their interpolation gives
 the run's."""
-
 PLAIN = """
 
 The run was trained on sentences without `{marks}` (each is a space): {unread}."""
+TRANSLATION = f"""marks = dict.fromkeys(map(ord, '{PUNCTUATION}'), " ")\n"""
 
 
 def model_card(args, facts, kind, difference):
     """README.md as the hub reads it: what the model is, how it is used, what it can do and what it cannot."""
     sizes, (H, W), L = facts["architecture"], facts["image"]["size"], facts["text"]["context_length"]
-    use = USE[kind]
+    use, plain, start = USE[kind], args.plain_captions, args.pretrain_choice
     values = {
         "H": H,
         "W": W,
@@ -189,12 +185,13 @@ def model_card(args, facts, kind, difference):
         "stride": sizes["stride_size"],
         "mean": facts["image"]["mean"],
         "std": facts["image"]["std"],
-        "temperature": facts["temperature"],
         "longer": CUT.format(L=L) if L < sizes["context_length"] else "",
         "interpolation": NOT_SQUARE if H != W else "",
-        **as_it_reads(args.plain_captions),
+        "plain": ", plain=True" if plain else "",
+        "translation": TRANSLATION if plain else "",
+        "texts": "[text.translate(marks) for text in sentences]" if plain else "sentences",
     }
-    text = use.text + (PLAIN if args.plain_captions else "")
+    text = use.text + (PLAIN if plain else "")
     return CARD.format(
         **values,
         library=use.library,
@@ -203,23 +200,11 @@ def model_card(args, facts, kind, difference):
         data_set=name_of(args),
         use=text.format(**values, marks=" ".join(PUNCTUATION), unread=use.unread),
         example=EXAMPLE.format(imports=use.imports, body=use.body.format(**values)),
-        start=args.pretrain_choice
-        if openai_name(args.pretrain_choice) or args.pretrain_choice == "random"
-        else "weights of a file",
+        start=start if openai_name(start) or start == "random" else "weights of a file",
+        temperature=facts["temperature"],
         figures=figures_of(args),
         difference=difference,
     )
-
-
-def as_it_reads(plain):
-    """What of an example depends on whether the run reads sentences without punctuation."""
-    if not plain:
-        return {"plain": "", "translation": "", "texts": "sentences"}
-    return {
-        "plain": ", plain=True",
-        "translation": f"""marks = dict.fromkeys(map(ord, '{PUNCTUATION}'), " ")\n""",
-        "texts": "[text.translate(marks) for text in sentences]",
-    }
 
 
 def figures_of(args):
@@ -227,15 +212,14 @@ def figures_of(args):
     path = Path(args.run_dir) / f"{results_of(args.run_dir, args.checkpoint)}.json"
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
-        rows = [(task, results[task]) for task in ("t2i", "i2t") if task in results]
-        lines = [
-            f"| {task} | " + " | ".join(f"{value:.3f}" for value in row.values()) + " |" for task, row in rows
-        ]
-        names = " | ".join(rows[0][1])
-    except (OSError, ValueError, KeyError, IndexError, AttributeError, TypeError):
+        found = {task: results[task] for task in ("t2i", "i2t") if task in results}
+        names = list(next(iter(found.values())))
+        rows = [["task", *names], ["---"] * (1 + len(names))]
+        rows += [[task, *(f"{value:.3f}" for value in row.values())] for task, row in found.items()]
+    except (OSError, ValueError, KeyError, StopIteration, AttributeError, TypeError):
         return "\nIt has not been tested: `python test.py --config_file RUN` writes the figures.\n"
-    rule = "| --- " * (1 + len(rows[0][1])) + "|"
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     return (
         f"\nOn the {results.get('split', 'test')} split ({results.get('queries')} sentences, "
-        f"{results.get('gallery')} images), in %:\n\n| task | {names} |\n{rule}\n" + "\n".join(lines) + "\n"
+        f"{results.get('gallery')} images), in %:\n\n{table}\n"
     )
