@@ -23,7 +23,7 @@ from retrieval.encoders import numbers
 from retrieval.transformers_clip import fast_tokenizer, their_settings, their_weights
 from utils.errors import InputError
 from utils.extras import extra
-from utils.files import name_beside, remove_leftovers, uninterrupted
+from utils.files import make_folder, name_beside, remove_leftovers, uninterrupted
 
 MOST = 1e-4  # the largest difference that is accepted, absolute, of features that are not normalised
 OPSET = 18
@@ -37,17 +37,7 @@ SENTENCES = (  # what the exported text encoder is checked with: short, with a m
 )
 
 
-class Encoder(nn.Module):
-    """An encode_image or encode_text as a module of its own, as exporters want it."""
-
-    def __init__(self, model, name):
-        super().__init__()
-        self.model, self.name = model, name
-
-    def forward(self, x):
-        return getattr(self.model, self.name)(x)
-
-
+@torch.no_grad()
 def export(encoders, args, kind, folder):
     """Write a form (kind: of utils.options.FORMATS) of a run's encoders, fp32 on the CPU, to a folder.
 
@@ -60,15 +50,12 @@ def export(encoders, args, kind, folder):
             f"the {kind} form has no place for the second embedding of this run (--token_selection): search "
             "with the run itself"
         )
+    make_folder(folder.parent, "--output")
+    remove_leftovers(folder.parent, folder.name)  # of an export that was killed
     beside = name_beside(folder)
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(folder.parent, folder.name)  # of an export that was killed
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir()
-    except OSError as error:
-        raise InputError(f"cannot make {folder}: {error.strerror} (see --output)") from None
-    try:
         facts = described(encoders, args)
         difference = WRITERS[kind](encoders, facts, beside)
         if not difference <= MOST:
@@ -137,14 +124,8 @@ def described(encoders, args):
             "note": f"id {MASK} is <|mask|>; in OpenAI's vocabulary it is jekyll</w>, here two pieces",
         },
         "features": "fp32, not L2-normalised; similarity is the inner product after normalising",
-        "temperature": 1 / scale_of(encoders.model),
+        "temperature": 1 / float(encoders.model.logit_scale),
     }
-
-
-@torch.no_grad()
-def scale_of(model):
-    """1 / temperature as a number, also where it was learnt."""
-    return float(model.logit_scale)
 
 
 # ---- the forms ----
@@ -153,6 +134,11 @@ def scale_of(model):
 def clip_weights(model):
     """The encoders' weights by OpenAI's names, fp32, contiguous."""
     return {name: value.float().contiguous() for name, value in model.base_model.state_dict().items()}
+
+
+def weights_and_scale(model, facts):
+    """The same, and the similarities' scale as every CLIP has it."""
+    return {**clip_weights(model), "logit_scale": torch.tensor(-math.log(facts["temperature"]))}
 
 
 def grid_of(facts):
@@ -172,15 +158,12 @@ def check_plain_vit(facts, library):
     sizes = facts["architecture"]
     stride, patch = sizes["stride_size"], sizes["vision_patch_size"]
     if patch is None:
-        raise InputError(
-            f"{library}'s form is of ViTs, and this run's image encoder is a ResNet: choose safetensors or "
-            "onnx"
-        )
-    if stride != patch:
-        raise InputError(
-            f"{library}'s patches do not overlap (--stride_size {stride}, patches of {patch}), so this run "
-            "has no such form: choose safetensors or onnx"
-        )
+        why = "form is of ViTs, and this run's image encoder is a ResNet"
+    elif stride != patch:
+        why = f"patches do not overlap (--stride_size {stride}, patches of {patch})"
+    else:
+        return
+    raise InputError(f"{library}'s {why}: choose safetensors or onnx")
 
 
 def write_weights(path, weights, header):
@@ -222,39 +205,38 @@ def write_onnx(encoders, facts, folder):
             f"--format onnx needs PyTorch 2.9 or newer, and this is {torch.__version__}: choose another "
             "form, or export where a newer one is"
         )
-    runtime, tokenizers = extra("onnxruntime"), extra("tokenizers")
-    images, ids = sample_inputs(encoders)
-    parts = {
-        "images": (folder / "image_encoder.onnx", Encoder(encoders.model, "encode_image"), images),
-        "ids": (folder / "text_encoder.onnx", Encoder(encoders.model, "encode_text"), ids),
-    }
-    sessions = {}
-    for name, (path, module, example) in parts.items():
-        write_graph(module, example, name, path)
-        sessions[name] = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    tokenizers, (images, ids) = extra("tokenizers"), sample_inputs(encoders)
+    look = graph(Encoder(encoders.model, "encode_image"), "images", images, folder / "image_encoder.onnx")
+    read = graph(Encoder(encoders.model, "encode_text"), "ids", ids, folder / "text_encoder.onnx")
     tokenizer = fast_tokenizer(encoders.tokenizer, tokenizers)
     tokenizer.enable_truncation(encoders.text_length)
     tokenizer.enable_padding(length=encoders.text_length, pad_id=0, pad_token="!")
     (folder / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
 
-    def run(name):
-        return lambda x: torch.from_numpy(sessions[name].run(None, {name: x.numpy()})[0])
+    def read_sentences(_):  # not ids: the tokeniser is checked too
+        return read(torch.tensor([each.ids for each in tokenizer.encode_batch(list(SENTENCES))]))
 
-    def read(_):  # sentences, not ids: the tokeniser is checked too
-        return run("ids")(torch.tensor([each.ids for each in tokenizer.encode_batch(list(SENTENCES))]))
-
-    found = largest_difference(encoders, run("images"), read)
-    one = largest_difference(encoders, run("images"), run("ids"), slice(1, 2))  # another batch size
-    return float(np.max([found, one]))
+    return largest_difference(encoders, look, read_sentences)
 
 
-def write_graph(module, example, name, path):
-    """One encoder as an ONNX file that onnx finds sound; name: of its input."""
-    onnx = extra("onnx")
+class Encoder(nn.Module):
+    """An encode_image or encode_text as a module of its own, as the exporter wants it."""
+
+    def __init__(self, model, name):
+        super().__init__()
+        self.model, self.name = model, name
+
+    def forward(self, x):
+        return getattr(self.model, self.name)(x)
+
+
+def graph(encoder, name, example, path):
+    """Write an encoder as an ONNX file, which onnx finds sound. name: of its input. Returns what runs it."""
+    onnx, runtime = extra("onnx"), extra("onnxruntime")
     extra("onnxscript")
-    with quiet(), torch.no_grad():
+    with quiet():
         torch.onnx.export(
-            module.eval(),
+            encoder.eval(),
             (example,),
             str(path),
             input_names=[name],
@@ -266,6 +248,13 @@ def write_graph(module, example, name, path):
             verbose=False,
         )
     onnx.checker.check_model(str(path))
+    session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+
+    def run(inputs):  # in two batches, of other sizes than the example's
+        found = [session.run(None, {name: some.numpy()})[0] for some in (inputs[:1], inputs[1:])]
+        return torch.from_numpy(np.concatenate(found))
+
+    return run
 
 
 @contextlib.contextmanager
@@ -313,8 +302,7 @@ def write_open_clip(encoders, facts, folder):
         },
     }
     write_json(folder / "open_clip_config.json", config)
-    logit_scale = torch.tensor(math.log(scale_of(encoders.model)))
-    weights = {**clip_weights(encoders.model), "logit_scale": logit_scale}
+    weights = weights_and_scale(encoders.model, facts)
     write_weights(folder / "open_clip_model.safetensors", weights, header_of(facts))
     model, _, _ = open_clip.create_model_and_transforms(f"local-dir:{folder}")
     model.eval()
@@ -327,10 +315,9 @@ def write_open_clip(encoders, facts, folder):
 def write_transformers(encoders, facts, folder):
     check_plain_vit(facts, "transformers")
     transformers, tokenizers = extra("transformers"), extra("tokenizers")
-    logit_scale = scale_of(encoders.model)
-    weights = their_weights(clip_weights(encoders.model), grid_of(facts), logit_scale)
+    weights = their_weights(weights_and_scale(encoders.model, facts), grid_of(facts))
     write_weights(folder / "model.safetensors", weights, {"format": "pt"})
-    for name, content in their_settings(facts, logit_scale).items():
+    for name, content in their_settings(facts).items():
         write_json(folder / name, content)
     tokenizer = fast_tokenizer(encoders.tokenizer, tokenizers)
     (folder / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
@@ -362,20 +349,19 @@ WRITERS = {
 
 
 def sample_inputs(encoders):
-    """Noise as images and a few sentences as ids; two and more of each."""
+    """Noise as images and a few sentences as ids."""
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(2, 3, *encoders.img_size, generator=generator)
+    images = torch.randn(3, 3, *encoders.img_size, generator=generator)
     return images, tokenize_all(list(SENTENCES), encoders.text_length, encoders.tokenizer.plain)
 
 
-@torch.no_grad()
-def largest_difference(encoders, image_features, text_features, some=slice(None)):
-    """Between the run's features and those of two other functions, absolute; some: of the inputs."""
+def largest_difference(encoders, image_features, text_features):
+    """Between the run's features and those of two other functions, absolute."""
     images, ids = sample_inputs(encoders)
     differences = []
     for own, other, inputs in (
-        (encoders.model.encode_image, image_features, images[some]),
-        (encoders.model.encode_text, text_features, ids[some]),
+        (encoders.model.encode_image, image_features, images),
+        (encoders.model.encode_text, text_features, ids),
     ):
         expected, found = own(inputs), other(inputs)
         if found.shape != expected.shape:

@@ -12,9 +12,9 @@ from model.weights import TRANSFORMERS
 # ---- the weights ----
 
 
-def their_weights(weights, grid, logit_scale):
+def their_weights(weights, grid):
     """The state dict of a CLIPModel. weights: by OpenAI's names; grid: (rows, columns) of its positions."""
-    theirs = {"logit_scale": torch.tensor(math.log(logit_scale))}
+    theirs = {}
     for name, value in weights.items():
         if name == "visual.positional_embedding":
             value = square_positions(value, grid)
@@ -60,10 +60,10 @@ def stretch(length, side):
 # ---- the settings ----
 
 
-def their_settings(facts, logit_scale):
+def their_settings(facts):
     """{file name: content}, beside weights and tokenizer.json. facts: see retrieval.export.described."""
     return {
-        "config.json": model_config(facts, logit_scale),
+        "config.json": model_config(facts),
         "preprocessor_config.json": image_config(facts["image"]),
         "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast",  # CLIPTokenizer would make its own of the pieces
@@ -77,15 +77,15 @@ def their_settings(facts, logit_scale):
     }
 
 
-def model_config(facts, logit_scale):
+def model_config(facts):
     sizes = facts["architecture"]
 
-    def tower(part, layers):
+    def tower(part):
         width = sizes[f"{part}_width"]
         return {
             "hidden_size": width,
             "intermediate_size": 4 * width,
-            "num_hidden_layers": layers,
+            "num_hidden_layers": sizes[f"{part}_layers"],
             "num_attention_heads": width // sizes[f"{part}_head_width"],
             "projection_dim": sizes["embed_dim"],
             "hidden_act": sizes["activation"],
@@ -95,9 +95,9 @@ def model_config(facts, logit_scale):
         "architectures": ["CLIPModel"],
         "model_type": "clip",
         "projection_dim": sizes["embed_dim"],
-        "logit_scale_init_value": math.log(logit_scale),
+        "logit_scale_init_value": -math.log(facts["temperature"]),
         "text_config": {
-            **tower("transformer", sizes["transformer_layers"]),
+            **tower("transformer"),
             "max_position_embeddings": sizes["context_length"],
             "vocab_size": sizes["vocab_size"],
             "bos_token_id": SOT,
@@ -105,7 +105,7 @@ def model_config(facts, logit_scale):
             "pad_token_id": 0,
         },
         "vision_config": {
-            **tower("vision", sizes["vision_layers"]),
+            **tower("vision"),
             "image_size": max(facts["image"]["size"]),  # a square image needs no interpolation
             "patch_size": sizes["vision_patch_size"],
         },
