@@ -53,7 +53,7 @@ def remove_pictures_of_dead_pages():
 def serve_page(args):
     from retrieval.encoders import open_run
     from retrieval.gallery import open_gallery
-    from retrieval.page import Page, build, gallery_title, port_to_listen_on, serve
+    from retrieval.page import Page, build, port_to_listen_on, serve
     from utils.extras import extra
 
     extra("faiss")
@@ -62,7 +62,7 @@ def serve_page(args):
     encoders = open_run(args)
     index = open_gallery(encoders, args, say)
     page = Page(encoders, index, args.top_k, args.max_pictures, args.duplicates)
-    blocks = build(page, gallery_title(index), args.example, args.max_upload)
+    blocks = build(page, args.example, args.max_upload)
     address = serve(blocks, args.host, args.port, args.max_upload)
     if args.host not in ("127.0.0.1", "localhost", "::1"):
         say(f"--host {args.host}: everybody who can reach this machine can now search these pictures")

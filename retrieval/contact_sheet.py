@@ -4,7 +4,6 @@ import bisect
 import functools
 import io
 import math
-import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,22 +33,21 @@ class Found(NamedTuple):
 
 
 def draw_contact_sheet(rows, path):
-    """rows: [(sentence, [Found, …] best first), …]. Writes a picture to path; its suffix names the format."""
-    if not rows:
-        raise InputError("there is no query to draw")
+    """Write a contact_sheet to a file; the path's suffix names the format."""
     save_picture(contact_sheet(rows), path)
 
 
 def picture_format(path):
     """Pillow's name of the format that the path's suffix asks for; InputError where it cannot be written."""
-    kind = Image.registered_extensions().get(Path(path).suffix.lower())
+    path = Path(path)
+    kind = Image.registered_extensions().get(path.suffix.lower())
     if kind not in Image.SAVE:
-        raise InputError(f"cannot write the picture {path}: give it a name that ends in .png or .jpg")
-    if not Path(path).parent.is_dir():
-        raise InputError(f"cannot write the picture {path}: there is no folder {Path(path).parent}")
-    if os.path.isdir(path):
-        raise InputError(f"cannot write the picture {path}: that is a folder")
-    if why := cannot_write(Path(path).parent):
+        why = "give it a name that ends in .png or .jpg"
+    elif not path.parent.is_dir():
+        why = f"there is no folder {path.parent}"
+    else:
+        why = "that is a folder" if path.is_dir() else cannot_write(path.parent)
+    if why:
         raise InputError(f"cannot write the picture {path}: {why}")
     return kind
 
@@ -66,10 +64,9 @@ def save_picture(picture, path):
 
 
 def contact_sheet(rows):
-    """The same as a PIL picture."""
-    most = max(min(len(found), ACROSS) for _, found in rows)
-    width = width_of(most)
-    heights = [TEXT + max(1, -(-len(found) // ACROSS)) * LINE + BETWEEN for _, found in rows]
+    """A PIL picture of rows [(sentence, [Found, …] best first), …], of which there is one at least."""
+    width = width_of(max(min(len(found), ACROSS) for _, found in rows))
+    heights = [TEXT + max(1, math.ceil(len(found) / ACROSS)) * LINE + BETWEEN for _, found in rows]
     size = width, 2 * MARGIN + sum(heights) - GAP - BETWEEN
     if math.prod(size) > MOST_PIXELS:
         raise InputError(
@@ -112,27 +109,21 @@ def wrapped(sentence, width, font, lines=2):
     """A sentence on at most so many lines of `width` pixels; "…" ends it where it is cut. What would act on a
     line, such as a turn to the left, is shown escaped; letters that the font lacks are boxes."""
     sentence = " ".join(sentence.split())
-    cut = len(sentence) > width * lines  # more letters than pixels: enough is enough
-    words, found = printable(sentence[: width * lines]).split(" "), []
-    while words and len(found) < lines:
-        number = fitting(words, width, font, " ")
-        if number:
-            line, words = " ".join(words[:number]), words[number:]
-        else:  # a word longer than a line goes on in the next
-            number = max(1, fitting(words[0], width, font))
-            line, words[0] = words[0][:number], words[0][number:]
-            words = words if words[0] else words[1:]
-        found.append(line)
-    if found and (words or cut):
+    rest, found = printable(sentence[: width * lines]), []  # more letters than pixels: enough is enough
+    while rest and len(found) < lines:
+        end = max(1, fitting(rest, width, font))
+        if end < len(rest):  # after a whole word, if the line holds one
+            end = rest.rfind(" ", 0, end + 1) if " " in rest[: end + 1] else end
+        found.append(rest[:end])
+        rest = rest[end:].lstrip(" ")
+    if rest or len(sentence) > width * lines:
         found[-1] = shortened(found[-1] + "…", width, font)
     return "\n".join(found)
 
 
-def fitting(pieces, width, font, between=""):
-    """How many of the pieces fit in a line."""
-    return bisect.bisect(
-        range(1, len(pieces) + 1), width, key=lambda n: font.getlength(between.join(pieces[:n]))
-    )
+def fitting(text, width, font):
+    """How many of its letters fit in a line."""
+    return bisect.bisect(range(1, len(text) + 1), width, key=lambda end: font.getlength(text[:end]))
 
 
 def shortened(text, width, font):
@@ -165,16 +156,21 @@ def draw_framed(sheet, draw, corner, image_path, frame, whole=False):
 
 
 def fitted(picture):
-    """The whole picture in a cell, on paper; of a line at least a pixel's width is seen."""
-    scale = min(CELL[0] / picture.width, CELL[1] / picture.height)
+    """The whole picture in a cell, on paper."""
+    return ImageOps.pad(inside(picture, CELL), CELL, color=PAPER)
+
+
+def inside(picture, box):
+    """The picture as large as a box (width, height) takes it; of a line at least a pixel's width is seen."""
+    scale = min(box[0] / picture.width, box[1] / picture.height)
     size = [max(1, round(side * scale)) for side in picture.size]
-    return ImageOps.pad(resized(picture, size, Image.Resampling.BICUBIC), CELL, color=PAPER)
+    return resized(picture, size, Image.Resampling.BICUBIC)
 
 
 # ---- queries of a data set's split ----
 
 
-def gallery_paths(images, left_out=()):
+def gallery_paths(images, left_out):
     """Paths of the images that have features, in their order. images: a datasets.image_text.ImageDataset.
     left_out: what each process's loader left out of it, {row: why}."""
     absent = {row for part in left_out for row in part}
@@ -197,9 +193,10 @@ def query_rows(features, indices, image_paths, captions, queries):
     return rows
 
 
-def spread(total, number=6):
+def spread(total, number):
     """`number` query numbers spread evenly over a split: the same ones at each evaluation."""
-    return [step * total // min(number, total) for step in range(min(number, total))]
+    number = min(number, total)
+    return [step * total // number for step in range(number)]
 
 
 def retrieval_picture(features, indices, image_paths, captions, number=4):

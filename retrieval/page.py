@@ -16,6 +16,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from datasets.transforms import resize
+from retrieval.contact_sheet import inside
 from retrieval.encoders import checked_sentence, cut_notice, open_picture, shown
 from retrieval.gallery import plural
 from retrieval.index import GalleryIndex
@@ -63,6 +64,12 @@ class Page:
     def __init__(self, encoders, index, top_k, max_pictures, duplicates=False):
         self.encoders, self.index, self.top_k, self.max_pictures = encoders, index, top_k, max_pictures
         self.duplicates = duplicates
+
+    def heading(self, own=None):
+        """What is searched, in Markdown."""
+        pictures = plural(len(own or self.index), "picture")
+        where = "of your own" if own else f"in {Path(self.index.gallery).name or self.index.gallery}"
+        return f"## Find a person by a sentence\n{literal(f'{pictures} {where}')}"
 
     def search(self, sentence, own):
         """(Result, [(thumbnail, caption), …], remark)."""
@@ -151,9 +158,7 @@ def stamp_at(path):
 @functools.lru_cache(KEPT)
 def small_copy(path, stamp):
     """A picture inside BOX. stamp: of the file as it is now; one that has changed is read anew."""
-    picture = open_picture(path, BOX)
-    scale = min(BOX[0] / picture.width, BOX[1] / picture.height)
-    return picture.resize([max(1, round(scale * side)) for side in picture.size])  # of a line too, something
+    return inside(open_picture(path, BOX), BOX)
 
 
 def small_copy_or_none(path):
@@ -170,11 +175,11 @@ def as_the_model_sees(path, stamp, img_size):
     return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
 
 
-def build(page, title, examples=(), max_upload=20):
-    """A gradio.Blocks. title: of the gallery. max_upload: MB of a file; told here, enforced by serve()."""
+def build(page, examples, max_upload):
+    """A gradio.Blocks. max_upload: MB of a file; told here, enforced by serve()."""
     gr = extra("gradio", "requirements-demo.txt")
     with gr.Blocks(title="IRRA", analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:
-        heading = gr.Markdown(heading_of(title), elem_id="heading")
+        heading = gr.Markdown(page.heading(), elem_id="heading")
         with gr.Row(equal_height=True):
             sentence = gr.Textbox(
                 label="Sentence",
@@ -196,7 +201,7 @@ def build(page, title, examples=(), max_upload=20):
             )
             files = gr.File(label="Folder", file_count="directory", type="filepath", elem_id="folder")
             state = gr.Markdown(SEARCHED, elem_id="state", elem_classes="hint")
-        connect(gr, page, title, (sentence, button), answer, (heading, files, state))
+        connect(gr, page, (sentence, button), answer, (heading, files, state))
     return blocks
 
 
@@ -224,7 +229,7 @@ def lay_out_answer(gr):
     return gallery, remark, words, picture, file
 
 
-def connect(gr, page, title, asked, answer, searched):
+def connect(gr, page, asked, answer, searched):
     """What happens on a click. asked: (sentence, button). answer: as lay_out_answer gives it. searched: the
     (heading, files, state) of what is searched."""
     (sentence, button), (gallery, _, words, picture, file), (heading, files, state) = asked, answer, searched
@@ -256,9 +261,8 @@ def connect(gr, page, title, asked, answer, searched):
             own, now = page.upload(files, own)
         except InputError as error:
             own, now = None, f"{error}; {SEARCHED}"
-        heading = heading_of(f"{plural(len(own), 'picture')} of your own" if own else title)
         nothing = None, 0, gr.Gallery(value=[]), "", gr.Radio(choices=[], value=None), None, ""
-        return own, heading, literal(now), *(answer_to(result.sentence, own) if result else nothing)
+        return own, page.heading(own), literal(now), *(answer_to(result.sentence, own) if result else nothing)
 
     private = {"api_visibility": "private", "show_progress": "minimal"}
     found = [result, place, *answer]
@@ -279,10 +283,6 @@ def connect(gr, page, title, asked, answer, searched):
 def literal(text):
     """Markdown that shows the text and does nothing else: no tag, no link, no picture, no emphasis."""
     return "".join(c if c.isalnum() or c == " " else f"&#{ord(c)};" for c in shown(text))
-
-
-def heading_of(title):
-    return f"## Find a person by a sentence\n{literal(title)}"
 
 
 def serve(blocks, host, port, max_upload):
@@ -321,7 +321,3 @@ def port_to_listen_on(host, port):
 def cannot_listen(host, port, error):
     why = error.strerror or "taken by now, or the server did not start within Gradio's five seconds"
     return InputError(f"cannot listen on {host}:{port} ({why}): give another --port or --host")
-
-
-def gallery_title(index):
-    return f"{plural(len(index), 'picture')} in {Path(index.gallery).name or index.gallery}"

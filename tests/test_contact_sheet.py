@@ -10,29 +10,21 @@ from retrieval.contact_sheet import Found, contact_sheet, draw_contact_sheet, qu
 from tests.full_disk import limited
 from utils.errors import InputError
 
-COLOURS = [
-    (0, 0, 255),
-    (255, 255, 0),
-    (0, 255, 255),
-    (255, 0, 255),
-]  # of the found pictures: none else on the sheet
+COLOURS = [(0, 0, 255), (255, 255, 0), (0, 255, 255), (255, 0, 255)]  # of the pictures, and of nothing else
+SIZES = [(30, 80), (80, 30), (5, 5), (96, 256)]  # the last one is that of a cell
 
 
 @pytest.fixture
 def images(tmp_path):
     """Paths of four pictures of one colour each, of different shapes."""
-    paths = []
-    for number, (colour, size) in enumerate(
-        zip(COLOURS, [(30, 80), (80, 30), (5, 5), (96, 256)], strict=True)
-    ):
-        paths.append(str(tmp_path / f"{number}.png"))
-        Image.new("RGB", size, colour).save(paths[-1])
+    paths = [str(tmp_path / f"{number}.png") for number in range(4)]
+    for path, colour, size in zip(paths, COLOURS, SIZES, strict=True):
+        Image.new("RGB", size, colour).save(path)
     return paths
 
 
-def drawn(rows, path):
-    draw_contact_sheet(rows, path)
-    return np.asarray(Image.open(path).convert("RGB")).astype(int)
+def drawn(*rows):
+    return np.asarray(contact_sheet(rows)).astype(int)
 
 
 def place_of(sheet, colour):
@@ -47,13 +39,9 @@ def around(sheet, place):
     """The colours one and three pixels outside a rectangle, in the middle of each of its sides."""
     top, bottom, left, right = place
     y, x = (top + bottom) // 2, (left + right) // 2
-    outside = [(side, sheet[y, left - side]) for side in (1, 3)] + [
-        (side, sheet[y, right + side]) for side in (1, 3)
-    ]
-    outside += [(side, sheet[top - side, x]) for side in (1, 3)] + [
-        (side, sheet[bottom + side, x]) for side in (1, 3)
-    ]
-    return {tuple(colour) for _, colour in outside}
+    beside = [(y, column) for side in (1, 3) for column in (left - side, right + side)]
+    beside += [(row, x) for side in (1, 3) for row in (top - side, bottom + side)]
+    return {tuple(sheet[at]) for at in beside}
 
 
 def test_ten_are_shown_of_a_longer_ranking():
@@ -63,10 +51,10 @@ def test_ten_are_shown_of_a_longer_ranking():
     assert [one.image_path for one in found] == paths[:1:-1]
 
 
-def test_the_right_person_has_a_green_border_and_another_a_red_one(images, tmp_path):
+def test_the_right_person_has_a_green_border_and_another_a_red_one(images):
     verdicts = [True, False, False, True]
     found = [Found(path, 0.5, right) for path, right in zip(images, verdicts, strict=True)]
-    sheet = drawn([("a man in red", found[:2]), ("a woman in blue", found[2:])], tmp_path / "sheet.png")
+    sheet = drawn(("a man in red", found[:2]), ("a woman in blue", found[2:]))
     for colour, right in zip(COLOURS, verdicts, strict=True):
         ((red, green, blue),) = around(sheet, place_of(sheet, colour))
         if right:
@@ -75,10 +63,8 @@ def test_the_right_person_has_a_green_border_and_another_a_red_one(images, tmp_p
             assert red > 1.5 * green and red > 1.5 * blue
 
 
-def test_where_nobody_knows_who_is_right_the_border_is_grey(images, tmp_path):
-    sheet = drawn(
-        [("a man in red", [Found(images[3], 0.5, None)])], tmp_path / "sheet.png"
-    )  # as tall as its cell
+def test_where_nobody_knows_who_is_right_the_border_is_grey(images):
+    sheet = drawn(("a man in red", [Found(images[3], 0.5, None)]))
     ((red, green, blue),) = around(sheet, place_of(sheet, COLOURS[3]))
     assert red == green == blue and 128 < red < 224
 
@@ -88,7 +74,7 @@ def test_more_images_than_stand_side_by_side_go_on_below(tmp_path):
     for number in range(15):
         paths.append(str(tmp_path / f"{number}.png"))
         Image.new("RGB", (96, 256), (250, 10 * number, 1)).save(paths[-1])
-    sheet = drawn([("", [Found(path, 0.5, False) for path in paths])], tmp_path / "sheet.png")
+    sheet = drawn(("", [Found(path, 0.5, False) for path in paths]))
     corners = [place_of(sheet, (250, 10 * n, 1))[::2] for n in range(15)]  # (top, left)
     assert corners == sorted(corners) and len(set(corners)) == 15
     lines = sorted({top for top, _ in corners})
@@ -104,17 +90,14 @@ def test_an_image_that_was_lost_since_it_was_found_leaves_its_frame_empty(images
     if data is not None:
         lost.write_bytes(data)
     Image.new("RGB", (96, 256), "white").save(white)
-    found, blank = (
-        [Found(path, 0.5, True), Found(images[1], 0.5, False)] for path in (str(lost), str(white))
-    )
-    assert np.array_equal(
-        drawn([("", found)], tmp_path / "sheet.png"), drawn([("", blank)], tmp_path / "blank.png")
-    )
+    other = Found(images[1], 0.5, False)
+    found, blank = (drawn(("", [Found(str(path), 0.5, True), other])) for path in (lost, white))
+    assert np.array_equal(found, blank)
 
 
-def test_images_stand_side_by_side_in_order_and_queries_below_one_another(images, tmp_path):
+def test_images_stand_side_by_side_in_order_and_queries_below_one_another(images):
     found = [Found(path, 0.5, True) for path in images]
-    sheet = drawn([("one", found[:3]), ("two", found[3:])], tmp_path / "sheet.png")
+    sheet = drawn(("one", found[:3]), ("two", found[3:]))
     first, second, third, below = (place_of(sheet, colour) for colour in COLOURS)
     assert first[3] < second[2] and second[3] < third[2]  # left to right
     assert first[:2] == second[:2] == third[:2] and below[0] > first[1]
@@ -123,21 +106,20 @@ def test_images_stand_side_by_side_in_order_and_queries_below_one_another(images
     assert len(sizes) == 1  # whatever the pictures' own shapes
 
 
-def test_the_sentence_stands_above_its_images_and_each_rank_below_its_image(images, tmp_path):
-    with_text = drawn([("a man in red", [Found(images[0], 0.5, True)])], tmp_path / "a.png")
-    without = drawn([("", [Found(images[0], 0.5, True)])], tmp_path / "b.png")
+def test_the_sentence_stands_above_its_images_and_each_rank_below_its_image(images):
+    with_text = drawn(("a man in red", [Found(images[0], 0.5, True)]))
+    without = drawn(("", [Found(images[0], 0.5, True)]))
     top, bottom, _, _ = place_of(with_text, COLOURS[0])
     rows = np.nonzero((with_text != without).any((1, 2)))[0]
     assert len(rows) and rows.max() < top
-    other = drawn([("", [Found(images[0], 0.123, True)])], tmp_path / "c.png")
+    other = drawn(("", [Found(images[0], 0.123, True)]))
     rows = np.nonzero((other != without).any((1, 2)))[0]
     assert len(rows) and rows.min() > bottom
 
 
 @pytest.mark.parametrize("sentence", ["word " * 300, "x" * 2000, "漢字 и кириллица", ""])
-def test_a_sentence_of_any_length_or_alphabet_stays_above_the_images(images, tmp_path, sentence):
-    sheet = drawn([(sentence, [Found(images[0], -0.5, False)])], tmp_path / "sheet.png")
-    without = drawn([("", [Found(images[0], -0.5, False)])], tmp_path / "without.png")
+def test_a_sentence_of_any_length_or_alphabet_stays_above_the_images(images, sentence):
+    sheet, without = (drawn((text, [Found(images[0], -0.5, False)])) for text in (sentence, ""))
     top, *_ = place_of(without, COLOURS[0])
     assert np.array_equal(sheet[top:], without[top:])
 
@@ -154,23 +136,19 @@ def test_a_picture_that_does_not_fit_leaves_the_earlier_one(images, tmp_path):
     path, rows = tmp_path / "sheet.png", [("a man in red", [Found(images[0], 0.5, True)])]
     draw_contact_sheet(rows, path)
     before = path.read_bytes()
+    assert np.array_equal(np.asarray(Image.open(path)), drawn(*rows))
     with limited(500), pytest.raises(InputError, match="cannot write .*sheet.png .*File too large"):
         draw_contact_sheet([("another sentence", rows[0][1])], path)
     assert path.read_bytes() == before and not list(tmp_path.glob(".sheet*"))
 
 
-def test_a_frame_is_equally_thick_on_all_sides(images, tmp_path):
-    sheet = drawn([("", [Found(images[3], 0.5, True)])], tmp_path / "sheet.png")
+def test_a_frame_is_equally_thick_on_all_sides(images):
+    sheet = drawn(("", [Found(images[3], 0.5, True)]))
     top, bottom, left, right = place_of(sheet, COLOURS[3])
     y, x = (top + bottom) // 2, (left + right) // 2
     white = (sheet == 255).all(2)
     sides = (white[y, left::-1], white[y, right:], white[top::-1, x], white[bottom:, x])
     assert {int(side.argmax()) for side in sides} == {6}  # 5 pixels of frame, then the first white one
-
-
-def test_nothing_to_draw_is_an_error(tmp_path):
-    with pytest.raises(InputError, match="no query"):
-        draw_contact_sheet([], tmp_path / "sheet.png")
 
 
 def test_more_queries_than_a_picture_can_hold_are_one_sentence(images):
