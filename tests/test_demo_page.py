@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -19,33 +20,20 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+from retrieval.encoders import open_picture, open_run
+from retrieval.page import BOX, KEPT, Page, as_the_model_sees, serve, small_copy, stamp_at
+from retrieval.relevance import heat, word_maps
 from tests.conftest import PATIENCE, ROOT
 from tests.tiny_run import make_run, missing
+from utils.errors import InputError
+from utils.tool_options import export_args
 
-needed = [
+pytestmark = [
     missing("faiss", "faiss-cpu", "requirements-demo.txt"),
     missing("gradio", "gradio", "requirements-demo.txt"),
 ]
-pytestmark = needed
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-needs_browser = [
-    missing(
-        "selenium",
-        "selenium (besides requirements-demo.txt, to drive the browser)",
-        "requirements-demo.txt selenium",
-    ),
-    pytest.mark.skipif(
-        not CHROMIUM or not shutil.which("chromedriver"),
-        reason="no Chromium with its driver is installed, e.g. apt-get install chromium chromium-driver",
-    ),
-]
 SENTENCE = "a woman in a red coat with a black handbag"
-
-
-def in_browser(function):
-    for mark in needs_browser:
-        function = mark(function)
-    return function
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +46,11 @@ def home(tmp_path_factory):
 @pytest.fixture(scope="module")
 def imgs(home):
     return home / "data" / "CUHK-PEDES" / "imgs"
+
+
+@pytest.fixture(scope="module")
+def encoders(home):
+    return open_run(export_args([str(home / "run"), "--format", "onnx"]))
 
 
 @contextlib.contextmanager
@@ -92,7 +85,11 @@ def address(home, imgs):
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
-    from selenium import webdriver
+    webdriver = pytest.importorskip(
+        "selenium.webdriver", reason="python -m pip install selenium, which drives the browser"
+    )
+    if not CHROMIUM or not shutil.which("chromedriver"):
+        pytest.skip("no Chromium with its driver is installed, e.g. apt-get install chromium chromium-driver")
     from selenium.webdriver.chrome.service import Service
 
     options = webdriver.ChromeOptions()
@@ -109,6 +106,7 @@ def browser(tmp_path_factory):
 
 @pytest.fixture
 def page(browser, address):
+    """The page in the browser, afresh."""
     browser.get(address)
     until(lambda: browser.find_element("css selector", "#sentence textarea").is_displayed())
     return browser
@@ -151,23 +149,43 @@ def text_of(page, selector):
     return page.find_element("css selector", selector).text
 
 
+def file_of(page):
+    """The name of the picture that is looked at."""
+    return page.find_element("css selector", "#file input, #file textarea").get_attribute("value")
+
+
+@contextlib.contextmanager
+def window(page, width, mobile=False):
+    screen = {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": mobile}
+    page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
+    try:
+        yield
+    finally:
+        page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def asked(page):
+    """Addresses that the browser has asked for since this was last called, but for what is in itself."""
+    events = [json.loads(entry["message"])["message"] for entry in page.get_log("performance")]
+    urls = {e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"}
+    return {url for url in urls if not url.startswith(("data:", "blob:", "chrome:", "about:"))}
+
+
 def look(page):
     return page.find_element("css selector", "#look img").get_attribute("src")
 
 
-@in_browser
 def test_a_sentence_gives_pictures_and_a_word_its_heat_map(page, tmp_path):
     type_and_search(page, SENTENCE)
     until(lambda: len(tiles(page)) == 5)
     captions = [e.text for e in page.find_elements("css selector", "#gallery .caption-label")]
     scores = [float(caption.split("·")[1]) for caption in captions]
     assert scores == sorted(scores, reverse=True)
-    file = page.find_element("css selector", "#file input, #file textarea")
-    first, name = until(lambda: look(page)), file.get_attribute("value")
+    first, name = until(lambda: look(page)), file_of(page)
 
     tiles(page)[2].click()
     second = until(lambda: look(page) != first and look(page))
-    assert file.get_attribute("value") not in ("", name)
+    assert file_of(page) not in ("", name)
     labels = page.find_elements("css selector", "#words label")
     assert [label.text for label in labels] == SENTENCE.split()
     labels[4].click()
@@ -177,41 +195,31 @@ def test_a_sentence_gives_pictures_and_a_word_its_heat_map(page, tmp_path):
         assert len(shot.convert("RGB").getcolors(1 << 24)) > 1000  # it shows pictures
 
 
-@in_browser
 def test_nothing_is_asked_of_another_machine(page, address):
     type_and_search(page, SENTENCE)
     until(lambda: len(tiles(page)) == 5)
-    events = [json.loads(entry["message"])["message"] for entry in page.get_log("performance")]
-    asked = {e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"}
-    own = (address, "data:", "blob:", "chrome:", "about:")
-    assert asked and not {url for url in asked if not url.startswith(own)}
+    urls = asked(page)
+    assert urls and all(url.startswith(address) for url in urls)
 
 
-@in_browser
 def test_by_the_keyboard_alone_a_sentence_is_asked_in_a_narrow_window_of_several_columns(page):
     from selenium.webdriver.common.action_chains import ActionChains
     from selenium.webdriver.common.keys import Keys
 
-    screen = {"width": 520, "height": 844, "deviceScaleFactor": 1, "mobile": False}
-    page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
-    try:
+    with window(page, 520):
         until(lambda: page.switch_to.active_element.tag_name == "textarea")  # the sentence has the focus
         ActionChains(page).send_keys("a man").send_keys(Keys.ENTER).perform()
         until(lambda: len(tiles(page)) == 5)
         assert page.find_element("css selector", "#sentence textarea").get_attribute("value") == "a man"
         assert len({tile.location["x"] for tile in tiles(page)}) >= 3
-    finally:
-        page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
-@in_browser
 def test_an_example_fills_the_sentence(page):
     page.find_elements("css selector", ".gallery-item, button.gallery-item, .gallery button")[0].click()
     box = page.find_element("css selector", "#sentence textarea")
     until(lambda: box.get_attribute("value") == SENTENCE)
 
 
-@in_browser
 def test_an_empty_sentence_is_a_message_and_a_long_one_a_remark(page):
     type_and_search(page, " ")
     until(lambda: "the sentence is empty" in text_of(page, "body"))
@@ -239,7 +247,6 @@ def take_one_out(page):
     page.find_element("css selector", REMOVE).click()
 
 
-@in_browser
 def test_a_folder_of_ones_own_is_searched_and_then_the_gallery_again(page, imgs, tmp_path):
     gallery, number = text_of(page, "#heading"), len(list(imgs.rglob("*.jpg")))
     assert f"{number} pictures in imgs" in gallery
@@ -248,15 +255,13 @@ def test_a_folder_of_ones_own_is_searched_and_then_the_gallery_again(page, imgs,
     assert "3 pictures of your own" in text_of(page, "#heading") and "imgs" not in text_of(page, "#heading")
     type_and_search(page, SENTENCE)
     until(lambda: len(tiles(page)) == 3)
-    file = page.find_element("css selector", "#file input, #file textarea")
-    assert file.get_attribute("value") in ("own0.jpg", "own1.jpg", "own2.jpg")
+    assert file_of(page) in ("own0.jpg", "own1.jpg", "own2.jpg")
     page.find_element("css selector", "#folder button[aria-label='Clear' i]").click()
     until(lambda: text_of(page, "#heading") == gallery and len(tiles(page)) == 5)
     assert text_of(page, "#state") == "the gallery is searched"
     assert f"best of {number} pictures" in text_of(page, "#remark")
 
 
-@in_browser
 def test_what_is_taken_out_of_an_upload_is_no_longer_searched(page, imgs, tmp_path):
     choose_folder(page, imgs, tmp_path / "own", [f"own{n}.jpg" for n in range(4)])
     until(lambda: "your 4 pictures are searched" in text_of(page, "#state"))
@@ -270,12 +275,9 @@ def test_what_is_taken_out_of_an_upload_is_no_longer_searched(page, imgs, tmp_pa
     until(lambda: text_of(page, "#state") == "your 1 picture is searched" and len(tiles(page)) == 1)
     assert "1 picture of your own" in text_of(page, "#heading")
     left = page.find_element("css selector", "#folder .file-preview").text.split()[0]
-    assert f"{left}.jpg" == page.find_element("css selector", "#file input, #file textarea").get_attribute(
-        "value"
-    )
+    assert file_of(page) == f"{left}.jpg"
 
 
-@in_browser
 def test_an_upload_that_is_refused_leaves_the_gallery_and_says_so(page, imgs, tmp_path):
     choose_folder(page, imgs, tmp_path / "own", [f"own{n}.jpg" for n in range(5)])
     until(lambda: "holds 5 files; at most 4" in text_of(page, "#state"))
@@ -285,12 +287,9 @@ def test_an_upload_that_is_refused_leaves_the_gallery_and_says_so(page, imgs, tm
     until(lambda: "your 4 pictures are searched" in text_of(page, "#state"))
 
 
-@in_browser
 @pytest.mark.parametrize("width", [320, 390, 768, 1280])
 def test_every_result_can_be_seen_at_any_width(page, width):
-    screen = {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": width < 1000}
-    page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
-    try:
+    with window(page, width, mobile=width < 1000):
         type_and_search(page, SENTENCE)
         until(lambda: len(tiles(page)) == 5)
         inside = """
@@ -304,8 +303,6 @@ def test_every_result_can_be_seen_at_any_width(page, width):
                 return inside && right <= window.innerWidth;
             })"""
         assert until(lambda: all(page.execute_script(inside))) and len(page.execute_script(inside)) == 5
-    finally:
-        page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
 ACTS = "<img src=x onerror=document.title=1>**b** _e_ `c` [l](d) $$x$$ {{1+1}} ${1+1} www.a.org &lt; # h"
@@ -313,7 +310,6 @@ UNSEEN = "\x1b[31m\u202e\n\t"  # of a terminal, of direction, of lines
 ESCAPED = "\\x1b[31m\\u202e\\n\\t"
 
 
-@in_browser
 def test_a_name_or_a_sentence_is_shown_and_never_acts(browser, home, imgs, tmp_path):
     gallery = tmp_path / os.fsdecode(f"{ACTS}{UNSEEN}".encode() + b"\xff")
     gallery.mkdir()
@@ -329,8 +325,7 @@ def test_a_name_or_a_sentence_is_shown_and_never_acts(browser, home, imgs, tmp_p
         assert sentence[:40] in text_of(browser, "#remark")
         labels = [label.text for label in browser.find_elements("css selector", "#words label")]
         assert labels[:9] == sentence.replace("&lt;", "<").lower().split()[:9]
-        file = browser.find_element("css selector", "#file input, #file textarea")
-        assert file.get_attribute("value") == f"{ACTS}{ESCAPED}.jpg"
+        assert file_of(browser) == f"{ACTS}{ESCAPED}.jpg"
         (gallery / f"{ACTS}{UNSEEN}.jpg").unlink()
         tiles(browser)[0].click()
         until(lambda: f"{ACTS}{ESCAPED}.jpg can no longer be read" in text_of(browser, "body"))
@@ -373,13 +368,12 @@ class StripsPrefix(http.server.BaseHTTPRequestHandler):
         pass
 
 
-@in_browser
 def test_behind_a_proxy_that_strips_a_prefix_all_of_it_works(browser, home, imgs, tmp_path):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), StripsPrefix) as proxy:
         outside = f"http://127.0.0.1:{proxy.server_port}/irra"
         threading.Thread(target=proxy.serve_forever, daemon=True).start()
         with served(home, imgs, GRADIO_ROOT_PATH=outside) as proxy.page:
-            browser.get_log("performance")
+            asked(browser)  # by earlier tests
             browser.get(f"{outside}/")
             until(lambda: browser.find_element("css selector", "#sentence textarea").is_displayed())
             choose_folder(browser, imgs, tmp_path / "own", ["own0.jpg", "own1.jpg"])
@@ -388,17 +382,8 @@ def test_behind_a_proxy_that_strips_a_prefix_all_of_it_works(browser, home, imgs
             until(lambda: len(tiles(browser)) == 2)
             loaded = "return [...document.querySelectorAll('#gallery img')].every(i => i.naturalWidth > 0)"
             until(lambda: browser.execute_script(loaded) and look(browser).startswith(outside))
-            events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-            asked = {
-                e["params"]["request"]["url"]
-                for e in events
-                if "WillBeSent" in e["method"] and "request" in e["params"]
-            }
-            own = (f"{outside}/", "data:", "blob:", "chrome:", "about:")
-            beside = ("/favicon.ico", "/manifest.json")  # of the site, which the page can do without
-            assert asked and not {
-                url for url in asked if not url.startswith(own) and not url.endswith(beside)
-            }
+            urls, beside = asked(browser), ("/favicon.ico", "/manifest.json")  # the page can do without these
+            assert urls and all(url.startswith(f"{outside}/") or url.endswith(beside) for url in urls)
             browser.get("about:blank")
         proxy.shutdown()
 
@@ -460,8 +445,6 @@ def test_an_upload_beyond_the_limit_is_refused(address):
 
 
 def test_it_listens_on_this_machine_only(address):
-    import socket
-
     port = int(address.rsplit(":", 1)[1])
     for family, kind, _, _, target in socket.getaddrinfo(socket.gethostname(), port, type=socket.SOCK_STREAM):
         if target[0].startswith("127.") or target[0] == "::1":
@@ -475,11 +458,7 @@ def test_it_listens_on_this_machine_only(address):
 
 
 def test_it_listens_on_the_ipv6_address_of_this_machine():
-    import socket
-
     import gradio
-
-    from retrieval.page import serve
 
     try:
         with socket.socket(socket.AF_INET6) as probe:
@@ -495,13 +474,8 @@ def test_it_listens_on_the_ipv6_address_of_this_machine():
         blocks.close(verbose=False)
 
 
-def test_a_folder_with_too_many_files_or_without_a_picture_is_refused(home, tmp_path):
-    from retrieval.encoders import open_run
-    from retrieval.page import Page
-    from utils.errors import InputError
-    from utils.tool_options import export_args
-
-    page = Page(open_run(export_args([str(home / "run"), "--format", "onnx"])), None, 5, max_pictures=2)
+def test_a_folder_with_too_many_files_or_without_a_picture_is_refused(encoders, tmp_path):
+    page = Page(encoders, None, 5, max_pictures=2)
     (tmp_path / "a.jpg").write_text("text")
     with pytest.raises(InputError, match="none of these"):
         page.upload([str(tmp_path / "a.jpg")])
@@ -543,14 +517,6 @@ def test_a_proxy_or_what_other_gradio_programs_are_told_changes_nothing(home, im
 # ---- small copies ----
 
 
-@pytest.fixture(scope="module")
-def encoders(home):
-    from retrieval.encoders import open_run
-    from utils.tool_options import export_args
-
-    return open_run(export_args([str(home / "run"), "--format", "onnx"]))
-
-
 def photo(path, size=(2400, 1600), seed=0, **save):
     """A picture of smooth shapes, as large as a camera's."""
     noise = np.random.default_rng(seed).integers(0, 255, (12, 18, 3), dtype=np.uint8)
@@ -561,9 +527,6 @@ def photo(path, size=(2400, 1600), seed=0, **save):
 @pytest.mark.parametrize("turn", [1, 6, 8])
 @pytest.mark.parametrize("size", [(2400, 1600), (1600, 2400), (6000, 300), (150, 300)])
 def test_a_small_copy_is_the_large_picture_made_small(tmp_path, size, turn):
-    from retrieval.encoders import open_picture
-    from retrieval.page import BOX, small_copy, stamp_at
-
     exif = Image.Exif()
     exif[0x0112] = turn
     path = photo(tmp_path / "a.jpg", size, exif=exif, quality=95)
@@ -579,8 +542,6 @@ def test_a_small_copy_is_the_large_picture_made_small(tmp_path, size, turn):
 
 
 def test_a_picture_of_one_line_does_not_end_a_search(encoders, tmp_path):
-    from retrieval.page import Page
-
     paths = [photo(tmp_path / "line.jpg", (9000, 1)), photo(tmp_path / "a.jpg", (90, 240))]
     page = Page(encoders, None, 5, 10)
     result, tiles, _ = page.search("a red coat", page.upload(paths)[0])
@@ -589,8 +550,6 @@ def test_a_picture_of_one_line_does_not_end_a_search(encoders, tmp_path):
 
 
 def test_a_search_keeps_small_copies_until_their_files_change(encoders, tmp_path):
-    from retrieval.page import BOX, KEPT, Page, small_copy, stamp_at
-
     paths = [photo(tmp_path / f"{n}.jpg", seed=n) for n in range(3)]
     page = Page(encoders, None, 5, 10)
     own, _ = page.upload(paths)
@@ -612,10 +571,6 @@ def test_a_search_keeps_small_copies_until_their_files_change(encoders, tmp_path
 
 
 def test_the_model_sees_a_large_photo_as_it_was_indexed(encoders, tmp_path):
-    from retrieval.encoders import open_picture
-    from retrieval.page import Page, as_the_model_sees, small_copy, stamp_at
-    from retrieval.relevance import heat, word_maps
-
     path = photo(tmp_path / "a.jpg")
     stamp = stamp_at(path)
     page = Page(encoders, None, 5, 10)
@@ -630,8 +585,6 @@ def test_the_model_sees_a_large_photo_as_it_was_indexed(encoders, tmp_path):
 
 
 def test_what_is_left_of_an_upload_is_not_encoded_again(encoders, tmp_path):
-    from retrieval.page import Page
-
     paths = [photo(tmp_path / f"{n}.jpg", (90, 240), seed=n) for n in range(4)]
     page = Page(encoders, None, 5, 10)
     three, _ = page.upload(paths[:3])
