@@ -16,8 +16,10 @@ from PIL import Image
 
 from datasets.tokenizer import EOT, SOT, SimpleTokenizer, tokenize_all
 from datasets.transforms import STD, normalise, read_image, resize
+from model.pretrained import image_grid, load_clip
+from model.weights_file import stored_grid
 from retrieval import export
-from retrieval.cards import USE, model_card
+from retrieval.cards import TEXTS, UNREAD, model_card
 from retrieval.encoders import open_run
 from retrieval.export import can_write_onnx, check_plain_vit
 from retrieval.transformers_clip import square_positions
@@ -139,7 +141,8 @@ def test_in_each_form_of_a_run_that_leaves_punctuation_out_the_example_does_too(
 
 
 def test_each_form_has_a_writer_and_a_card():
-    assert tuple(export.WRITERS) == tuple(USE) == FORMATS
+    assert tuple(export.WRITERS) == tuple(UNREAD) == FORMATS
+    assert {path.stem for path in TEXTS.iterdir()} == {*FORMATS, "card"}
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -166,9 +169,6 @@ def test_safetensors_hold_the_runs_weights_by_openais_names(encoders, exported):
 
 @pytest.mark.parametrize("kind, name", [("safetensors", "model"), ("open_clip", "open_clip_model")])
 def test_the_next_training_starts_from_exactly_these_positions(encoders, exported, kind, name):
-    from model.pretrained import image_grid, load_clip
-    from model.weights_file import stored_grid
-
     path = exported(kind) / f"{name}.safetensors"
     sizes = {"vision_patch_size": 16}
     assert stored_grid(path) == image_grid(sizes, encoders.img_size, 16)
