@@ -3,7 +3,6 @@
 import hashlib
 import http.client
 import re
-import sys
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -12,6 +11,7 @@ from model.weights_config import check_config
 from model.weights_file import shards
 from utils.errors import InputError, first_line
 from utils.files import whole_file
+from utils.progress import progress_bar
 
 # OpenAI's archives, https://github.com/openai/CLIP; the folder in the address is the file's SHA-256
 _ADDRESS = "https://openaipublic.azureedge.net/clip/models"
@@ -104,7 +104,11 @@ def download(name, cache=None):
     with whole_file(target) as file:
         try:
             with urllib.request.urlopen(address, timeout=30) as source:
-                _copy(source, file, name)
+                total = int(source.headers.get("Content-Length") or 0) or None
+                with progress_bar(total, f"CLIP {name}", unit="B", unit_scale=True) as bar:
+                    while block := source.read(1 << 20):
+                        file.write(block)
+                        bar.update(len(block))
         except (urllib.error.URLError, TimeoutError, ConnectionError, http.client.HTTPException) as error:
             reason = getattr(error, "reason", error)
             raise InputError(f"cannot download {name} ({reason}): {by_hand}") from None
@@ -114,16 +118,6 @@ def download(name, cache=None):
                 f"the download of {name} came out damaged (its SHA-256 differs): try again, or {by_hand}"
             )
     return target
-
-
-def _copy(source, file, name):
-    from tqdm import tqdm
-
-    total = int(source.headers.get("Content-Length") or 0) or None
-    with tqdm(total=total, unit="B", unit_scale=True, desc=f"CLIP {name}", file=sys.stderr) as bar:
-        while block := source.read(1 << 20):
-            file.write(block)
-            bar.update(len(block))
 
 
 def sha256(path):
