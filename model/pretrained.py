@@ -9,16 +9,27 @@ import torch.nn.functional as F
 from model.clip_model import CLIP, VisionTransformer
 from model.clip_resnet import ModifiedResNet
 from model.fetch import locate
-from model.weights import read_start
+from model.weights import TRAINED, read_start
+from model.weights_config import OPENAIS, config_beside
+from model.weights_file import stored_grid
 from utils.checkpoint import load_weights
 from utils.errors import InputError
 
-OPENAIS = {  # what shapes do not tell, as all of OpenAI's models have it
-    "activation": "quick_gelu",
-    "vision_head_width": 64,
-    "transformer_head_width": 64,
-}
 HEAD_WIDTHS = {1280: 80, 1408: 88, 1664: 104, 1792: 112}  # open_clip's ViT-H, g, bigG, e, by vision width
+VIT_B_16 = {
+    "embed_dim": 512,
+    "vision_layers": 12,
+    "vision_width": 768,
+    "vision_patch_size": 16,
+    "context_length": 77,
+    "vocab_size": 49408,
+    "transformer_width": 512,
+    "transformer_layers": 12,
+}
+DESCRIBED = (
+    "embed_dim image_resolution vision_layers vision_width vision_patch_size context_length vocab_size "
+    "transformer_width transformer_heads transformer_layers stride_size"
+).split()
 PUBLISHED_GRID = (24, 8)  # of patches, in every published training
 logger = logging.getLogger("IRRA.model")
 
@@ -41,33 +52,32 @@ def architecture(weights, source="the checkpoint", facts=OPENAIS):
             raise InputError(f"{source} holds no CLIP model that IRRA knows: {key} {found}")
         return shape[dimension]
 
+    def layers(prefix):
+        return len({key[len(prefix) :].split(".")[0] for key in weights if key.startswith(prefix)})
+
     sizes = {
         "embed_dim": size("text_projection", 1),
         "context_length": size("positional_embedding", 0),
         "vocab_size": size("token_embedding.weight", 0),
         "transformer_width": size("ln_final.weight", 0),
-        "transformer_layers": _layers(weights, "transformer.resblocks."),
+        "transformer_layers": layers("transformer.resblocks."),
         **facts,
     }
     if any(key.startswith("visual.transformer.") for key in weights):
         return {
             **sizes,
-            "vision_layers": _layers(weights, "visual.transformer.resblocks."),
+            "vision_layers": layers("visual.transformer.resblocks."),
             "vision_width": size("visual.conv1.weight", 0),
             "vision_patch_size": size("visual.conv1.weight", -1),
             "vision_positions": size("visual.positional_embedding", 0),
         }
     return {
         **sizes,
-        "vision_layers": tuple(_layers(weights, f"visual.layer{stage}.") for stage in (1, 2, 3, 4)),
+        "vision_layers": tuple(layers(f"visual.layer{stage}.") for stage in (1, 2, 3, 4)),
         "vision_width": size("visual.layer1.0.conv1.weight", 0),
         "vision_patch_size": None,
         "vision_positions": size("visual.attnpool.positional_embedding", 0),
     }
-
-
-def _layers(weights, prefix):
-    return len({key[len(prefix) :].split(".")[0] for key in weights if key.startswith(prefix)})
 
 
 def image_grid(sizes, img_size, stride_size):
@@ -181,29 +191,25 @@ def load_start(choice, img_size, stride_size, sizes=None, activation="auto", pos
         return new_clip(sizes, img_size, stride_size), {}
     start = read_start(locate(choice))
     path, weights = start.path, start.weights
-    for note in start.notes:
-        logger.info(note)
-    found = architecture(weights, path)
-    found.update(arithmetic(start, found, activation))
-    check_mlp(weights, found, path)
-    resnet = found["vision_patch_size"] is None
-    key = "visual.attnpool.positional_embedding" if resnet else "visual.positional_embedding"
-    stored = start.grid
-    if position_grid:
-        stored = position_grid
-        if math.prod(stored) != len(weights[key]) - 1:
-            raise InputError(
-                f"--position_grid {stored[0]} {stored[1]} are {math.prod(stored)} image positions, but "
-                f"{path} has {len(weights[key]) - 1}"
-            )
-    elif start.image and not stored:
-        stored = image_grid(found, *start.image)
-    grid = image_grid(found, img_size, stride_size)
-    weights[key] = resize_positions(weights[key], grid, stored, start.trained)
-    logger.info(
-        f"Load pretrained {choice} CLIP model with model config: {_described(found, img_size, stride_size)}"
-    )
-    clip = new_clip(found, img_size, stride_size, path)
+    sizes = architecture(weights, path)
+    said = config_beside(path, start.form.configs, sizes)
+    sizes.update(arithmetic({**start.form.facts, **said.facts, **start.facts}, sizes, activation, path))
+    check_mlp(weights, sizes, path)
+    number = sizes["vision_positions"] - 1
+    if position_grid and math.prod(position_grid) != number:
+        raise InputError(
+            f"--position_grid {position_grid[0]} {position_grid[1]} are {math.prod(position_grid)} image "
+            f"positions, but {path} has {number}"
+        )
+    stored = position_grid or stored_grid(path) or (said.image and image_grid(sizes, *said.image))
+    key = "visual.positional_embedding"
+    if sizes["vision_patch_size"] is None:
+        key = "visual.attnpool.positional_embedding"
+    grid = image_grid(sizes, img_size, stride_size)
+    weights[key] = resize_positions(weights[key], grid, stored, trained=start.form is TRAINED)
+    described = _described(sizes, img_size, stride_size)
+    logger.info(f"Load pretrained {choice} CLIP model with model config: {described}")
+    clip = new_clip(sizes, img_size, stride_size, path)
     load_weights(clip, weights, path)
     broken = [key for key, value in clip.state_dict().items() if not value.float().sum().isfinite()]
     if broken:
@@ -214,24 +220,25 @@ def load_start(choice, img_size, stride_size, sizes=None, activation="auto", pos
     return clip, start.heads
 
 
-def arithmetic(start, sizes, activation):
-    """What shapes do not tell of a Start's weights: as files say, as --activation says, or assumed."""
-    known = start.facts.get("activation")
-    if activation == "auto" and known is None:
+def arithmetic(known, sizes, activation, path):
+    """What shapes do not tell of weights: as files say (known), as --activation says, or assumed."""
+    trained_with = known.get("activation")
+    if activation == "auto" and trained_with is None:
         logger.warning(
-            f"nothing says which activation {start.path} was trained with: QuickGELU is assumed, as OpenAI's "
-            "have it; open_clip's own (laion, datacomp) mostly need --activation gelu"
+            f"nothing says which activation {path} was trained with: QuickGELU is assumed, as OpenAI's have "
+            "it; open_clip's own (laion, datacomp) mostly need --activation gelu"
         )
-    if activation != "auto" and known not in (None, activation):
-        logger.warning(f"{start.path} was trained with {known}, and --activation {activation} is another one")
-    chosen = activation if activation != "auto" else known or OPENAIS["activation"]
-    facts = {**OPENAIS, **start.facts, "activation": chosen}
+    if activation != "auto" and trained_with not in (None, activation):
+        logger.warning(
+            f"{path} was trained with {trained_with}, and --activation {activation} is another one"
+        )
+    facts = {**OPENAIS, **known}
+    if activation != "auto":
+        facts["activation"] = activation
     usual = HEAD_WIDTHS.get(sizes["vision_width"])
-    if "vision_head_width" not in start.facts and usual and sizes["vision_patch_size"]:
+    if "vision_head_width" not in known and usual and sizes["vision_patch_size"]:
         facts["vision_head_width"] = usual
-        logger.warning(
-            f"nothing says how wide the heads of {start.path} are: {usual} is open_clip's at its width"
-        )
+        logger.warning(f"nothing says how wide the heads of {path} are: {usual} is open_clip's at its width")
     return facts
 
 
@@ -245,30 +252,8 @@ def check_mlp(weights, sizes, source):
             )
 
 
-VIT_B_16 = {
-    "embed_dim": 512,
-    "vision_layers": 12,
-    "vision_width": 768,
-    "vision_patch_size": 16,
-    "context_length": 77,
-    "vocab_size": 49408,
-    "transformer_width": 512,
-    "transformer_layers": 12,
-}
-
-
 def _described(sizes, img_size, stride_size):
     """In the published log's words and order."""
-    return {
-        "embed_dim": sizes["embed_dim"],
-        "image_resolution": tuple(img_size),
-        "vision_layers": sizes["vision_layers"],
-        "vision_width": sizes["vision_width"],
-        "vision_patch_size": sizes["vision_patch_size"],
-        "context_length": sizes["context_length"],
-        "vocab_size": sizes["vocab_size"],
-        "transformer_width": sizes["transformer_width"],
-        "transformer_heads": sizes["transformer_width"] // sizes["transformer_head_width"],
-        "transformer_layers": sizes["transformer_layers"],
-        "stride_size": stride_size,
-    }
+    sizes = {**sizes, "image_resolution": tuple(img_size), "stride_size": stride_size}
+    sizes["transformer_heads"] = sizes["transformer_width"] // sizes["transformer_head_width"]
+    return {name: sizes[name] for name in DESCRIBED}

@@ -1,5 +1,6 @@
 """CLIP weights in any form that people have, to one state dict with OpenAI's names, or what else they are."""
 
+import logging
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -8,23 +9,11 @@ from typing import NamedTuple
 import torch
 
 from model.clip_model import ACTIVATIONS
-from model.weights_config import read_config
-from model.weights_file import check_shards, named_tensors, of_one_model, read_file, stored_grid
+from model.weights_config import OPENAIS
+from model.weights_file import named_tensors, of_one_model, read_file
 from utils.errors import InputError
 
-
-class Start(NamedTuple):
-    """What a training can start from."""
-
-    path: Path
-    weights: dict  # of CLIP, by OpenAI's names
-    heads: dict  # of IRRA, by their names, where the file has some
-    trained: bool  # a person retrieval training: its positions are of its own image size
-    facts: dict  # activation, vision_head_width, transformer_head_width, as far as they are known
-    image: tuple | None  # ((height, width), stride) of the image positions, where that is known
-    grid: tuple | None  # (rows, columns) of them, where the file says so itself
-    notes: tuple  # for the log: what was recognised, dropped and assumed
-
+logger = logging.getLogger("IRRA.model")
 
 # ---- the forms, and OpenAI's names from each ----
 
@@ -35,7 +24,7 @@ class Form(NamedTuple):
     name: str
     key: str
     rename: Callable = dict  # {name: tensor} to OpenAI's names
-    activation: str | None = None  # where all files of this form have one; then heads are 64 wide
+    facts: dict = {}  # what shapes do not tell, where it is the same for all files of this form
     configs: tuple = ()  # files beside it that say how it computes; the first one there is asked
 
 
@@ -72,32 +61,30 @@ def from_transformers(weights):
             key = key.replace(theirs, ours)
         renamed[key] = value.T if key in ("visual.proj", "text_projection") else value
     for key in [key for key in renamed if re.search(r"\.attn\.q_proj\.(weight|bias)$", key)]:
-        names = [key.replace(".q_proj.", f".{part}_proj.") for part in "qkv"]
-        if all(name in renamed for name in names):
-            block, kind = key.split(".attn.q_proj.")
-            renamed[f"{block}.attn.in_proj_{kind}"] = torch.cat([renamed.pop(name) for name in names])
+        block, kind = key.split(".attn.q_proj.")
+        thirds = [renamed.pop(f"{block}.attn.{part}_proj.{kind}") for part in "qkv"]
+        renamed[f"{block}.attn.in_proj_{kind}"] = torch.cat(thirds)
     return renamed
 
 
-HEADS_OF_64 = {"vision_head_width": 64, "transformer_head_width": 64}
-KEPT = 20  # of Long-CLIP's 248 text positions: the first ones stay OpenAI's
-
-
 def from_long_clip(weights):
-    """Long-CLIP (arXiv 2403.15378): places 0 to 19 have one set of positions, the others the second."""
-    first, rest = weights["positional_embedding"], weights["positional_embedding_res"]
-    joined = torch.cat([first[:KEPT], rest[KEPT:]])
-    kept = {key: value for key, value in weights.items() if key != "positional_embedding_res"}
-    return {**kept, "positional_embedding": joined}
+    """Long-CLIP (arXiv 2403.15378): places 0 to 19, which stay OpenAI's, have one set of positions, the
+    others the second."""
+    weights = dict(weights)
+    rest = weights.pop("positional_embedding_res")
+    weights["positional_embedding"] = torch.cat([weights["positional_embedding"][:20], rest[20:]])
+    return weights
 
 
 BESIDE = ("open_clip_config.json", "irra.json", "config.json")
-TRAINED = "a person retrieval training (IRRA's form)"
+TRAINED = Form(  # its image positions are of its own image size
+    "a person retrieval training (IRRA's form)", r"base_model\..*", facts=OPENAIS, configs=("configs.yaml",)
+)
 FORMS = (
-    Form(TRAINED, r"base_model\..*", dict, "quick_gelu", ("configs.yaml",)),
-    Form("TBPS-CLIP", r"encode_text\.token_embedding\.weight", without("encode_text."), "quick_gelu"),
-    Form("Long-CLIP", "positional_embedding_res", from_long_clip, "quick_gelu"),
-    Form("OpenAI's archive", "input_resolution", dict, "quick_gelu"),
+    TRAINED,
+    Form("TBPS-CLIP", r"encode_text\.token_embedding\.weight", without("encode_text."), OPENAIS),
+    Form("Long-CLIP", "positional_embedding_res", from_long_clip, OPENAIS),
+    Form("OpenAI's archive", "input_resolution", facts=OPENAIS),
     Form(
         "transformers' CLIPModel",
         r"text_model\.embeddings\.token_embedding\.weight",
@@ -171,19 +158,30 @@ def refuse_families(weights, path):
             )
 
 
+# ---- a file of any form ----
+
+
+class Start(NamedTuple):
+    """What a training can start from."""
+
+    path: Path
+    form: Form
+    weights: dict  # of CLIP, by OpenAI's names
+    heads: dict  # of IRRA, by their names, where the file has some
+    facts: dict  # of a checkpoint's "clip" part, see read_facts
+
+
 def read_start(path):
     """The Start in a file of any form. Raises InputError, which names what else it is."""
     path = Path(path)
-    if path.suffix == ".json" and path.is_file():
-        check_shards(path)
     tree = read_file(path)
     weights, others = of_one_model(named_tensors(tree, path), path)
     form = next((form for form in FORMS if has(weights, form.key)), None)
-    trained, heads, own = form is FORMS[0], {}, {}
-    if trained:
+    heads, facts = {}, {}
+    if form is TRAINED:
         heads = {key: value for key, value in weights.items() if not key.startswith("base_model.")}
         weights = without("base_model.")({key: weights[key] for key in weights if key not in heads})
-        own = read_facts(tree.get("clip"), path)
+        facts = read_facts(tree.get("clip"), path)
     refuse_families(weights, path)
     if form is None:
         shown = ", ".join(list(weights)[:3]) or "nothing"
@@ -192,59 +190,25 @@ def read_start(path):
         weights = form.rename(weights)
     except (KeyError, RuntimeError, IndexError) as error:  # parts that do not belong together
         raise InputError(f"{path} is damaged: as {form.name} it does not fit together ({error})") from None
-    dropped = sorted(key for key in weights if DROPPED.fullmatch(key))
+    dropped = [key for key in weights if DROPPED.fullmatch(key)]
     weights = {key: value for key, value in weights.items() if key not in dropped}
-    facts, image, notes = beside(form, path, weights)
-    known = {"activation": form.activation, **HEADS_OF_64} if form.activation else {}
-    recognised = f"{path}: {form.name}" + (f"; left out: {', '.join(dropped)}" if dropped else "")
-    if heads:
-        recognised += f"; heads beside it: {', '.join(sorted({key.split('.')[0] for key in heads}))}"
-    if others:
-        recognised += f"; left out beside it: {', '.join(sorted({key.split('.')[0] for key in others}))}"
-    facts = {**known, **facts, **own}
-    return Start(path, weights, heads, trained, facts, image, stored_grid(path), (recognised, *notes))
+    beside = {"left out": dropped, "heads beside it": tops(heads), "left out beside it": tops(others)}
+    found = "".join(f"; {what}: {', '.join(sorted(names))}" for what, names in beside.items() if names)
+    logger.info(f"{path}: {form.name}{found}")
+    return Start(path, form, weights, heads, facts)
 
 
-def beside(form, path, weights):
-    """(facts, image, notes) of what lies beside a file; of the first config that is about its weights."""
-    notes = []
-    for name in form.configs:
-        if not (path.parent / name).is_file():
-            continue
-        config = read_config(path.parent / name)
-        shapes = {
-            "embed_dim": ("text_projection", 1),
-            "vision_width": ("visual.conv1.weight", 0),
-            "transformer_width": ("ln_final.weight", 0),
-        }
-        own = {
-            key: weights[at].shape[axis] for key, (at, axis) in shapes.items() if _ndim(weights, at) > axis
-        }
-        resnet = "visual.layer1.0.conv1.weight" in weights  # half as wide in its first convolution
-        other = [key for key, value in config.sizes.items() if own.get(key) not in (None, value)]
-        if resnet and "vision_width" in other:
-            other.remove("vision_width")
-        if other or (not config.sizes and config.foreign):
-            notes.append(f"{name} beside it is of another model, so it is not asked")
-            continue
-        if config.foreign:
-            raise InputError(f"{path} is refused: by {name} beside it, {config.foreign}")
-        notes += [f"{name} beside it says {config.facts}"] if config.facts else []
-        return config.facts, config.image, [*notes, *([config.note] if config.note else [])]
-    return {}, None, notes
-
-
-def _ndim(weights, key):
-    return weights[key].ndim if key in weights else 0
+def tops(names):
+    return {name.split(".")[0] for name in names}
 
 
 def read_facts(said, source):
     """The "clip" part of a checkpoint: how its weights compute, where it is not as OpenAI's do."""
     if said is None:
         return {}
-    facts = {key: said.get(key) for key in ("activation", *HEADS_OF_64)} if isinstance(said, dict) else {}
-    widths = [facts.get(key) for key in HEADS_OF_64]
+    facts = {name: said.get(name) for name in OPENAIS} if isinstance(said, dict) else {}
+    widths = [value for name, value in facts.items() if name != "activation"]
     sound = all(isinstance(width, int) and width > 0 for width in widths)
-    if not sound or facts["activation"] not in tuple(ACTIVATIONS):
-        raise InputError(f'{source}: its part "clip" does not say activation, {", ".join(HEADS_OF_64)}')
+    if not sound or facts.get("activation") not in tuple(ACTIVATIONS):
+        raise InputError(f'{source}: its part "clip" does not say {", ".join(OPENAIS)}')
     return facts

@@ -1,6 +1,7 @@
 """What lies beside a file of weights and says how they compute: shapes tell neither activation nor heads."""
 
 import json
+import logging
 import math
 from pathlib import Path
 from typing import NamedTuple
@@ -9,18 +10,47 @@ from model.clip_model import ACTIVATIONS
 from utils.config_file import read_yaml
 from utils.errors import InputError
 
+OPENAIS = {  # the facts that shapes do not tell, as all of OpenAI's models have them
+    "activation": "quick_gelu",
+    "vision_head_width": 64,
+    "transformer_head_width": 64,
+}
 CLIP_MEAN = 0.48145466  # of the red pixels that OpenAI's models were trained with
+logger = logging.getLogger("IRRA.model")
 
 
 class Config(NamedTuple):
-    """What a config says. facts: activation, vision_head_width, transformer_head_width, those it knows of.
-    sizes: by which to see whether the weights are its own (names of model.pretrained.architecture)."""
+    """What a config says of a model."""
 
-    facts: dict
-    sizes: dict
+    sizes: dict = {}  # facts too; names as in model.pretrained.architecture
     image: tuple | None = None  # ((height, width), stride) that its image positions are for
     foreign: str | None = None  # why CLIP's arithmetic does not hold for it
     note: str | None = None
+
+    @property
+    def facts(self):
+        return {name: value for name, value in self.sizes.items() if name in OPENAIS}
+
+
+def config_beside(path, names, sizes):
+    """The Config in the first of these files beside `path` that is about weights of these sizes; an empty one
+    where none is. Raises InputError where CLIP's arithmetic does not hold for them."""
+    for name in names:
+        if not (path.parent / name).is_file():
+            continue
+        config = read_config(path.parent / name)
+        said = {size: value for size, value in config.sizes.items() if size not in OPENAIS}
+        if (config.foreign and not said) or any(sizes[size] != value for size, value in said.items()):
+            logger.info(f"{name} beside it is of another model, so it is not asked")
+            continue
+        if config.foreign:
+            raise InputError(f"{path} is refused: by {name} beside it, {config.foreign}")
+        if config.facts:
+            logger.info(f"{name} beside it says {config.facts}")
+        if config.note:
+            logger.info(config.note)
+        return config
+    return Config()
 
 
 def read_config(path):
@@ -85,24 +115,24 @@ def of_open_clip(said):
     """open_clip_config.json; its field's meaning and defaults: open_clip/model.py."""
     model = said["model_cfg"]
     vision, text = model["vision_cfg"], model["text_cfg"]
-    width, words = vision.get("width", 768), text.get("width", 512)
-    head = vision.get("head_width", 64)
-    patch, side = vision.get("patch_size", 16), vision.get("image_size", 224)
-    resnet = isinstance(vision.get("layers"), list)
-    facts = {
+    words = text.get("width", 512)
+    sizes = {
+        "embed_dim": model["embed_dim"],
+        "vision_width": vision.get("width", 768),
+        "transformer_width": words,
         "activation": "quick_gelu" if model.get("quick_gelu") else "gelu",
-        "vision_head_width": head,
+        "vision_head_width": vision.get("head_width", 64),
         "transformer_head_width": _width_of(words, text.get("heads", 8)),
     }
-    sizes = {"embed_dim": model["embed_dim"], "vision_width": width, "transformer_width": words}
     mean = (said.get("preprocess_cfg") or {}).get("mean")
     note = None
     if mean and not math.isclose(mean[0], CLIP_MEAN, abs_tol=1e-3):
         note = (
             f"it saw pixels normalised by a mean of {mean}, here they have CLIP's: training has to adapt it"
         )
-    image = ((side, side) if isinstance(side, int) else tuple(side), 32 if resnet else patch)
-    return Config(facts, sizes, image, _foreign(model, vision, text), note)
+    resnet = isinstance(vision.get("layers"), list)
+    image = _both(vision.get("image_size", 224)), 32 if resnet else vision.get("patch_size", 16)
+    return Config(sizes, image, _foreign(model, vision, text), note)
 
 
 def _foreign(model, vision, text):
@@ -133,6 +163,11 @@ def _width_of(width, heads):
     return width // heads
 
 
+def _both(side):
+    """(height, width) of an image, of which a config may say one number."""
+    return (side, side) if isinstance(side, int) else tuple(side)
+
+
 # ---- transformers ----
 
 
@@ -142,33 +177,28 @@ def of_transformers(said):
     if kind != "clip":
         what = {"siglip": "SigLIP", "siglip2": "SigLIP", "clip_vision_model": "an image encoder alone"}
         what |= {"clip_text_model": "a text encoder alone", "chinese_clip": "Chinese-CLIP", "blip": "BLIP"}
-        return Config({}, {}, foreign=f"it is {what.get(kind, kind)}, not a whole CLIP (model_type: {kind})")
+        return Config(foreign=f"it is {what.get(kind, kind)}, not a whole CLIP (model_type: {kind})")
     # of old files: where *_config_dict is there, it holds, whatever *_config says, as in transformers
     text, vision = (
         said.get(f"{part}_config_dict") or said.get(f"{part}_config") or {} for part in ("text", "vision")
     )
-    acts = {part.get("hidden_act", "quick_gelu") for part in (text, vision)}
     foreign = None
+    acts = {part.get("hidden_act", "quick_gelu") for part in (text, vision)}
     if len(acts) > 1 or not acts <= set(ACTIVATIONS):
         foreign = f"its activation is {' and '.join(sorted(acts))}, and IRRA's are {' or '.join(ACTIVATIONS)}"
-    epsilons = {part.get("layer_norm_eps", 1e-5) for part in (text, vision)} - {1e-5}
-    if epsilons:
+    if epsilons := {part.get("layer_norm_eps", 1e-5) for part in (text, vision)} - {1e-5}:
         foreign = f"its norms have an eps of {epsilons.pop()}, not CLIP's 1e-05"
-    foreign = _other_vocabulary(text) or foreign
     width, words = vision.get("hidden_size", 768), text.get("hidden_size", 512)
-    facts = {
-        "activation": acts.pop(),
-        "vision_head_width": _width_of(width, vision.get("num_attention_heads", 12)),
-        "transformer_head_width": _width_of(words, text.get("num_attention_heads", 8)),
-    }
     sizes = {
         "embed_dim": said.get("projection_dim", 512),
         "vision_width": width,
         "transformer_width": words,
+        "activation": acts.pop(),
+        "vision_head_width": _width_of(width, vision.get("num_attention_heads", 12)),
+        "transformer_head_width": _width_of(words, text.get("num_attention_heads", 8)),
     }
-    side = vision.get("image_size", 224)
-    image = ((side, side) if isinstance(side, int) else tuple(side), vision.get("patch_size", 32))
-    return Config(facts, sizes, image, foreign)
+    image = _both(vision.get("image_size", 224)), vision.get("patch_size", 32)
+    return Config(sizes, image, _other_vocabulary(text) or foreign)
 
 
 # ---- this project and its family ----
@@ -181,10 +211,9 @@ def of_export(said):
     word = "quick_gelu" if word == "QuickGELU" else word  # as the first exports say it
     if word not in ACTIVATIONS:
         raise ValueError(f"activation {word}")
-    facts = {"activation": word}
-    facts |= {name: own.get(name, 64) for name in ("vision_head_width", "transformer_head_width")}
     sizes = {name: own[name] for name in ("embed_dim", "vision_width", "transformer_width")}
-    return Config(facts, sizes, (tuple(said["image"]["size"]), own["stride_size"]))
+    sizes |= {name: own.get(name, 64) for name in ("vision_head_width", "transformer_head_width")}
+    return Config({**sizes, "activation": word}, (tuple(said["image"]["size"]), own["stride_size"]))
 
 
 def of_run(said):
@@ -193,7 +222,7 @@ def of_run(said):
     if isinstance(said.get("img_size"), list) and isinstance(said.get("stride_size"), int):
         image = tuple(said["img_size"]), said["stride_size"]
     word = said.get("activation")
-    return Config({"activation": word} if word in ACTIVATIONS else {}, {}, image)
+    return Config({"activation": word} if word in ACTIVATIONS else {}, image)
 
 
 CONFIGS = {

@@ -27,15 +27,13 @@ def read_file(path):
     path = Path(path)
     if not path.is_file():
         raise InputError(f"no file of weights at {path}")
-    if path.suffix != ".json" and not _is_safetensors(path):
-        refuse_other_files(path)
     if shard := re.search(r"-(\d{5})-of-(\d{5})\.", path.name):
         raise InputError(
             f"{path} is one of {int(shard[2])} files of a model: give the folder, or the index.json in it"
         )
     try:
         if path.suffix == ".json":
-            return {key: value for shard in shards(path) for key, value in _read(path.parent / shard).items()}
+            return {key: value for shard in _present(path) for key, value in _read(shard).items()}
         return _read(path)
     except InputError:
         raise
@@ -46,7 +44,10 @@ def read_file(path):
 
 
 def _read(path):
-    if path.suffix == ".safetensors" or _is_safetensors(path):
+    safetensors = _is_safetensors(path)
+    if not safetensors:
+        refuse_other_files(path)
+    if safetensors or path.suffix == ".safetensors":
         from safetensors.torch import load_file
 
         return load_file(path)
@@ -88,13 +89,15 @@ def shards(index):
     return files
 
 
-def check_shards(index):
-    missing = [name for name in shards(index) if not (Path(index).parent / name).is_file()]
+def _present(index):
+    """Paths of the files that an index.json lists."""
+    names = shards(index)
+    missing = [name for name in names if not (index.parent / name).is_file()]
     if missing:
         raise InputError(
-            f"{index} lists files that are not beside it ({', '.join(missing[:3])}"
-            f"{', …' if len(missing) > 3 else ''}): an index alone holds no weights"
+            f"{index} lists files that are not beside it ({_named(missing)}): an index alone holds no weights"
         )
+    return [index.parent / name for name in names]
 
 
 PREFIXES = ("model.", "clip.", "clip_model.")  # of models that hold a CLIP
@@ -112,11 +115,8 @@ def named_tensors(tree, path):
     tensors = {key: value for key, value in plain_names(tree).items() if isinstance(value, torch.Tensor)}
     if tree and not tensors:
         raise InputError(f"{path} is not a state dict of CLIP: it holds no named tensors, but {_named(tree)}")
-    while tensors:
-        prefix = next((p for p in PREFIXES if all(key.startswith(p) for key in tensors)), None)
-        if prefix is None:
-            break
-        tensors = {key[len(prefix) :]: value for key, value in tensors.items()}
+    while prefix := next((p for p in PREFIXES if tensors and all(k.startswith(p) for k in tensors)), None):
+        tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
     return tensors
 
 
@@ -136,38 +136,35 @@ def of_one_model(tensors, path):
 
 
 def _named(names):
-    names = list(names)
-    return ", ".join(map(str, names[:5])) + (", …" if len(names) > 5 else "")
+    first = ", ".join(map(str, [*names][:5]))
+    return first + (", …" if len(names) > 5 else "")
 
 
 # ---- TorchScript archives ----
 
 
+STORAGES = {  # types of storages that a pickle names
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "DoubleStorage": torch.float64,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+}
+
+
 class _Inert:
-    """Stands in for every class and function that a pickle names; holds what it is given, does nothing."""
+    """Stands in for every other class and function that a pickle names; keeps its state, does nothing."""
 
     def __init__(self, *args):
-        self.args = args
+        pass
 
     def __setstate__(self, state):
         self.state = state
-
-
-class _Storage:
-    """A storage type that a pickle names, as its dtype."""
-
-    TYPES = {
-        "FloatStorage": torch.float32,
-        "HalfStorage": torch.float16,
-        "BFloat16Storage": torch.bfloat16,
-        "DoubleStorage": torch.float64,
-        "LongStorage": torch.int64,
-        "IntStorage": torch.int32,
-        "ShortStorage": torch.int16,
-        "CharStorage": torch.int8,
-        "ByteStorage": torch.uint8,
-        "BoolStorage": torch.bool,
-    }
 
 
 class _ArchiveUnpickler(pickle.Unpickler):
@@ -180,8 +177,8 @@ class _ArchiveUnpickler(pickle.Unpickler):
             self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
 
     def find_class(self, module, name):
-        if module == "torch" and name in _Storage.TYPES:
-            return _Storage.TYPES[name]
+        if module == "torch" and name in STORAGES:
+            return STORAGES[name]
         if module == "torch._utils" and name == "_rebuild_tensor_v2":
             return _rebuild_tensor
         if module == "collections" and name == "OrderedDict":

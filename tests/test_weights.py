@@ -326,9 +326,11 @@ def test_the_weights_are_found_in_what_trainings_wrap_them_in(name, zipped, tmp_
     compare(path, model, TALL)
 
 
-def test_what_lies_beside_the_weights_and_is_left_out_is_named(tmp_path):
+def test_what_lies_beside_the_weights_and_is_left_out_is_named(tmp_path, caplog):
     put({**under("clip_model.")(weights_of(reference())), "adapter.weight": IDS}, tmp_path / "clip.pth")
-    assert read_start(tmp_path / "clip.pth").notes[0].endswith("; left out beside it: adapter")
+    with caplog.at_level("INFO"):
+        read_start(tmp_path / "clip.pth")
+    assert caplog.messages[0].endswith("; left out: logit_scale; left out beside it: adapter")
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -424,28 +426,22 @@ def test_a_config_of_other_weights_beside_a_file_counts_nothing(tmp_path, caplog
     assert "open_clip_config.json beside it is of another model" in caplog.text
 
 
+def head_widths(path, vision_width):
+    """What is found of a wide model's facts where nothing lies beside its file."""
+    wide = {"vision_width": vision_width, "vision_patch_size": 14}
+    return arithmetic(read_start(path).form.facts, wide, "auto", path)
+
+
 def test_a_wide_run_that_says_nothing_has_heads_of_64_as_it_was_trained(tmp_path):
-    wide = {"visual.conv1.weight": torch.zeros(1280, 3, 1, 1), "token_embedding.weight": torch.zeros(9, 1)}
-    start = read_start(trained(wide, tmp_path / "best.pth"))
-    assert (
-        arithmetic(start, {"vision_width": 1280, "vision_patch_size": 14}, "auto")["vision_head_width"] == 64
-    )
+    path = trained({"token_embedding.weight": torch.zeros(9, 1)}, tmp_path / "best.pth")
+    assert head_widths(path, 1280)["vision_head_width"] == 64
 
 
 def test_wide_open_clip_models_have_the_heads_of_their_width(tmp_path):
     """ViT-H's are 80 wide, which its file alone does not say."""
-    wide = {
-        "visual.conv1.weight": torch.zeros(1280, 3, 14, 14),
-        "token_embedding.weight": torch.zeros(49408, 1),
-    }
-    start = read_start(put(wide, tmp_path / "clip.pt"))
-
-    shapes = {"vision_width": 1280, "vision_patch_size": 14}
-    assert arithmetic(start, shapes, "gelu") == {
-        "activation": "gelu",
-        "vision_head_width": 80,
-        "transformer_head_width": 64,
-    }
+    path = put({"token_embedding.weight": torch.zeros(9, 1)}, tmp_path / "clip.pt")
+    found = head_widths(path, 1280)
+    assert (found["vision_head_width"], found["transformer_head_width"]) == (80, 64)
 
 
 # ---- positions ----
