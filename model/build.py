@@ -9,8 +9,9 @@ from model import objectives
 from model.clip_model import CLIP, Transformer
 from model.clip_resnet import ModifiedResNet
 from model.irra import GIVEN, IRRA, PARTS, LossValues
-from model.pretrained import OPENAIS, architecture, image_grid, load_start, new_clip
+from model.pretrained import architecture, image_grid, load_start, new_clip
 from model.weights import read_facts
+from model.weights_config import OPENAIS
 from utils.checkpoint import load_weights
 from utils.errors import InputError, first_line
 from utils.losses import LOSSES, names_of
@@ -50,7 +51,6 @@ def new_model(args, num_classes):
         args.activation,
         args.position_grid,
     )
-    check(args, **facts_of(clip))
     model = _with_heads(args, clip, names_of(args), num_classes, args.cmt_depth, args.learn_temperature)
     if args.keep_heads:
         keep_heads(model, heads, args.pretrain_choice)
@@ -87,7 +87,7 @@ def build_trained_model(args, weights, source, facts=None):
     encoders = {
         key[len("base_model.") :]: value for key, value in weights.items() if key.startswith("base_model.")
     }
-    sizes = architecture(encoders, source, {**OPENAIS, **read_facts(facts, source)})
+    sizes = {**architecture(encoders, source), **read_facts(facts, source)}
     rows, columns = image_grid(sizes, args.img_size, args.stride_size)
     if 1 + rows * columns != sizes["vision_positions"]:
         raise InputError(
@@ -95,40 +95,40 @@ def build_trained_model(args, weights, source, facts=None):
             f"(img_size {args.img_size[0]} {args.img_size[1]}, stride_size {args.stride_size})"
         )
     begun = {key.split(".")[0] for key in weights}  # a head of which a key is missing is still one
-    if foreign := sorted(begun - IRRA.parts.keys()):
-        raise InputError(f"{source} needs layers that this code lacks: {', '.join(foreign[:5])}")
-    lacking = {part: row for part, row in PARTS.items() if row.encodes and row.loss in names_of(args)}
-    if lacking := {part: row.loss for part, row in lacking.items() if part not in begun}:
-        loss = next(iter(lacking.values()))
-        asked = " ".join(f"--{switch}" for switch in LOSSES[loss].switches) or f"--loss_names {loss}"
-        raise InputError(
-            f"{source} holds no {', '.join(lacking)}, which the options ask for ({asked}): another run's?"
-        )
-    heads = [
-        name for name in LOSSES if any(part in begun and row.loss == name for part, row in PARTS.items())
-    ]
-    of_persons = [weights[key] for key in weights if PARTS[key.split(".")[0]].of_persons]
-    num_classes = max(map(len, of_persons), default=0)
-    depth = (
-        len({key.split(".")[2] for key in weights if key.startswith("cross_modal_transformer.")})
-        or args.cmt_depth
+    check_parts(begun, args, source)
+    with_heads, there = {row.loss for row in PARTS.values()}, {PARTS[part].loss for part in begun}
+    loss_names = [name for name in names_of(args) if name not in with_heads]
+    loss_names += [name for name in LOSSES if name in there]
+    of_persons = [len(value) for key, value in weights.items() if PARTS[key.split(".")[0]].of_persons]
+    blocks = {key.split(".")[2] for key in weights if key.startswith("cross_modal_transformer.")}
+    model = _with_heads(
+        args,
+        new_clip(sizes, args.img_size, args.stride_size, source),
+        loss_names,
+        num_classes=max(of_persons, default=0),
+        cmt_depth=len(blocks) or args.cmt_depth,
+        learn_temperature="logit_scale_log" in begun,
     )
-    with_heads = {row.loss for row in PARTS.values()}
-    plain = [name for name in names_of(args) if name not in with_heads]
-    clip = new_clip(sizes, args.img_size, args.stride_size, source)
-    check(args, **facts_of(clip))
-    model = _with_heads(args, clip, plain + heads, num_classes, depth, "logit_scale_log" in begun)
     load_weights(model, weights, source)
     return on_device(model, resolve(args))
 
 
-def facts_of(clip):
-    """What the rules about options ask of the weights, whatever their file is called."""
-    resnet = isinstance(clip.visual, ModifiedResNet)
-    return {"resnet": resnet, "context_length": len(clip.positional_embedding)}
+def check_parts(begun, args, source):
+    """InputError where a checkpoint has parts that no IRRA has, or lacks one that its features need."""
+    if foreign := sorted(begun - PARTS.keys()):
+        raise InputError(f"{source} needs layers that this code lacks: {', '.join(foreign[:5])}")
+    needed = [part for part, row in PARTS.items() if row.encodes and row.loss in names_of(args)]
+    if lacking := [part for part in needed if part not in begun]:
+        loss = PARTS[lacking[0]].loss
+        asked = " ".join(f"--{switch}" for switch in LOSSES[loss].switches) or f"--loss_names {loss}"
+        raise InputError(
+            f"{source} holds no {', '.join(lacking)}, which the options ask for ({asked}): another run's?"
+        )
 
 
 def _with_heads(args, clip, loss_names, num_classes, cmt_depth, learn_temperature):
+    resnet = isinstance(clip.visual, ModifiedResNet)  # whatever the weights' file is called
+    check(args, resnet=resnet, context_length=len(clip.positional_embedding))
     for name in loss_names:
         objectives.check(name, GIVEN, vars(args))
     values = LossValues(
