@@ -55,21 +55,18 @@ class _QuickGELU(torch.autograd.Function):
 ACTIVATIONS = {"quick_gelu": QuickGELU, "gelu": nn.GELU}  # OpenAI's; that of most others
 
 
-def attend(attn, query, key, value, causal=False):
+def attend(attn, query, tokens, causal=False):
     """What `attn` (an nn.MultiheadAttention, which holds the weights) computes, by the fused kernel.
 
-    query: (B, Q, D). key, value: (B, K, D). causal: query i sees keys 0…i. Returns (B, Q, D).
+    query: (B, Q, D). tokens: (B, K, D), keys and values. causal: query i sees tokens 0…i. Returns (B, Q, D).
     """
     B, Q, D = query.shape
-    wq, wk, wv = attn.in_proj_weight.chunk(3)
-    bq, bk, bv = attn.in_proj_bias.chunk(3)
-    if query is key and key is value:
-        q, k, v = F.linear(query, attn.in_proj_weight, attn.in_proj_bias).chunk(3, dim=-1)
-    elif key is value:
-        q = F.linear(query, wq, bq)
-        k, v = F.linear(key, attn.in_proj_weight[D:], attn.in_proj_bias[D:]).chunk(2, dim=-1)
+    weight, bias = attn.in_proj_weight, attn.in_proj_bias
+    if query is tokens:
+        q, k, v = F.linear(query, weight, bias).chunk(3, dim=-1)
     else:
-        q, k, v = F.linear(query, wq, bq), F.linear(key, wk, bk), F.linear(value, wv, bv)
+        q = F.linear(query, weight[:D], bias[:D])
+        k, v = F.linear(tokens, weight[D:], bias[D:]).chunk(2, dim=-1)
     q, k, v = (x.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for x in (q, k, v))
     x = F.scaled_dot_product_attention(q, k, v, is_causal=causal)  # (B, heads, Q, D / heads)
     return attn.out_proj(x.transpose(1, 2).reshape(B, Q, D))
@@ -122,9 +119,9 @@ class ResidualAttentionBlock(nn.Module):
             among = torch.cat([torch.zeros_like(among[:, :1]), among], dim=1)  # (B, 1 + most)
             row, pick = row.gather(1, among), functools.partial(take, among)
         if pick is None:
-            x = x + attend(self.attn, normed, normed, normed, self.causal)
+            x = x + attend(self.attn, normed, normed, self.causal)
         else:
-            x = pick(x) + attend(self.attn, pick(normed), normed, normed)
+            x = pick(x) + attend(self.attn, pick(normed), normed)
         x = x + self.mlp(self.ln_2(x))
         return x if at is None else (x, row)
 
@@ -136,6 +133,15 @@ class Transformer(nn.Module):
             *(ResidualAttentionBlock(width, heads, causal, activation) for _ in range(layers))
         )
         self.checkpointing = False  # --grad_checkpointing: keep a block's input only, compute the rest again
+
+    def initialise(self, width):
+        """CLIP's own, of the text encoder and of IRRA's interaction encoder."""
+        std, out_std = width**-0.5, width**-0.5 * (2 * len(self.resblocks)) ** -0.5
+        for block in self.resblocks:
+            nn.init.normal_(block.attn.in_proj_weight, std=std)
+            nn.init.normal_(block.attn.out_proj.weight, std=out_std)
+            nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
+            nn.init.normal_(block.mlp.c_proj.weight, std=out_std)
 
     def forward(self, x, pick=None, at=None, most=None, skip=0):
         """pick, at, most: see ResidualAttentionBlock; they act in the last block. skip: how many blocks are
@@ -206,16 +212,9 @@ class CLIP(nn.Module):
         self.transformer = Transformer(width, layers, heads, causal=True, activation=activation)
         self.token_embedding = nn.Embedding(vocab_size, width)
         self.ln_final = LayerNorm(width)
-        self._initialise(width, layers)
-
-    def _initialise(self, width, layers):
-        """CLIP's own initialisation, for training from random weights; a checkpoint overwrites it."""
+        # CLIP's own start, for training from random weights; a checkpoint overwrites it
         nn.init.normal_(self.token_embedding.weight, std=0.02)
-        for block in self.transformer.resblocks:
-            nn.init.normal_(block.attn.in_proj_weight, std=width**-0.5)
-            nn.init.normal_(block.attn.out_proj.weight, std=width**-0.5 * (2 * layers) ** -0.5)
-            nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
-            nn.init.normal_(block.mlp.c_proj.weight, std=width**-0.5 * (2 * layers) ** -0.5)
+        self.transformer.initialise(width)
 
     @property
     def dtype(self):

@@ -21,6 +21,7 @@ class Bottleneck(nn.Module):
         self.avgpool = nn.AvgPool2d(stride) if stride > 1 else nn.Identity()
         self.conv3 = nn.Conv2d(planes, outplanes, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(outplanes)
+        nn.init.zeros_(self.bn3.weight)  # CLIP's: a block starts as the identity
         self.downsample = None
         if stride > 1 or inplanes != outplanes:
             self.downsample = nn.Sequential(  # names "-1", "0", "1" are CLIP's
@@ -83,9 +84,6 @@ class ModifiedResNet(nn.Module):
             modules += [Bottleneck(inplanes, planes) for _ in range(1, blocks)]
             setattr(self, f"layer{stage + 1}", nn.Sequential(*modules))
         self.attnpool = AttentionPool2d(grid, inplanes, heads, output_dim)
-        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            for block in stage:
-                nn.init.zeros_(block.bn3.weight)  # CLIP's: a block starts as the identity
 
     def forward(self, images, class_only=False):
         """images: (B, 3, H, W), normalised. Returns one pooled vector (B, D), whatever class_only says."""

@@ -105,9 +105,7 @@ class IRRA(nn.Module):
         initialise_heads(self, D, cmt_depth)
         if "simclr" in self.loss_names:
             self.simclr_mlp = nn.Sequential(nn.Linear(D, 128), nn.ReLU(), nn.Linear(128, D))
-        self.uses_views = any(LOSSES[name].views for name in self.loss_names)
         self.selects = "tse" in self.loss_names
-        self.compares_second = "second" in self.loss_names
         if self.selects:
             self.visul_emb_layer = SelectedPatches(D, **(selection or {}))
             self.texual_emb_layer = SelectedWords(D, **(selection or {}))
@@ -211,9 +209,8 @@ class IRRA(nn.Module):
             if self.uses_tokens:
                 found["image_patches"] = at_least_fp32(image_tokens[:, 1:])
                 found["text_tokens"] = at_least_fp32(text_tokens)
-            if second and self.compares_second:
-                found.update(self.second_features(batch))
             if second:
+                found.update(self.second_features(batch))
                 found.update(self.features_of_views(batch))
             masked = None
             if words:
@@ -223,6 +220,8 @@ class IRRA(nn.Module):
 
     def second_features(self, batch):
         """What the losses compare of a planned batch's second captions: {name: (B, …)}."""
+        if "second" not in self.loss_names:
+            return {}
         ids = batch.second_caption_ids
         if not (self.selects and self.texual_emb_layer.norm == "train"):  # see `features`
             ids = ids[:, : batch.second_length]
@@ -234,7 +233,7 @@ class IRRA(nn.Module):
     def features_of_views(self, batch):
         """What the losses compare of a batch's other views of its images: {name: (B, …)}."""
         found = {}
-        if self.uses_views and batch.second_images is not None:
+        if batch.second_images is not None and any(LOSSES[name].views for name in self.loss_names):
             found["view_features"] = self.image_side(batch.second_images)[0]
         if "simclr" in self.loss_names:
             features = self.image_side(batch.strong_images.flatten(0, 1))[0]  # (2B, D)
@@ -276,7 +275,7 @@ class IRRA(nn.Module):
         Padding takes part as in the published code; there is no residual around the cross attention.
         """
         image = self.ln_pre_i(image)
-        x = attend(self.cross_attn, self.ln_pre_t(text), image, image)
+        x = attend(self.cross_attn, self.ln_pre_t(text), image)
         return self.ln_post(self.cross_modal_transformer(x, pick))
 
     # ---- training ----
@@ -402,17 +401,13 @@ def accuracy(logits, labels):
 @torch.no_grad()
 def initialise_heads(model, D, cmt_depth):
     """The new layers' starting weights; what is not named here keeps PyTorch's."""
-    std, out_std, fc_std = D**-0.5, D**-0.5 * (2 * cmt_depth) ** -0.5, (2 * D) ** -0.5
     if "id" in model.loss_names:
         nn.init.normal_(model.classifier.weight, std=0.001)
         nn.init.zeros_(model.classifier.bias)
     if "mlm" in model.loss_names:
-        nn.init.normal_(model.cross_attn.in_proj_weight, std=std)
+        out_std = D**-0.5 * (2 * cmt_depth) ** -0.5
+        nn.init.normal_(model.cross_attn.in_proj_weight, std=D**-0.5)
         nn.init.normal_(model.cross_attn.out_proj.weight, std=out_std)
-        for block in model.cross_modal_transformer.resblocks:
-            nn.init.normal_(block.attn.in_proj_weight, std=std)
-            nn.init.normal_(block.attn.out_proj.weight, std=out_std)
-            nn.init.normal_(block.mlp.c_fc.weight, std=fc_std)
-            nn.init.normal_(block.mlp.c_proj.weight, std=out_std)
-        nn.init.normal_(model.mlm_head.dense.weight, std=fc_std)
+        model.cross_modal_transformer.initialise(D)
+        nn.init.normal_(model.mlm_head.dense.weight, std=(2 * D) ** -0.5)
         nn.init.normal_(model.mlm_head.fc.weight, std=out_std)

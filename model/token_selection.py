@@ -86,7 +86,7 @@ class SelectedPatches(TokenSelection):
 
     def forward(self, tokens, attention, k):
         """tokens: (B, 1 + N, D), the class token first. attention: (B, 1 + N), of that. k: of the N."""
-        weights = attention.index_fill(1, torch.zeros(1, dtype=torch.long, device=attention.device), -1)
+        weights = F.pad(attention[:, 1:], (1, 0), value=-1)
         return self.embed(tokens, weights, torch.full((len(tokens),), k, device=tokens.device), k)
 
 
@@ -103,7 +103,7 @@ class SelectedWords(TokenSelection):
         eot = ids.argmax(dim=1, keepdim=True)
         words = ((ids != 0).sum(dim=1) - 2).clamp(max=k)  # (B,)
         weights = torch.where(ids != 0, attention, 0)  # with a 0 the rest fills up
-        weights = weights.index_fill(1, torch.zeros(1, dtype=torch.long, device=ids.device), -1)
+        weights = F.pad(weights[:, 1:], (1, 0), value=-1)
         ends = torch.where(words > 0, -1.0, 2.0).to(weights.dtype)[:, None]
         weights = weights.scatter(1, eot, ends)
         return self.embed(tokens, weights, words.clamp(min=1), k)
