@@ -14,20 +14,15 @@ import pytest
 import torch
 from torch import nn
 
-from model import build_model, pretrained
+from model import build_model
 from model.fetch import CHECKPOINTS, download
 from model.pretrained import load_clip, resize_positions
 from model.weights_file import named_tensors, read_file
 from tests.recipe import POCKET, clip_weights, tiny_args
 from utils.errors import InputError
-from utils.options import CLIP_MODELS
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:`torch.jit:FutureWarning"
-)  # OpenAI's archives are of that kind
-
-TABLE = {"RN50": "RN50", "RN101": "RN101", "RN50x4": "RN50x4", "RN50x16": "RN50x16", "RN50x64": "RN50x64"}
-TABLE |= {"ViT-B/32": "ViT-B-32", "ViT-B/16": "ViT-B-16", "ViT-L/14": "ViT-L-14"}
+# OpenAI's archives are of that kind
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
 
 
 def read_weights(path):
@@ -229,22 +224,9 @@ def test_a_misshapen_weight_is_named_with_both_shapes(weights, tmp_path):
         load_clip(str(tmp_path / "clip.pt"), (32, 32), 16)
 
 
-def test_a_weight_with_too_few_dimensions_is_named(weights, tmp_path):
-    torch.save({**weights, "text_projection": torch.zeros(64)}, tmp_path / "clip.pt")
-    with pytest.raises(InputError, match="text_projection"):
-        load_clip(str(tmp_path / "clip.pt"), (32, 32), 16)
-
-
 @pytest.mark.parametrize("sizes", [dict(vision_width=32), dict(text_width=32)], ids=str)
 def test_a_width_that_heads_of_64_do_not_divide_is_refused(sizes, tmp_path):
     torch.save(clip_weights(**{**POCKET, **sizes}), tmp_path / "clip.pt")
-    with pytest.raises(InputError, match="clip.pt"):
-        load_clip(str(tmp_path / "clip.pt"), (32, 32), 16)
-
-
-def test_another_vocabulary_than_clips_is_refused(weights, tmp_path):
-    other = {**weights, "token_embedding.weight": weights["token_embedding.weight"][:32000]}
-    torch.save(other, tmp_path / "clip.pt")
     with pytest.raises(InputError, match="clip.pt"):
         load_clip(str(tmp_path / "clip.pt"), (32, 32), 16)
 
@@ -275,9 +257,8 @@ def test_positions_of_another_grid_than_a_square():
     four = torch.tensor([[9.0], [0.0], [1.0], [2.0], [3.0]])
     assert resize_positions(four, (4, 1), stored=(4, 1)) is four
     assert resize_positions(four, (2, 1), stored=(4, 1)).flatten().tolist() == [9, 0.5, 2.5]
-    assert (
-        resize_positions(four, (2, 2), stored=(7, 7)) is four
-    )  # a header that cannot be true counts nothing
+    # a header that cannot be true counts nothing
+    assert resize_positions(four, (2, 2), stored=(7, 7)) is four
 
 
 def test_a_files_header_says_of_which_grid_its_positions_are(weights, tmp_path):
@@ -296,13 +277,11 @@ def test_a_files_header_says_of_which_grid_its_positions_are(weights, tmp_path):
 # ---- what --pretrain_choice names ----
 
 
-@pytest.mark.parametrize("name", CHECKPOINTS)
-def test_addresses_and_checksums_are_those_of_open_clips_table(name):
-    assert CHECKPOINTS[name] == open_clip.get_pretrained_url(TABLE[name], "openai")
-
-
-def test_the_command_line_knows_the_same_models():
-    assert set(CHECKPOINTS) == set(CLIP_MODELS) == set(TABLE)
+def test_names_addresses_and_checksums_are_those_of_open_clips_table():
+    names = {"ViT-B/32": "ViT-B-32", "ViT-B/16": "ViT-B-16", "ViT-L/14": "ViT-L-14"}
+    names |= {name: name for name in ("RN50", "RN101", "RN50x4", "RN50x16", "RN50x64")}
+    theirs = {ours: open_clip.get_pretrained_url(name, "openai") for ours, name in names.items()}
+    assert CHECKPOINTS == theirs
 
 
 def test_an_unknown_choice_lists_the_known_ones():
@@ -431,7 +410,7 @@ def test_a_cache_that_cannot_be_written_is_reported(handler, tmp_path):
 
 
 def test_random_weights_take_the_sizes_given():
-    clip = pretrained.load_clip("random", (64, 32), 16, dict(vision_width=64, vision_layers=2, embed_dim=128))
+    clip = load_clip("random", (64, 32), 16, dict(vision_width=64, vision_layers=2, embed_dim=128))
     weights = clip.state_dict()
     assert weights["visual.proj"].shape == (64, 128)
     assert weights["visual.positional_embedding"].shape == (1 + 4 * 2, 64)

@@ -1,4 +1,8 @@
-"""Every form of CLIP weights gives the features of the library that wrote it; others are refused by name."""
+"""Every form of CLIP weights gives the features of the library that wrote it; others are refused by name.
+
+open_clip's models are another implementation of the same ones: with the same random weights they have to give
+the same features as ours.
+"""
 
 import json
 import pickle
@@ -16,7 +20,7 @@ import torch
 from easydict import EasyDict
 from safetensors.torch import save_file
 
-from model.irra import at_eot
+from model.irra import at_eot, pooled
 from model.pretrained import arithmetic, known_grids, load_clip, resize_positions
 from model.weights import FAMILIES, FORMS, read_start
 from tests.recipe import off, pixels
@@ -34,23 +38,25 @@ for row, length in enumerate((1, 11, 75)):
 # ---- a small model of open_clip's ----
 
 
-def sizes(img_size=SQUARE, gelu=False, head=64, context=77):
+def sizes(img_size=SQUARE, gelu=False, head=64, context=77, resnet=False):
     """An open_clip model_cfg."""
     vision = dict(image_size=list(img_size), layers=2, width=128, head_width=head, patch_size=16)
+    if resnet:
+        vision = dict(image_size=64, layers=[1, 2, 1, 1], width=16, head_width=64, patch_size=None)
     text = dict(context_length=context, vocab_size=49408, width=64, heads=64 // head, layers=2)
     return dict(embed_dim=64, quick_gelu=not gelu, vision_cfg=vision, text_cfg=text)
 
 
 def reference(**options):
-    """open_clip's model of these sizes; no parameter is at its starting value."""
+    """open_clip's model of these sizes; no parameter or running statistic is at its starting value."""
     cfg = sizes(**options)
     torch.manual_seed(0)
     model = open_clip.model.CLIP(cfg["embed_dim"], cfg["vision_cfg"], cfg["text_cfg"], cfg["quick_gelu"])
     with torch.no_grad():
         for name, value in model.state_dict().items():
-            if name.endswith("bias"):
+            if name.endswith(("bias", "running_mean")):
                 value.normal_(std=0.1)
-            elif value.ndim == 1 and name.endswith("weight"):
+            elif name.endswith("running_var") or (value.ndim == 1 and name.endswith("weight")):
                 value.uniform_(0.5, 1.5)
     return model.eval()
 
@@ -179,99 +185,47 @@ def training(weights, path):
     return put({"epoch": 3, "name": "run", "state_dict": state, "optimizer": {"state": {}}}, path)
 
 
-BIN = "open_clip_pytorch_model.bin"
+def tbps_clip(weights, path):
+    model = {key.replace("text.", "encode_text."): value for key, value in text_tower(weights).items()}
+    return put({"model": model, "config": EasyDict(experiment=EasyDict(ss=True))}, path)
+
+
+ST, BIN = "open_clip_model.safetensors", "open_clip_pytorch_model.bin"
+INDEX = "model.safetensors.index.json"
+BIAS = {"logit_bias": torch.zeros(())}
 RDE = {"visul_emb_layer.fc.weight": torch.zeros(2, 2), "texual_emb_layer.linear.bias": torch.zeros(2)}
-OPENAI, CLIPMODEL, RUN = "OpenAI's names", "transformers' CLIPModel", "a person retrieval training"
-ROWS = {  # form, the model's options, how its file is written into a folder, what load_clip is told besides
-    "OpenAI's archive": ("OpenAI's archive", {}, lambda w, f: archive(w, f / "ViT.pt"), {}),
-    "a state dict": (OPENAI, {}, lambda w, f: put(w, f / "clip.pt"), {}),
-    "a state dict with --activation": (
-        OPENAI,
-        {"gelu": True},
-        lambda w, f: put(w, f / "a.pt"),
-        {"activation": "gelu"},
-    ),
-    "safetensors by another name": (
-        OPENAI,
-        {},
-        lambda w, f: put(w, f / "a.safetensors").rename(f / "clip.pt"),
-        {},
-    ),
-    "open_clip's folder": (OPENAI, {}, lambda w, f: with_config(w, f, "open_clip_model.safetensors"), {}),
-    "open_clip's folder, GELU": (
-        OPENAI,
-        {"gelu": True},
-        lambda w, f: with_config(w, f, "open_clip_model.safetensors", gelu=True),
-        {},
-    ),
-    "open_clip's file, GELU": (
-        OPENAI,
-        {"gelu": True},
-        lambda w, f: with_config(w, f, BIN, gelu=True) / BIN,
-        {},
-    ),
-    "open_clip's, heads of 32": (
-        OPENAI,
-        {"head": 32},
-        lambda w, f: with_config(w, f, "open_clip_model.safetensors", head=32),
-        {},
-    ),
-    "open_clip's training": (OPENAI, {}, lambda w, f: training(w, f / "epoch_3.pt"), {}),
-    "open_clip's text tower": (
-        "open_clip's, a text tower",
-        {},
-        lambda w, f: put(text_tower(w), f / "clip.pt"),
-        {},
-    ),
+OPENAI, TOWER = "OpenAI's names", "open_clip's, a text tower"
+CLIPMODEL, RUN = "transformers' CLIPModel", "a person retrieval training"
+GELU, RESNET, OF_RUN = {"gelu": True}, {"resnet": True}, {"img_size": TALL}
+ROWS = {  # form, the model's options, how its file is written into a folder
+    "OpenAI's archive": ("OpenAI's archive", {}, lambda w, f: archive(w, f / "ViT.pt")),
+    "a state dict": (OPENAI, {}, lambda w, f: put(w, f / "clip.pt")),
+    "safetensors by another name": (OPENAI, {}, lambda w, f: put(w, f / "a.safetensors").rename(f / "a.pt")),
+    "open_clip's folder": (OPENAI, {}, lambda w, f: with_config(w, f, ST)),
+    "open_clip's folder, GELU": (OPENAI, GELU, lambda w, f: with_config(w, f, ST, gelu=True)),
+    "open_clip's file, GELU": (OPENAI, GELU, lambda w, f: with_config(w, f, BIN, gelu=True) / BIN),
+    "open_clip's, heads of 32": (OPENAI, {"head": 32}, lambda w, f: with_config(w, f, ST, head=32)),
+    "open_clip's ResNet": (OPENAI, RESNET, lambda w, f: put(w, f / "clip.safetensors")),
+    "open_clip's folder of a ResNet": (OPENAI, RESNET, lambda w, f: with_config(w, f, ST, resnet=True)),
+    "open_clip's training": (OPENAI, {}, lambda w, f: training(w, f / "epoch_3.pt")),
+    "open_clip's text tower": (TOWER, {}, lambda w, f: put(text_tower(w), f / "clip.pt")),
     "open_clip's with a bias of its logits": (
         OPENAI,
         {},
-        lambda w, f: put({**w, "logit_bias": torch.zeros(())}, f / "clip.safetensors"),
-        {},
+        lambda w, f: put({**w, **BIAS}, f / "a.safetensors"),
     ),
-    "transformers' folder": (CLIPMODEL, {}, transformers_folder, {}),
-    "transformers' folder, GELU": (
-        CLIPMODEL,
-        {"gelu": True},
-        lambda w, f: transformers_folder(w, f, gelu=True),
-        {},
-    ),
-    "transformers', heads of 32": (
-        CLIPMODEL,
-        {"head": 32},
-        lambda w, f: transformers_folder(w, f, head=32),
-        {},
-    ),
-    "transformers' in three files": (CLIPMODEL, {}, lambda w, f: transformers_folder(w, f, files=3), {}),
-    "transformers', an index": (
-        CLIPMODEL,
-        {},
-        lambda w, f: transformers_folder(w, f, files=2) / "model.safetensors.index.json",
-        {},
-    ),
-    "transformers', old": (CLIPMODEL, {}, old_transformers, {}),
-    "IRRA's": (RUN, {"img_size": TALL}, lambda w, f: trained(w, f / "best.pth"), {}),
-    "IRRA's, a folder": (RUN, {"img_size": TALL}, lambda w, f: trained(w, f / "best.pth").parent, {}),
-    "NAM's, FMFA's": (
-        RUN,
-        {"img_size": TALL},
-        lambda w, f: trained(w, f / "best0.pth", "module.base_model."),
-        {},
-    ),
-    "RDE's, ICL's": (RUN, {"img_size": TALL}, lambda w, f: trained(w, f / "best.pth", **RDE), {}),
-    "TBPS-CLIP's": (
-        "TBPS-CLIP",
-        {"img_size": SQUARE},
-        lambda w, f: put(
-            {
-                "model": {k.replace("text.", "encode_text."): v for k, v in text_tower(w).items()},
-                "config": EasyDict(experiment=EasyDict(ss=True)),
-            },
-            f / "checkpoint_best.pth",
-        ),
-        {},
-    ),
-    "Long-CLIP's": ("Long-CLIP", {"context": 248}, lambda w, f: long_clip(w, f / "longclip-B.pt"), {}),
+    "transformers' folder": (CLIPMODEL, {}, transformers_folder),
+    "transformers' folder, GELU": (CLIPMODEL, GELU, lambda w, f: transformers_folder(w, f, gelu=True)),
+    "transformers', heads of 32": (CLIPMODEL, {"head": 32}, lambda w, f: transformers_folder(w, f, head=32)),
+    "transformers' in three files": (CLIPMODEL, {}, lambda w, f: transformers_folder(w, f, files=3)),
+    "transformers', an index": (CLIPMODEL, {}, lambda w, f: transformers_folder(w, f, files=2) / INDEX),
+    "transformers', old": (CLIPMODEL, {}, old_transformers),
+    "IRRA's": (RUN, OF_RUN, lambda w, f: trained(w, f / "best.pth")),
+    "IRRA's, a folder": (RUN, OF_RUN, lambda w, f: trained(w, f / "best.pth").parent),
+    "NAM's, FMFA's": (RUN, OF_RUN, lambda w, f: trained(w, f / "best0.pth", "module.base_model.")),
+    "RDE's, ICL's": (RUN, OF_RUN, lambda w, f: trained(w, f / "best.pth", **RDE)),
+    "TBPS-CLIP's": ("TBPS-CLIP", {}, lambda w, f: tbps_clip(w, f / "checkpoint_best.pth")),
+    "Long-CLIP's": ("Long-CLIP", {"context": 248}, lambda w, f: long_clip(w, f / "longclip-B.pt")),
 }
 
 
@@ -279,18 +233,19 @@ ROWS = {  # form, the model's options, how its file is written into a folder, wh
 def compare(choice, model, img_size, ids=IDS, **told):
     clip = load_clip(str(choice), img_size, 16, **told).eval()
     images = pixels(7, (3, 3, *img_size))
-    assert off(clip.encode_image(images)[:, 0], model.encode_image(images)) < TOLERANCE
+    assert off(pooled(clip.encode_image(images)), model.encode_image(images)) < TOLERANCE
     assert off(at_eot(clip.encode_text(ids), ids), model.encode_text(ids)) < TOLERANCE
+    assert {value.dtype for value in clip.parameters()} == {torch.float32}
     return clip
 
 
 @pytest.mark.parametrize("name", ROWS)
 def test_features_are_those_of_the_model_that_the_file_holds(name, tmp_path, caplog):
-    form, options, write, told = ROWS[name]
+    form, options, write = ROWS[name]
     model = reference(**options)
     ids = torch.nn.functional.pad(IDS, (0, options.get("context", 77) - 77))
     with caplog.at_level("INFO"):
-        compare(write(weights_of(model), tmp_path), model, options.get("img_size", SQUARE), ids, **told)
+        compare(write(weights_of(model), tmp_path), model, options.get("img_size", SQUARE), ids)
     assert form in caplog.text
 
 
@@ -355,15 +310,22 @@ def test_every_form_has_a_row():
     assert {form for form, *_ in ROWS.values()} == {form.name.split(" (")[0] for form in FORMS}
 
 
+def test_a_state_dict_in_halves_is_computed_in_fp32(tmp_path):
+    model = reference()
+    weights = {key: value.half() for key, value in weights_of(model).items()}
+    model.load_state_dict(weights)
+    compare(put(weights, tmp_path / "clip.pt"), model, SQUARE)
+
+
 @torch.no_grad()
 def test_the_comparison_would_notice_another_activation_or_other_heads(tmp_path):
     images = pixels(7, (3, 3, *SQUARE))
     expected = reference().encode_image(images)
     path = put(weights_of(reference()), tmp_path / "clip.pt")
-    gelu = load_clip(str(path), SQUARE, 16, activation="gelu").encode_image(images)[:, 0]
-    assert off(gelu, expected) > 100 * TOLERANCE
+    gelu = compare(path, reference(gelu=True), SQUARE, activation="gelu")
+    assert off(gelu.encode_image(images)[:, 0], expected) > 100 * TOLERANCE
+    assert off(gelu.encode_text(IDS), load_clip(str(path), SQUARE, 16).encode_text(IDS)) > 100 * TOLERANCE
     assert off(reference(head=32).encode_image(images), expected) > 100 * TOLERANCE
-    assert off(reference(gelu=True).encode_image(images), gelu) < TOLERANCE
 
 
 # ---- transformers itself ----
@@ -403,7 +365,7 @@ def test_where_nothing_says_the_activation_quickgelu_is_assumed_with_a_warning(t
     assert "QuickGELU is assumed" in caplog.text
     for row in ("OpenAI's archive", "open_clip's folder", "IRRA's", "transformers' folder", "Long-CLIP's"):
         caplog.clear()
-        _, options, write, told = ROWS[row]
+        _, options, write = ROWS[row]
         (tmp_path / row).mkdir()
         path = write(weights_of(reference(**options)), tmp_path / row)
         load_clip(str(path), options.get("img_size", SQUARE), 16)
@@ -550,13 +512,9 @@ def index_alone(path):
     return path
 
 
-def changed(**shapes):
-    def write(path):
-        return put(
-            {**weights_of(reference()), **{k: torch.zeros(v) for k, v in shapes.items()}}, path / "c.pt"
-        )
-
-    return write
+def changed(tensors):
+    """Weights like OpenAI's, but for these."""
+    return lambda path: put({**weights_of(reference()), **tensors}, path / "clip.pt")
 
 
 def no_norm_before(path):
@@ -583,9 +541,7 @@ REFUSED = {  # what is in the sentence, and who writes the file
     "Chinese-CLIP": keys("bert.embeddings.word_embeddings.weight", "visual.conv1.weight"),
     "AltCLIP": keys("text_model.roberta.embeddings.word_embeddings.weight", "vision_model.x"),
     "LayerScale": keys(f"visual.transformer.{LAYER}", "token_embedding.weight"),
-    "LoRA adapters'": lambda path: put(
-        {**weights_of(reference()), "transformer.resblocks.0.attn.q_lora_A": IDS}, path / "clip.pt"
-    ),
+    "LoRA adapters'": changed({"transformer.resblocks.0.attn.q_lora_A": IDS}),
     "LoRA adapters": keys("base_model.model.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight"),
     "an image encoder alone": keys("vision_model.embeddings.class_embedding", "visual_projection.weight"),
     "an image encoder alone'": keys("visual.conv1.weight", "visual.proj"),
@@ -603,10 +559,10 @@ REFUSED = {  # what is in the sentence, and who writes the file
     "a kind of the future": configured(dict(kind="a kind of the future")),
     "another vocabulary": configured(text=dict(vocab_size=32000)),
     "another vocabulary'": configured_transformers({"vocab_size": 901629}),
-    "another vocabulary''": changed(**{"token_embedding.weight": (32000, 64)}),
+    "another vocabulary''": changed({"token_embedding.weight": torch.zeros(32000, 64)}),
     "gelu_new": configured_transformers({"hidden_act": "gelu_new"}),
     "eps of 1e-06": configured_transformers({"layer_norm_eps": 1e-6}),
-    "MLPs are 300 wide": changed(**{"visual.transformer.resblocks.0.mlp.c_fc.weight": (300, 128)}),
+    "MLPs are 300 wide": changed({"visual.transformer.resblocks.0.mlp.c_fc.weight": torch.zeros(300, 128)}),
     "Git LFS pointer": begins(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n"),
     "Git LFS pointer'": begins(b"version https://git-lfs.github.com/spec/v1\n", "clip.safetensors"),
     "web page": begins(b"\n <!DOCTYPE html><html>not found</html>"),
@@ -624,17 +580,13 @@ REFUSED = {  # what is in the sentence, and who writes the file
         path / "clip.pt",
     ),
     "no named tensors, but weights": lambda path: put({"weights": {"layer_0": {"q": IDS}}}, path / "lora.pt"),
-    "NaN": lambda path: put(
-        {**weights_of(reference()), "ln_final.bias": torch.full((64,), torch.nan)}, path / "clip.pt"
-    ),
-    "ln_final.bias is int8": lambda path: put(
-        {**weights_of(reference()), "ln_final.bias": torch.ones(64, dtype=torch.int8)}, path / "clip.pt"
-    ),
+    "NaN": changed({"ln_final.bias": torch.full((64,), torch.nan)}),
+    "ln_final.bias is int8": changed({"ln_final.bias": torch.ones(64, dtype=torch.int8)}),
     "damaged": lambda path: put({"positional_embedding_res": torch.zeros(248, 64)}, path / "long.pt"),
     "damaged'": lambda path: put(
         {**as_transformers(weights_of(reference())), QUERY: torch.zeros(3, 3)}, path / "clip.pt"
     ),
-    "text_projection is [64]": changed(text_projection=(64,)),
+    "text_projection is [64]": changed({"text_projection": torch.zeros(64)}),
     "index alone": index_alone,
     "one of 3 files": lambda path: next(iter(index_alone(path).glob("*-00001-of-*"))),
     "no weight_map": begins(b'{"weight_map": 3}', "model.safetensors.index.json"),
