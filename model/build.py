@@ -8,7 +8,7 @@ from torch import nn
 from model import objectives
 from model.clip_model import CLIP, Transformer
 from model.clip_resnet import ModifiedResNet
-from model.irra import GIVEN, IRRA, PARTS, LossValues
+from model.irra import GIVEN, IRRA, PARTS, Values
 from model.pretrained import architecture, image_grid, load_start, new_clip
 from model.weights import read_facts
 from model.weights_config import OPENAIS
@@ -131,14 +131,16 @@ def _with_heads(args, clip, loss_names, num_classes, cmt_depth, learn_temperatur
     check(args, resnet=resnet, context_length=len(clip.positional_embedding))
     for name in loss_names:
         objectives.check(name, GIVEN, vars(args))
-    values = LossValues(
+    values = Values(
         args.temperature,
         learn_temperature,
-        weights={name: vars(args)[row.weight] for name, row in LOSSES.items() if row.weight},
-        constants={name: vars(args)[name] for row in LOSSES.values() for name in row.options},
+        {name: vars(args)[row.weight] for name, row in LOSSES.items() if row.weight},
+        {name: vars(args)[name] for row in LOSSES.values() for name in row.options},
+        args.select_ratio,
+        args.tse_norm,
+        args.text_length,
     )
-    selection = {"ratio": args.select_ratio, "norm": args.tse_norm, "text_length": args.text_length}
-    return IRRA(clip, loss_names, num_classes, cmt_depth, values, selection)
+    return IRRA(clip, loss_names, num_classes, cmt_depth, values)
 
 
 def on_device(model, settings):

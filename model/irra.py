@@ -57,13 +57,16 @@ GIVEN = (  # what a loss may ask for by the name of an argument; see IRRA.compar
 )
 
 
-class LossValues(NamedTuple):
-    """What losses are computed with, besides features."""
+class Values(NamedTuple):
+    """What of the options goes into a model's arithmetic."""
 
     temperature: float = 0.02  # of cosines
     learn_temperature: bool = False  # that one is where a parameter starts
     weights: Mapping = {}  # {name of a loss: factor}, of those that have one
-    constants: Mapping = {}  # what they ask for by the name of an argument
+    constants: Mapping = {}  # what losses ask for by the name of an argument
+    select_ratio: float = 0.3  # this and the next: see model.token_selection
+    tse_norm: str = "eval"
+    text_length: int = 77
 
 
 class IRRA(nn.Module):
@@ -71,17 +74,15 @@ class IRRA(nn.Module):
 
     parts = PARTS
 
-    def __init__(self, clip, loss_names, num_classes, cmt_depth=4, values=None, selection=None):
-        """clip: a model.clip_model.CLIP. loss_names: of utils.losses; id, mlm and tse bring heads. values: a
-        LossValues. selection: model.token_selection's ratio, norm and text_length, for tse."""
+    def __init__(self, clip, loss_names, num_classes, cmt_depth=4, values=None):
+        """clip: a model.clip_model.CLIP. loss_names: of utils.losses; some bring heads. values: of Values."""
         super().__init__()
-        self.loss_names, values = tuple(loss_names), values or LossValues()
+        self.loss_names, values = tuple(loss_names), values or Values()
         self.loss_weights, self.constants = dict(values.weights), dict(values.constants)
         self.constant_scale = 1 / values.temperature
         start = torch.tensor(math.log(self.constant_scale))
         self.register_parameter("logit_scale_log", nn.Parameter(start) if values.learn_temperature else None)
-        temperature = torch.tensor(1 / self.constant_scale)
-        self.register_buffer("temperature", temperature, persistent=False)  # to report
+        self.register_buffer("temperature", torch.tensor(1 / self.constant_scale), persistent=False)
         self.epochs_done = math.inf  # the loop sets it before each step
         self.autocast_dtype = None  # set by model.build for --precision bf16
         self.compiled = None  # set by compile_encoders, see `encoders`
@@ -96,19 +97,18 @@ class IRRA(nn.Module):
             self.ln_pre_t = LayerNorm(D)
             self.ln_pre_i = LayerNorm(D)
             self.ln_post = LayerNorm(D)
-            vocab_size = clip.token_embedding.num_embeddings
-            self.mlm_head = nn.Sequential(
-                OrderedDict(
-                    dense=nn.Linear(D, D), gelu=QuickGELU(), ln=LayerNorm(D), fc=nn.Linear(D, vocab_size)
-                )
-            )
+            V = clip.token_embedding.num_embeddings
+            head = OrderedDict(dense=nn.Linear(D, D), gelu=QuickGELU(), ln=LayerNorm(D), fc=nn.Linear(D, V))
+            self.mlm_head = nn.Sequential(head)
         initialise_heads(self, D, cmt_depth)
         if "simclr" in self.loss_names:
             self.simclr_mlp = nn.Sequential(nn.Linear(D, 128), nn.ReLU(), nn.Linear(128, D))
         self.selects = "tse" in self.loss_names
         if self.selects:
-            self.visul_emb_layer = SelectedPatches(D, **(selection or {}))
-            self.texual_emb_layer = SelectedWords(D, **(selection or {}))
+            patches = len(clip.visual.positional_embedding) - 1
+            self.visul_emb_layer = SelectedPatches(D, patches, values.select_ratio, values.tse_norm)
+            words = values.text_length - 2
+            self.texual_emb_layer = SelectedWords(D, words, values.select_ratio, values.tse_norm)
             self.width = D + EMBEDDING
 
     @property
@@ -128,7 +128,7 @@ class IRRA(nn.Module):
             return self.image_side(images)[0]
         with self.autocast(images.device):
             feature, *selected = self.image_side(images, attention=True)
-            return side_by_side(feature, self.visul_emb_layer(*selected, self.selected_patches()))
+            return side_by_side(feature, self.visul_emb_layer(*selected))
 
     def encode_text(self, ids):
         """(B, L) token ids to (B, width) fp32, the feature at EOT; see encode_image."""
@@ -158,7 +158,7 @@ class IRRA(nn.Module):
             if not attention:
                 tokens = encode_image(images, class_only=not all_tokens)
                 return pooled(tokens), tokens
-            most = None if all_tokens else self.selected_patches()
+            most = None if all_tokens else self.visul_emb_layer.k
             tokens, row = encode_image(images, class_only=False, attention=True, most=most)
             return pooled(tokens), tokens, row
 
@@ -171,9 +171,6 @@ class IRRA(nn.Module):
             words = self.base_model.encode_text(ids, skip=2)
         patches, words = (F.normalize(at_least_fp32(x), dim=2) for x in (patches, words))
         return (words @ patches.transpose(1, 2)).amax(dim=2)
-
-    def selected_patches(self):
-        return self.visul_emb_layer.number_of(self.base_model.visual)
 
     def text_side(self, ids, attention=False):
         """(B, D) features, and the tokens (B, L, D) that they are read from. With attention also how much
@@ -202,9 +199,7 @@ class IRRA(nn.Module):
             text, text_tokens, *text_row = self.text_side(ids, self.selects)
             found = {"image_features": image, "text_features": text}
             if self.selects:
-                found["image_selected"] = self.visul_emb_layer(
-                    image_tokens, *image_row, self.selected_patches()
-                )
+                found["image_selected"] = self.visul_emb_layer(image_tokens, *image_row)
                 found["text_selected"] = self.texual_emb_layer(text_tokens, *text_row, ids)
             if self.uses_tokens:
                 found["image_patches"] = at_least_fp32(image_tokens[:, 1:])

@@ -31,15 +31,15 @@ class Branch(nn.Module):
 
 
 class TokenSelection(nn.Module):
-    """ratio: fraction of the tokens of an image, or of text_length, that is selected.
+    """number: of the tokens that there are to select from. ratio: the fraction of them that is selected.
 
     norm: "train" normalises over the batch in training, as the published code does today; "eval" goes by the
     running statistics, which then never move, as it did when the paper's table was made.
     """
 
-    def __init__(self, width, ratio=0.3, norm="eval", text_length=77):
+    def __init__(self, width, number, ratio=0.3, norm="eval"):
         super().__init__()
-        self.ratio, self.norm, self.text_length = ratio, norm, text_length
+        self.k, self.norm = max(int(number * ratio), 1), norm
         self.linear = nn.Linear(width, EMBEDDING)
         self.mlp = Branch(width)
         self.train()
@@ -52,42 +52,37 @@ class TokenSelection(nn.Module):
     def residual(self, x):
         return self.linear(x)
 
-    def number_out_of(self, number):
-        return max(int(number * self.ratio), 1)
-
-    def embed(self, tokens, weights, number, k):
+    def embed(self, tokens, weights, counting=None):
         """(B, E), fp32: the maximum over the selected tokens.
 
-        tokens: (B, N, D). weights: (B, N), what they are selected by. number: (B,) how many of the k count;
-        the others only enter the batch's statistics.
+        tokens: (B, N, D). weights: (B, N), what they are selected by. counting: (B,) how many of the k count,
+        if not all; the others only enter the batch's statistics.
         """
+        k = min(self.k, weights.shape[1])
         x = take(weights.topk(k, dim=1).indices, tokens)  # (B, k, D)
         x = x / (x.norm(dim=2, keepdim=True) + 1e-8)
         x = x.to(self.linear.weight.dtype)
         x = at_least_fp32(self.residual(x) + self.mlp(x))  # (B, k, E)
-        counts = torch.arange(k, device=x.device) < number[:, None]
-        return x.masked_fill(~counts[:, :, None], -torch.inf).max(dim=1).values
+        if counting is not None:
+            left_out = torch.arange(k, device=x.device) >= counting[:, None]
+            x = x.masked_fill(left_out[:, :, None], -torch.inf)
+        return x.max(dim=1).values
 
 
 class SelectedPatches(TokenSelection):
     """Of an image; its `linear` is not used."""
 
-    def __init__(self, width, **how):
-        super().__init__(width, **how)
+    def __init__(self, width, *how):
+        super().__init__(width, *how)
         self.fc = nn.Linear(width, EMBEDDING)
         self.linear.requires_grad_(False)
 
     def residual(self, x):
         return self.fc(x)
 
-    def number_of(self, visual):
-        """How many of its patches are selected. visual: a VisionTransformer."""
-        return self.number_out_of(visual.positional_embedding.shape[0] - 1)
-
-    def forward(self, tokens, attention, k):
-        """tokens: (B, 1 + N, D), the class token first. attention: (B, 1 + N), of that. k: of the N."""
-        weights = F.pad(attention[:, 1:], (1, 0), value=-1)
-        return self.embed(tokens, weights, torch.full((len(tokens),), k, device=tokens.device), k)
+    def forward(self, tokens, attention):
+        """tokens: (B, 1 + N, D), the class token first. attention: (B, 1 + N), of that."""
+        return self.embed(tokens, F.pad(attention[:, 1:], (1, 0), value=-1))
 
 
 class SelectedWords(TokenSelection):
@@ -98,12 +93,9 @@ class SelectedWords(TokenSelection):
 
         A caption without words, which spoils the rest of its batch in the published code, is its EOT token.
         """
-        L = ids.shape[1]
-        k = min(self.number_out_of(self.text_length - 2), L)
-        eot = ids.argmax(dim=1, keepdim=True)
-        words = ((ids != 0).sum(dim=1) - 2).clamp(max=k)  # (B,)
+        words = (ids != 0).sum(dim=1) - 2  # (B,)
         weights = torch.where(ids != 0, attention, 0)  # with a 0 the rest fills up
         weights = F.pad(weights[:, 1:], (1, 0), value=-1)
         ends = torch.where(words > 0, -1.0, 2.0).to(weights.dtype)[:, None]
-        weights = weights.scatter(1, eot, ends)
-        return self.embed(tokens, weights, words.clamp(min=1), k)
+        weights = weights.scatter(1, ids.argmax(dim=1, keepdim=True), ends)
+        return self.embed(tokens, weights, words.clamp(min=1))

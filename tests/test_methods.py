@@ -216,7 +216,8 @@ def layer_of(kind, norm):
         "text": ("texual_emb_layer.", SelectedWords, TSE["text"]["L"]),
         "image": ("visul_emb_layer.", SelectedPatches, TSE["image"]["N"]),
     }[kind]
-    layer, ids = cls(512, ratio=TSE["ratio"], norm=norm), RDE["tse_ids"]
+    ids = RDE["tse_ids"]
+    layer = cls(512, {"text": ids.shape[1] - 2, "image": N - 1}[kind], TSE["ratio"], norm)
     state = {}
     for name, value in layer.state_dict().items():
         shape = tuple(value.shape)
@@ -230,7 +231,8 @@ def layer_of(kind, norm):
     features = pixels(121, (6, N, 512)).requires_grad_()
     rows = attention(122, 6, N, kind == "text")
     row = rows[torch.arange(6), ids.argmax(1)] if kind == "text" else rows[:, 0]
-    return layer, (features, row, ids if kind == "text" else TSE["image"]["k"])
+    assert kind == "text" or layer.k == TSE["image"]["k"]
+    return layer, (features, row, *([ids] if kind == "text" else []))
 
 
 @pytest.fixture
@@ -366,7 +368,7 @@ def test_the_attention_that_selects_and_what_it_selects_are_the_published_ones(t
     with torch.no_grad():
         _, *image = model.image_side(batch["images"], all_tokens=True, attention=True)
         _, *text = model.text_side(batch["caption_ids"], attention=True)
-        model.visul_emb_layer(*image, model.selected_patches())
+        model.visul_emb_layer(*image)
         model.texual_emb_layer(*text, batch["caption_ids"])
     assert_summary(image[1], MODEL["attention"]["image"])
     assert_summary(text[1], MODEL["attention"]["text"])
