@@ -124,19 +124,15 @@ class IRRA(nn.Module):
     def encode_image(self, images):
         """(B, 3, H, W), normalised pixels, to (B, width) fp32. The class token's feature, not L2-normalised;
         with token selection both embeddings, of equal norms, so that a cosine is the mean of the two."""
-        if not self.selects:
-            return self.image_side(images)[0]
         with self.autocast(images.device):
-            feature, *selected = self.image_side(images, attention=True)
-            return side_by_side(feature, self.visul_emb_layer(*selected))
+            feature, tokens, row = self.image_side(images, attention=self.selects)
+            return side_by_side(feature, self.visul_emb_layer(tokens, row)) if self.selects else feature
 
     def encode_text(self, ids):
         """(B, L) token ids to (B, width) fp32, the feature at EOT; see encode_image."""
-        if not self.selects:
-            return self.text_side(ids)[0]
         with self.autocast(ids.device):
-            feature, *selected = self.text_side(ids, attention=True)
-            return side_by_side(feature, self.texual_emb_layer(*selected, ids))
+            feature, tokens, row = self.text_side(ids, attention=self.selects)
+            return side_by_side(feature, self.texual_emb_layer(tokens, row, ids)) if self.selects else feature
 
     def embeddings(self):
         """{name: columns} of the embeddings that encode_image and encode_text put side by side."""
@@ -150,16 +146,16 @@ class IRRA(nn.Module):
         return self.base_model.encode_image, self.base_model.encode_text
 
     def image_side(self, images, all_tokens=False, attention=False):
-        """(B, D) features, and the tokens they are read from: (B, N, D), or the class token's (B, 1, D). With
-        attention also how much each counts for that, (B, N), and without all_tokens the selected ones only
-        beside the class token."""
+        """(B, D) features, the tokens they are read from, (B, N, D) or the class token's (B, 1, D), and with
+        attention how much each counts for that, (B, N), else None. With attention and without all_tokens they
+        are the class token's and the selected ones."""
         encode_image, _ = self.encoders()
         with self.autocast(images.device):
             if not attention:
-                tokens = encode_image(images, class_only=not all_tokens)
-                return pooled(tokens), tokens
-            most = None if all_tokens else self.visul_emb_layer.k
-            tokens, row = encode_image(images, class_only=False, attention=True, most=most)
+                tokens, row = encode_image(images, class_only=not all_tokens), None
+            else:
+                most = None if all_tokens else self.visul_emb_layer.k
+                tokens, row = encode_image(images, class_only=False, attention=True, most=most)
             return pooled(tokens), tokens, row
 
     @torch.no_grad()
@@ -173,14 +169,14 @@ class IRRA(nn.Module):
         return (words @ patches.transpose(1, 2)).amax(dim=2)
 
     def text_side(self, ids, attention=False):
-        """(B, D) features, and the tokens (B, L, D) that they are read from. With attention also how much
-        each counts for that, (B, L)."""
+        """(B, D) features, the tokens (B, L, D) that they are read from, and with attention how much each
+        counts for that, (B, L), else None."""
         _, encode_text = self.encoders()
         with self.autocast(ids.device):
             if not attention:
-                tokens = encode_text(ids)
-                return at_eot(tokens, ids), tokens
-            tokens, row = encode_text(ids, at=ids.argmax(dim=1))
+                tokens, row = encode_text(ids), None
+            else:
+                tokens, row = encode_text(ids, at=ids.argmax(dim=1))
             return at_eot(tokens, ids), tokens, row
 
     def features(self, batch, words=False, second=True):
@@ -191,16 +187,16 @@ class IRRA(nn.Module):
         """
         all_tokens = words or self.uses_tokens
         with self.autocast(batch.caption_ids.device):
-            image, image_tokens, *image_row = self.image_side(batch.images, all_tokens, self.selects)
+            image, image_tokens, image_row = self.image_side(batch.images, all_tokens, self.selects)
             shared = words and batch.same_caption
             # padding takes part in the mlm head, in efa, and where a batch normalises its selected tokens
             whole = shared or self.uses_tokens or (self.selects and self.texual_emb_layer.norm == "train")
             ids = batch.caption_ids if whole else batch.caption_ids[:, : batch.text_length]
-            text, text_tokens, *text_row = self.text_side(ids, self.selects)
+            text, text_tokens, text_row = self.text_side(ids, self.selects)
             found = {"image_features": image, "text_features": text}
             if self.selects:
-                found["image_selected"] = self.visul_emb_layer(image_tokens, *image_row)
-                found["text_selected"] = self.texual_emb_layer(text_tokens, *text_row, ids)
+                found["image_selected"] = self.visul_emb_layer(image_tokens, image_row)
+                found["text_selected"] = self.texual_emb_layer(text_tokens, text_row, ids)
             if self.uses_tokens:
                 found["image_patches"] = at_least_fp32(image_tokens[:, 1:])
                 found["text_tokens"] = at_least_fp32(text_tokens)
@@ -220,10 +216,11 @@ class IRRA(nn.Module):
         ids = batch.second_caption_ids
         if not (self.selects and self.texual_emb_layer.norm == "train"):  # see `features`
             ids = ids[:, : batch.second_length]
-        feature, *selected = self.text_side(ids, self.selects)
-        if not self.selects:
-            return {"second_features": feature}
-        return {"second_features": feature, "second_selected": self.texual_emb_layer(*selected, ids)}
+        feature, tokens, row = self.text_side(ids, self.selects)
+        found = {"second_features": feature}
+        if self.selects:
+            found["second_selected"] = self.texual_emb_layer(tokens, row, ids)
+        return found
 
     def features_of_views(self, batch):
         """What the losses compare of a batch's other views of its images: {name: (B, …)}."""

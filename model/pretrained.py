@@ -104,26 +104,18 @@ def new_clip(sizes, img_size, stride_size, source="the model"):
             f"{source} has another vocabulary ({sizes['vocab_size']} words) than CLIP's 49408, which is the "
             "tokeniser's"
         )
-    grid = image_grid(sizes, img_size, stride_size)
-    width, embed_dim, activation = sizes["vision_width"], sizes["embed_dim"], sizes["activation"]
-    head = sizes["vision_head_width"]
-    if sizes["vision_patch_size"] is None:
-        visual = ModifiedResNet(grid, sizes["vision_layers"], width, width * 32 // head, embed_dim)
+    grid, patch = image_grid(sizes, img_size, stride_size), sizes["vision_patch_size"]
+    width, layers, head = (sizes[f"vision_{name}"] for name in ("width", "layers", "head_width"))
+    embed_dim, activation = sizes["embed_dim"], sizes["activation"]
+    if patch is None:
+        visual = ModifiedResNet(grid, layers, width, width * 32 // head, embed_dim)
     else:
-        patch, layers = sizes["vision_patch_size"], sizes["vision_layers"]
         visual = VisionTransformer(
             grid, patch, stride_size, width, layers, width // head, embed_dim, activation
         )
-    clip = CLIP(
-        visual,
-        embed_dim,
-        sizes["context_length"],
-        sizes["vocab_size"],
-        sizes["transformer_width"],
-        sizes["transformer_layers"],
-        sizes["transformer_width"] // sizes["transformer_head_width"],
-        activation,
-    )
+    width, layers, head = (sizes[f"transformer_{name}"] for name in ("width", "layers", "head_width"))
+    context, vocabulary = sizes["context_length"], sizes["vocab_size"]
+    clip = CLIP(visual, embed_dim, context, vocabulary, width, layers, width // head, activation)
     clip.facts = {name: sizes[name] for name in OPENAIS}
     return clip
 

@@ -98,7 +98,6 @@ SIZES = (  # of any value: shapes tell the same, or nothing depends on it
     "attn_pooler_queries attn_pooler_heads hf_model_pretrained hf_proj_type hf_pooler_type "
     "timm_model_pretrained timm_pool timm_proj timm_proj_bias timm_drop timm_drop_path"
 ).split()
-TIMM = (("siglip", "SigLIP"), ("eva", "EVA-CLIP"), ("mci", "MobileCLIP"), ("pe_core", "Perception Encoder"))
 SAYS = {  # what an open_clip config calls it, and what that is
     "pool_type=avg": "its image feature is an average over the patches (as CLIPA's), not the class token",
     "no_causal_mask": "its text encoder has no causal mask (as SigLIP's and CLIPA's)",
@@ -137,8 +136,7 @@ def of_open_clip(said):
 
 def _foreign(model, vision, text):
     if name := vision.get("timm_model_name"):
-        family = next((family for part, family in TIMM if part in name), "open_clip's with a tower of timm")
-        return f"it is {family}, whose image encoder is timm's {name}, not CLIP's"
+        return f"its image encoder is timm's {name}, not CLIP's"
     if "multimodal_cfg" in model:
         return "it is CoCa, not CLIP: it pools by attention, and its text encoder goes on in a decoder"
     for part in (vision, text):
@@ -175,9 +173,7 @@ def of_transformers(said):
     """config.json of a CLIPModel; what it leaves out is as transformers' CLIPConfig has it."""
     kind = said.get("model_type")
     if kind != "clip":
-        what = {"siglip": "SigLIP", "siglip2": "SigLIP", "clip_vision_model": "an image encoder alone"}
-        what |= {"clip_text_model": "a text encoder alone", "chinese_clip": "Chinese-CLIP", "blip": "BLIP"}
-        return Config(foreign=f"it is {what.get(kind, kind)}, not a whole CLIP (model_type: {kind})")
+        return Config(foreign=f"it is not a whole CLIP (model_type: {kind})")
     # of old files: where *_config_dict is there, it holds, whatever *_config says, as in transformers
     text, vision = (
         said.get(f"{part}_config_dict") or said.get(f"{part}_config") or {} for part in ("text", "vision")

@@ -77,8 +77,7 @@ def _is_safetensors(path):
 def shards(index):
     """Names of the files that an index.json lists, all of which lie beside it."""
     try:
-        names = set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values())
-        files = sorted(names)
+        files = sorted({*json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
         plain = files and all(Path(name).name == name for name in files)
     except (ValueError, TypeError, KeyError, AttributeError):
         plain = False

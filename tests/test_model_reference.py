@@ -56,26 +56,24 @@ def model_of(index):
 # ---- the recipe of the weights ----
 
 
-def checks_of(kind, name, array, answer):
+def check_answer(kind, name, array, answer):
     array = array.numpy() if isinstance(array, torch.Tensor) else array
     assert list(array.shape) == answer["shape"], (kind, name)
     assert array.ravel()[:4].tolist() == answer["first4"], (kind, name)
     assert float(array.astype("float64").sum()) == pytest.approx(answer["sum"], rel=1e-12), (kind, name)
     little_endian = array.astype(array.dtype.newbyteorder("<"))
-    assert hashlib.md5(little_endian.tobytes()).hexdigest() == answer["md5_of_bytes_little_endian"], (
-        kind,
-        name,
-    )
+    digest = hashlib.md5(little_endian.tobytes()).hexdigest()
+    assert digest == answer["md5_of_bytes_little_endian"], (kind, name)
 
 
 def test_the_recipe_gives_its_known_answers():
     answers = figures("weights_known_answers")
     assert set(answers) == {"fill", "pixels", "bytes8"}
     for name, answer in answers["fill"].items():
-        checks_of("fill", name, recipe.fill(name, answer["shape"]), answer)
+        check_answer("fill", name, recipe.fill(name, answer["shape"]), answer)
     for kind, draw in (("pixels", recipe.pixels), ("bytes8", recipe.bytes8)):
         for name, answer in answers[kind].items():
-            checks_of(kind, name, draw(int(name.removeprefix("seed ")), answer["shape"]), answer)
+            check_answer(kind, name, draw(int(name.removeprefix("seed ")), answer["shape"]), answer)
 
 
 def test_splitmix64_starts_as_published():
@@ -401,17 +399,7 @@ def test_heads_start_from_the_published_distributions(depth):
 
 def half_as_published(name):
     """Convolution, linear layers, attention, projections; not embeddings and normalisations."""
-    layers = (
-        "conv1",
-        "in_proj_weight",
-        "in_proj_bias",
-        "out_proj",
-        "c_fc",
-        "c_proj",
-        "dense",
-        "fc",
-        "classifier",
-    )
+    layers = "conv1 in_proj_weight in_proj_bias out_proj c_fc c_proj dense fc classifier".split()
     words = name.split(".")
     return any(layer in words for layer in layers) or name.endswith((".text_projection", ".visual.proj"))
 
@@ -423,9 +411,8 @@ def test_fp16_halves_what_the_published_code_halves():
         assert dtype == (torch.float16 if half_as_published(name) else torch.float32), name
     in_fp32 = [name for name, dtype in types.items() if dtype == torch.float32]
     embeddings = [name for name in in_fp32 if not name.split(".")[-2].startswith("ln")]
-    assert len(embeddings) == 4 and all(
-        "embedding" in name for name in embeddings
-    )  # class, words, positions twice
+    assert len(embeddings) == 4  # class, words, positions twice
+    assert all("embedding" in name for name in embeddings)
 
 
 @torch.no_grad()
@@ -451,7 +438,7 @@ def test_bf16_keeps_its_weights_and_gradients_in_fp32(few):
 
 
 def test_fp32_is_the_cpus_own_precision():
-    assert {parameter.dtype for parameter in tiny_model("itc", device="cpu").parameters()} == {torch.float32}
+    assert {parameter.dtype for parameter in model_of(0).parameters()} == {torch.float32}
 
 
 # ---- ResNets ----
@@ -471,10 +458,8 @@ def test_a_resnet_gives_one_vector_an_image_and_serves_every_loss_but_mlm(resnet
     images = recipe.pixels(5, (4, 3, 96, 32))
     assert model.encode_image(images).shape == (4, 64)
     assert model.base_model.encode_image(images).shape == (4, 64)
-    assert model.base_model.visual.attnpool.positional_embedding.shape == (
-        1 + 3 * 1,
-        256,
-    )  # 1/32 of the image
+    positions = model.base_model.visual.attnpool.positional_embedding
+    assert positions.shape == (1 + 3 * 1, 256)  # 1/32 of the image
     report = model({**few, "images": images})
     assert {"sdm_loss", "itc_loss", "cmpm_loss", "id_loss"} <= set(report)
     total(report).backward()

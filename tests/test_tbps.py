@@ -379,20 +379,19 @@ def test_images_of_a_batch_are_two_of_six_to_the_byte(data):
             assert (batch[name][row] - expected).abs().max() < 0.51 / 255 / min(STD)
 
 
-VIEWS = ("second_images", "strong_images")
-
-
-def views_of(data, number, *more, loss_names="nitc+simclr"):
-    """{name: (N, …)} of an epoch's images in the order of the samples, and the loader."""
-    loader, *_ = build_dataloader(
-        get_args(words(data, data, "--division", "--second_view", *more, loss_names=loss_names))
-    )
+def epoch_of(data, number, *more, loss_names="sdm"):
+    """({name: (N, …)} of what an epoch draws, in the order of the samples, and the data set)."""
+    loader, *_ = build_dataloader(get_args(words(data, data, "--division", *more, loss_names=loss_names)))
     loader.set_epoch(number)
     batches = list(loader)
-    at = torch.cat([batch["indices"] for batch in batches]).argsort()
-    names = ("images", "caption_ids", *(name for name in VIEWS if name in batches[0]))
     loader.close()
-    return {name: torch.cat([batch[name] for batch in batches])[at] for name in names}, loader
+    at = torch.cat([batch["indices"] for batch in batches]).argsort()
+    names = {"images", "caption_ids", "second_images", "strong_images"} & batches[0].keys()
+    return {name: torch.cat([batch[name] for batch in batches])[at] for name in names}, loader.dataset
+
+
+def views_of(data, number, *more):
+    return epoch_of(data, number, "--second_view", *more, loss_names="nitc+simclr")
 
 
 def test_views_are_a_function_of_seed_epoch_and_sample(data):
@@ -405,25 +404,19 @@ def test_views_are_a_function_of_seed_epoch_and_sample(data):
 
 
 def test_a_second_view_is_of_the_same_images_drawn_anew_and_the_rest_of_the_batch_stays(data):
-    both, loader = views_of(data, 1, loss_names="nitc")
-    assert "strong_images" not in both
-    plain, *_ = build_dataloader(get_args(words(data, data, "--division", loss_names="nitc")))
-    plain.set_epoch(1)
-    batches = list(plain)
-    at = torch.cat([batch["indices"] for batch in batches]).argsort()
-    for name in ("images", "caption_ids"):
-        assert torch.equal(both[name], torch.cat([batch[name] for batch in batches])[at])
+    plain, _ = epoch_of(data, 1, loss_names="nitc")
+    both, dataset = epoch_of(data, 1, "--second_view", loss_names="nitc")
+    assert both.keys() - plain.keys() == {"second_images"}
+    assert all(torch.equal(both[name], plain[name]) for name in plain)
     differ = (both["images"] != both["second_images"]).flatten(1).any(1)
     assert differ.float().mean() > 0.9
-    dataset = loader.dataset
     image, seed = dataset.images.source[dataset.samples[7].image_path], mixed(dataset.seed, 1, 7, 6)
     box = dataset.augmented(image, seed, out := torch.empty_like(image))
     assert torch.equal(both["second_images"][7], finish(out[None], CPU, torch.tensor([box]))[0])
 
 
 def test_strong_views_are_two_of_each_image(data):
-    found, loader = views_of(data, 3)
-    dataset = loader.dataset
+    found, dataset = views_of(data, 3)
     pixels = dataset.images.source[dataset.samples[5].image_path].permute(1, 2, 0).numpy()
     seeds = [mixed(dataset.seed, 3, 5, stream) for stream in (7, 8)]
     expected = torch.stack([strong_view(Image.fromarray(pixels), (64, 32), seed) for seed in seeds])
@@ -604,20 +597,15 @@ def test_a_caption_of_one_word_or_none_stays(caption):
     assert drop_words(caption, 1.0, random.Random(0)) == caption
 
 
-def epoch_of(data, number, *more):
-    """(caption ids, clean captions) of an epoch in the order of the samples."""
-    typed = words(data, data, "--clean_captions", "--division", *more, loss_names="sdm")
-    loader, *_ = build_dataloader(get_args(typed))
-    loader.set_epoch(number)
-    batches = list(loader)
-    ids, at = (torch.cat([batch[key] for batch in batches]) for key in ("caption_ids", "indices"))
-    return ids[at.argsort()]
+def captions_of(data, number, *more):
+    """An epoch's caption ids in the order of the samples, as they are before masking."""
+    return epoch_of(data, number, "--clean_captions", *more)[0]["caption_ids"]
 
 
 def test_what_is_left_out_is_a_function_of_seed_epoch_and_sample(data):
-    plain, first = epoch_of(data, 1), epoch_of(data, 1, "--text_drop", "0.3")
-    assert torch.equal(first, epoch_of(data, 1, "--text_drop", "0.3", "--batch_size", "5"))
-    assert not torch.equal(first, epoch_of(data, 2, "--text_drop", "0.3"))
+    plain, first = captions_of(data, 1), captions_of(data, 1, "--text_drop", "0.3")
+    assert torch.equal(first, captions_of(data, 1, "--text_drop", "0.3", "--batch_size", "5"))
+    assert not torch.equal(first, captions_of(data, 2, "--text_drop", "0.3"))
     lengths, before = ((ids != 0).sum(1) for ids in (first, plain))
     assert (lengths <= before).all() and 0.5 < (lengths.sum() / before.sum()) < 0.9
     for ids, whole in zip(first.tolist(), plain.tolist(), strict=True):
@@ -654,14 +642,14 @@ def test_captions_are_exchanged_for_their_back_translations_as_often_as_asked(tr
 
 def test_a_batch_has_what_was_drawn_a_function_of_seed_epoch_and_sample(translated):
     options = ("--back_translation", "0.5", "--text_drop", "0.2")
-    first = epoch_of(translated, 1, *options)
-    assert torch.equal(first, epoch_of(translated, 1, *options, "--batch_size", "5", "--num_workers", "2"))
-    assert not torch.equal(first, epoch_of(translated, 2, *options))
+    first = captions_of(translated, 1, *options)
+    assert torch.equal(first, captions_of(translated, 1, *options, "--batch_size", "5", "--num_workers", "2"))
+    assert not torch.equal(first, captions_of(translated, 2, *options))
     dataset = build_dataloader(get_args(words(translated, translated, *options)))[0].dataset
     tokenizer = SimpleTokenizer()
     expected = [tokenize(dataset.drawn_caption(1, index), tokenizer, 48) for index in range(48)]
     assert torch.equal(first, torch.stack(expected))
-    alone = epoch_of(translated, 1, "--text_drop", "0.2")
+    alone = captions_of(translated, 1, "--text_drop", "0.2")
     same = (first == alone).all(1).float().mean()
     assert 0.2 < same < 0.8
 
