@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from model import objectives
-from model.clip_model import CLIP, Transformer
+from model.clip_model import Transformer
 from model.clip_resnet import ModifiedResNet
 from model.irra import GIVEN, IRRA, PARTS, Values
 from model.pretrained import architecture, image_grid, load_start, new_clip
@@ -132,13 +132,13 @@ def _with_heads(args, clip, loss_names, num_classes, cmt_depth, learn_temperatur
     for name in loss_names:
         objectives.check(name, GIVEN, vars(args))
     values = Values(
-        args.temperature,
-        learn_temperature,
-        {name: vars(args)[row.weight] for name, row in LOSSES.items() if row.weight},
-        {name: vars(args)[name] for row in LOSSES.values() for name in row.options},
-        args.select_ratio,
-        args.tse_norm,
-        args.text_length,
+        temperature=args.temperature,
+        learn_temperature=learn_temperature,
+        weights={name: vars(args)[row.weight] for name, row in LOSSES.items() if row.weight},
+        constants={name: vars(args)[name] for row in LOSSES.values() for name in row.options},
+        select_ratio=args.select_ratio,
+        tse_norm=args.tse_norm,
+        text_length=args.text_length,
     )
     return IRRA(clip, loss_names, num_classes, cmt_depth, values)
 
@@ -165,7 +165,6 @@ def _to_half(module):
     if isinstance(module, (nn.Conv2d, nn.Linear, nn.MultiheadAttention)):
         for parameter in module.parameters(recurse=False):
             parameter.data = parameter.data.half()
-    if isinstance(module, CLIP):
-        module.text_projection.data = module.text_projection.data.half()
-    if isinstance(getattr(module, "proj", None), nn.Parameter):  # VisionTransformer's
-        module.proj.data = module.proj.data.half()
+    for name in ("text_projection", "proj"):  # CLIP's and VisionTransformer's
+        if isinstance(parameter := getattr(module, name, None), nn.Parameter):
+            parameter.data = parameter.data.half()

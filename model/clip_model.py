@@ -158,10 +158,6 @@ class Transformer(nn.Module):
         return blocks[-1](x, pick, at, most)
 
 
-def class_token(x):
-    return x[:, :1]
-
-
 def take(among, x):
     """(B, N, W) to the (B, M, W) at these places, (B, M)."""
     return x.gather(1, among[:, :, None].expand(-1, -1, x.shape[2]))
@@ -193,7 +189,8 @@ class VisionTransformer(nn.Module):
         x = torch.cat([class_embedding, x], dim=1) + self.positional_embedding.to(x.dtype)
         x = self.ln_pre(x)
         at = torch.zeros(x.shape[0], dtype=torch.long, device=x.device) if attention else None
-        x = self.transformer(x, class_token if class_only else None, at, most, skip)
+        pick = (lambda x: x[:, :1]) if class_only else None
+        x = self.transformer(x, pick, at, most, skip)
         x, row = x if attention else (x, None)
         x = self.ln_post(x) @ self.proj
         return (x, row) if attention else x

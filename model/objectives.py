@@ -263,13 +263,8 @@ def compute_efa(text_tokens, image_patches, text_margin=0.1, image_margin=0.9):
 
     text_tokens: [B, L, D], padding included, as published. image_patches: [B, N, D]. Neither normalised.
     """
-    gathered = aggregated(text_tokens, image_patches)
+    gathered = agreement_weights(text_tokens, image_patches) @ image_patches  # [B, L, D], one for each word
     return efa_side(text_tokens, gathered, text_margin) + efa_side(image_patches, gathered, image_margin)
-
-
-def aggregated(text_tokens, image_patches):
-    """[B, L, D]: for each word the patches, weighed by how well they agree with it."""
-    return agreement_weights(text_tokens, image_patches) @ image_patches
 
 
 def agreement_weights(text_tokens, image_patches):

@@ -10,7 +10,7 @@ import torch
 
 from model.clip_model import ACTIVATIONS
 from model.weights_config import OPENAIS
-from model.weights_file import named_tensors, of_one_model, read_file
+from model.weights_file import named_tensors, read_file
 from utils.errors import InputError
 
 logger = logging.getLogger("IRRA.model")
@@ -175,7 +175,7 @@ def read_start(path):
     """The Start in a file of any form. Raises InputError, which names what else it is."""
     path = Path(path)
     tree = read_file(path)
-    weights, others = of_one_model(named_tensors(tree, path), path)
+    weights, others = named_tensors(tree, path)
     form = next((form for form in FORMS if has(weights, form.key)), None)
     heads, facts = {}, {}
     if form is TRAINED:

@@ -98,16 +98,6 @@ SIZES = (  # of any value: shapes tell the same, or nothing depends on it
     "attn_pooler_queries attn_pooler_heads hf_model_pretrained hf_proj_type hf_pooler_type "
     "timm_model_pretrained timm_pool timm_proj timm_proj_bias timm_drop timm_drop_path"
 ).split()
-SAYS = {  # what an open_clip config calls it, and what that is
-    "pool_type=avg": "its image feature is an average over the patches (as CLIPA's), not the class token",
-    "no_causal_mask": "its text encoder has no causal mask (as SigLIP's and CLIPA's)",
-    "attentional_pool": "its image feature comes of attentional pooling (as CoCa's)",
-    "embed_cls": "its text feature is a class token's (as CoCa's)",
-    "hf_model_name": "its text encoder is one of transformers, not CLIP's, with another vocabulary",
-    "ls_init_value": "its blocks have LayerScale (as open_clip's ViT-*-alt)",
-    "no_ln_pre": "it has no norm before the blocks (as CLIPA's)",
-    "proj_bias": "its text projection has a bias (as SigLIP's)",
-}
 
 
 def of_open_clip(said):
@@ -135,16 +125,12 @@ def of_open_clip(said):
 
 
 def _foreign(model, vision, text):
-    if name := vision.get("timm_model_name"):
-        return f"its image encoder is timm's {name}, not CLIP's"
     if "multimodal_cfg" in model:
         return "it is CoCa, not CLIP: it pools by attention, and its text encoder goes on in a decoder"
     for part in (vision, text):
         for key, value in part.items():
-            if key in SIZES or value in (None, False) or value in PLAIN.get(key, ()):
-                continue
-            said = SAYS.get(f"{key}={value}") or SAYS.get(key)
-            return said or f"its config says {key}: {value}, another arithmetic than CLIP's"
+            if key not in SIZES and value not in (None, False, *PLAIN.get(key, ())):
+                return f"its config says {key}: {value}, another arithmetic than CLIP's"
     return _other_vocabulary(text)
 
 

@@ -99,7 +99,6 @@ def _present(index):
     return [index.parent / name for name in names]
 
 
-PREFIXES = ("model.", "clip.", "clip_model.")  # of models that hold a CLIP
 # a weight of every image encoder, behind what is before the names of the model that it belongs to
 OF_IMAGES = re.compile(
     r"(.*?)(base_model\.)?(visual\.conv1\.weight|vision_model\.embeddings\.class_embedding)"
@@ -107,30 +106,25 @@ OF_IMAGES = re.compile(
 
 
 def named_tensors(tree, path):
-    """The state dict in what a file holds, its names without what a training put before them all."""
+    """(the state dict of a CLIP in what a file holds, the names of what lies beside it).
+
+    Names are without what a training put before them, as in `backbone.visual.…` beside `criterion.…`. Raises
+    InputError where there are several models.
+    """
     tree = weights_in(tree)
     if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
         raise InputError(f"{path} is not a state dict of CLIP: it holds no named tensors")
     tensors = {key: value for key, value in plain_names(tree).items() if isinstance(value, torch.Tensor)}
     if tree and not tensors:
         raise InputError(f"{path} is not a state dict of CLIP: it holds no named tensors, but {_named(tree)}")
-    while prefix := next((p for p in PREFIXES if tensors and all(k.startswith(p) for k in tensors)), None):
-        tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
-    return tensors
-
-
-def of_one_model(tensors, path):
-    """(a CLIP's tensors by its own names, the names of those beside it) where it is a part of a model that a
-    file holds, such as `backbone.visual.…` beside `criterion.…`. InputError where there are several."""
-    found = {match[1] for key in tensors if (match := OF_IMAGES.fullmatch(key))}
-    if not found or "" in found:
-        return tensors, []
-    if len(found) > 1:
+    prefixes = {match[1] for key in tensors if (match := OF_IMAGES.fullmatch(key))}
+    if len(prefixes) > 1 and "" not in prefixes:
         raise InputError(
-            f"{path} holds several models ({_named(sorted(found))}): save the state dict of one of them alone"
+            f"{path} holds several models ({_named(sorted(prefixes))}): save the state dict of one of them "
+            "alone"
         )
-    (prefix,) = found
-    own = {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
+    prefix = min(prefixes, default="")
+    own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
     return own, [key for key in tensors if not key.startswith(prefix)]
 
 
@@ -171,7 +165,7 @@ class _ArchiveUnpickler(pickle.Unpickler):
 
     def __init__(self, path, archive, root):
         super().__init__(archive.open(f"{root}/data.pkl"))
-        self.archive, self.root, self.storages = archive, root, {}
+        self.archive, self.root = archive, root
         with open(path, "rb") as file:
             self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
 
@@ -182,17 +176,13 @@ class _ArchiveUnpickler(pickle.Unpickler):
             return _rebuild_tensor
         if module == "collections" and name == "OrderedDict":
             return dict
-        return type(name, (_Inert,), {})
+        return _Inert
 
     def persistent_load(self, saved):
         _, dtype, key, _, numel = saved
-        if key not in self.storages:
-            self.storages[key] = (
-                torch.frombuffer(self._bytes(key), dtype=dtype, count=numel)
-                if numel
-                else torch.empty(0, dtype=dtype)
-            )
-        return self.storages[key]
+        if not numel:
+            return torch.empty(0, dtype=dtype)
+        return torch.frombuffer(self._bytes(key), dtype=dtype, count=numel)
 
     def _bytes(self, key):
         """A storage's bytes where they lie in the mapped file; its check sum is compared, as zipfile does."""

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
 
 def read_weights(path):
     """{name: tensor} of a file of weights."""
-    return named_tensors(read_file(path), path)
+    return named_tensors(read_file(path), path)[0]
 
 
 @pytest.fixture(scope="module")
