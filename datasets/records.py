@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 import posixpath
 import re
 from collections.abc import Callable
@@ -12,20 +13,23 @@ from typing import NamedTuple
 from utils.errors import InputError
 from utils.option_types import nearest
 
+
+class Form(NamedTuple):
+    """What the keys of a record may be called: of each name the first that is there counts."""
+
+    image: tuple
+    captions: tuple
+    person: tuple
+    named: bool = False  # of a named data set: split is there, and as written; person is a whole number
+
+
 DELIMITERS = {".csv": (",", "commas"), ".tsv": ("\t", "tabs")}
 LINES = (".jsonl", ".ndjson")
 SUFFIXES = (".json", *LINES, *DELIMITERS)
 COLUMNS = ("image", "caption", "person", "split")
-KEYS = {  # of a JSON record; the first that it has
-    "image": ("image", "file_path", "img_path"),
-    "captions": ("captions", "caption"),
-    "person": ("person", "id", "pid"),
-}
-TABLE_KEYS = {  # other columns of a table are no concern of ours: `id` is often the row's number
-    "image": ("image",),
-    "captions": ("caption",),
-    "person": ("person",),
-}
+# other columns of a table are no concern of ours: `id` is often the row's number
+TABLE = Form(("image",), ("caption",), ("person",))
+JSON = Form(("image", "file_path", "img_path"), ("captions", "caption"), ("person", "id", "pid"))
 OTHERWISE = (  # how a file begins that is no text in UTF-8, and what it is
     (b"PK\3\4", "an Excel workbook or a zip: save its sheet as CSV UTF-8, or unpack it first"),
     (b"\x1f\x8b", "packed by gzip: unpack it first"),
@@ -45,20 +49,22 @@ class Beside(NamedTuple):
     fits: Callable  # whether an entry has it
 
 
-def is_groups(value):
-    if not isinstance(value, list) or not value:
-        return False
-    lists = all(isinstance(group, list) and group for group in value)
-    return lists and all(isinstance(text, str) for group in value for text in group)
+def is_text(value):
+    return isinstance(value, str)
+
+
+def is_text_or_groups(value):
+    groups = isinstance(value, list) and value and all(isinstance(group, list) and group for group in value)
+    return is_text(value) or bool(groups and all(is_text(text) for group in value for text in group))
 
 
 BESIDE = {  # by key of a JSON record
     "diversity_captions": Beside(
         "second_caption",
         "a text, or a list of groups that are lists of texts, none of them empty",
-        lambda value: isinstance(value, str) or is_groups(value),
+        is_text_or_groups,
     ),
-    "captions_bt": Beside("back_translation", "a text", lambda value: isinstance(value, str)),
+    "captions_bt": Beside("back_translation", "a text", is_text),
 }
 
 
@@ -72,50 +78,91 @@ class Record(NamedTuple):
     beside: dict  # {key of BESIDE: an entry for each caption}, of those that were asked for
 
 
-# ---- a named data set's file ----
+# ---- files to records ----
 
 
-def read_records(path, path_key, keys=()):
-    """The records of a JSON list with the keys split, id, path_key and captions. keys: of BESIDE, which are
-    read of training records too."""
-    return [check_record(entry, number, path, path_key, keys) for number, entry in enumerate(read_list(path))]
+def read_records(path, path_key, keys):
+    """The records of a named data set's file: a JSON list with the keys split, id, path_key and captions.
+    keys: of BESIDE, which are read of training records too."""
+    form = Form((path_key,), ("captions",), ("id",), named=True)
+    return [record_of(entry, where, form, keys)[0] for where, entry in entries(path)]
 
 
-def check_record(entry, number, path, path_key, keys=()):
-    """The Record of one entry, or an error that names record and key."""
-    where = f"{path}, record {number}"
+def read_records_by_path(path, split, keys):
+    """The records of any JSON, JSON lines, CSV or TSV file. split: that of a file that names none, or None.
+    keys: see read_records.
+
+    Entries with a single caption belong together where image, person and split are the same.
+    """
+    form = TABLE if path.suffix.lower() in DELIMITERS else JSON
+    if form is TABLE and keys:
+        raise InputError(
+            f'{path} cannot hold "{keys[0]}", which --{BESIDE[keys[0]].option} reads: a table has no lists; '
+            "JSON and JSON lines have"
+        )
+    records, by_image, unsplit = [], {}, None
+    for where, entry in entries(path):
+        record, single = record_of(entry, where, form, keys)
+        if record.split is None:
+            unsplit = unsplit or (where, entry)
+        first = by_image.setdefault(record[:3], record) if single else record
+        if first is record:
+            records.append(record)
+            continue
+        first.captions.extend(record.captions)
+        for key, of_caption in record.beside.items():
+            first.beside.setdefault(key, []).extend(of_caption)
+    if not records:
+        raise InputError(f"{path} holds no record")
+    if not unsplit:
+        return records
+    where, entry = unsplit
+    lacks = f'has no {"column" if form is TABLE else "key"} "split" (it has {_names(entry)})'
+    if any(record.split for record in records):
+        raise InputError(f"{where} {lacks}, but other records have")
+    if split is None:
+        raise InputError(
+            f"{path} {lacks}: add one that says train, val or test; only a program that is given --split can "
+            "do without"
+        )
+    return [record._replace(split=split) for record in records]
+
+
+# ---- an entry to a record ----
+
+
+def record_of(entry, where, form, keys):
+    """(Record, whether its caption is a single one), or an error that names record and key."""
     if not isinstance(entry, dict):
-        raise InputError(
-            f"{where} is {_kind(entry)}, not a record with the keys split, id, {path_key}, captions"
-        )
-    for key in ("split", "id", path_key, "captions"):
-        if key not in entry:
-            raise InputError(f'{where} has no key "{key}" (it has {_names(entry)})')
-    pid = entry["id"]
-    try:
-        pid = int(pid) if isinstance(pid, (int, str)) and not isinstance(pid, bool) else None
-    except ValueError:
-        pid = None
-    if pid is None or abs(pid) >= 2**62:  # PyTorch's whole numbers
-        raise InputError(
-            f"{where}: id must be a whole number of at most 18 digits, not {_short(entry['id'])}"
-        )
-    split = check_split(entry["split"], where)
-    image = check_image(entry[path_key], path_key, where)
-    captions = check_captions(entry["captions"], where)
-    return Record(split, pid, image, captions, captions_beside(entry, captions, split, keys, where))
+        names = (form.image[0], form.captions[0], form.person[0], "split")
+        raise InputError(f"{where} is {_kind(entry)}, not a record with the keys {', '.join(names)}")
+    image_key, captions_key, person_key = (_key(entry, names, where) for names in form[:3])
+    split = split_of(entry, where, form.named)
+    image = image_of(entry[image_key], image_key, where)
+    person = person_of(entry[person_key], person_key, where, form.named)
+    captions = captions_of(entry[captions_key], captions_key, where)
+    beside = captions_beside(entry, captions, split, keys, where)
+    return Record(split, person, image, captions, beside), captions_key == "caption"
 
 
-def check_split(split, where):
+def split_of(entry, where, named):
+    """The word for the split, in lower case but of a named set; None where a file by path has none."""
+    if not named and "split" not in entry:
+        return None
+    split = entry[_key(entry, ("split",), where)]
     if not isinstance(split, str):
         raise InputError(f"{where}: split must be a word such as train, not {_short(split)}")
-    return split
+    if named:
+        return split
+    if not split.strip():
+        raise InputError(f"{where}: split is empty: write train, val or test")
+    return split.strip().lower()
 
 
-def check_image(image, key, where):
-    if not isinstance(image, str) or not image:
+def image_of(image, key, where):
+    if not isinstance(image, str) or not image.strip():
         raise InputError(f"{where}: {key} must be the path of an image, not {_short(image)}")
-    image = image.replace("\\", "/")  # a file made on Windows
+    image = image.strip().replace("\\", "/")  # a file made on Windows
     if image.startswith("/") or ".." in image.split("/") or "\0" in image:
         raise InputError(
             f"{where}: {key} {_short(image)} leaves the image folder: paths start there, as in cam_a/1.jpg"
@@ -123,27 +170,45 @@ def check_image(image, key, where):
     return posixpath.normpath(image)  # ./a.jpg is the same image as a.jpg
 
 
-def check_captions(captions, where):
-    listed = isinstance(captions, list)
-    wrong = [one for one in captions if not isinstance(one, str)] if listed else [captions]
-    if wrong:
-        what = f"and holds {_short(wrong[0])}" if listed else f"not {_short(captions)}"
-        raise InputError(f"{where}: captions must be a list of sentences, {what}")
+def person_of(value, key, where, named):
+    """A whole number, also one in quotes, is a number (so "007" is 7); anything else is text."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    fits = type(value) in (int, str) or (isinstance(value, float) and math.isfinite(value))  # bool does not
+    text = str(value).strip() if fits else ""
+    if WHOLE.fullmatch(text):
+        return int(text)
+    if named or not text:
+        wanted = "a whole number of at most 18 digits" if named else "a number or a text"
+        raise InputError(f"{where}: {key} must be {wanted}, not {_short(value)}")
+    return text
+
+
+def captions_of(captions, key, where):
+    if key == "caption":
+        if not is_text(captions):
+            raise InputError(f"{where}: caption must be a sentence, not {_short(captions)}")
+        return [captions] if captions.strip() else []  # an image that no caption describes
+    if not isinstance(captions, list):
+        raise InputError(f"{where}: captions must be a list of sentences, not {_short(captions)}")
+    for one in captions:
+        if not is_text(one):
+            raise InputError(f"{where}: captions must be a list of sentences, and holds {_short(one)}")
     return captions
 
 
 def captions_beside(entry, captions, split, keys, where):
     """{key: an entry for each caption}. keys: of BESIDE."""
-    found = {}
-    for key in keys if split == "train" and captions else ():
+    if split != "train" or not captions:
+        return {}
+    for key in keys:
         option, form, fits = BESIDE[key]
         if key not in entry:
             raise InputError(
                 f'{where} has no key "{key}" (it has {_names(entry)}), which --{option} reads of each '
                 "training record: add an entry for each of its captions, or leave the option out"
             )
-        found[key] = listed = entry[key]
-        needed = len(captions)
+        listed, needed = entry[key], len(captions)
         if not isinstance(listed, list) or len(listed) != needed:
             what = len(listed) if isinstance(listed, list) else _kind(listed)
             raise InputError(
@@ -152,98 +217,19 @@ def captions_beside(entry, captions, split, keys, where):
         for one in listed:
             if not fits(one):
                 raise InputError(f"{where}: an entry of {key} must be {form}, not {_short(one)}")
-    return found
+    return {key: entry[key] for key in keys}
 
 
-# ---- a file by path ----
-
-
-def read_records_by_path(path, split=None, keys=()):
-    """The records of any JSON, JSON lines, CSV or TSV file. split: that of a file that names none. keys: of
-    BESIDE, which are read of training records too.
-
-    Entries with a single caption belong together where image, person and split are the same.
-    """
-    table = path.suffix.lower() in DELIMITERS
-    if table and keys:
-        raise InputError(
-            f'{path} cannot hold "{keys[0]}", which --{BESIDE[keys[0]].option} reads: a table has no lists; '
-            "JSON and JSON lines have"
-        )
-    records, by_image, unsplit, some_have = [], {}, None, False
-    for where, entry in entries(path):
-        record, single = record_of(entry, where, TABLE_KEYS if table else KEYS, keys)
-        if record.split is None:
-            unsplit = unsplit or (where, entry)
-        else:
-            some_have = True
-        known = by_image.get(record[:3]) if single else None
-        if known:
-            known.captions.extend(record.captions)
-            for key, entries_of_one in record.beside.items():
-                known.beside.setdefault(key, []).extend(entries_of_one)
-            continue
-        records.append(record)
-        if single:
-            by_image[record[:3]] = record
-    if not records:
-        raise InputError(f"{path} holds no record")
-    if not unsplit:
-        return records
-    where, entry = unsplit
-    thing = "column" if table else "key"
-    if some_have:
-        raise InputError(f'{where} has no {thing} "split" (it has {_names(entry)}), but other records have')
-    if split is None:
-        raise InputError(
-            f'{path} has no {thing} "split" (it has {_names(entry)}): add one that says train, val or test; '
-            "only a program that is given --split can do without"
-        )
-    return [record._replace(split=split) for record in records]
-
-
-def record_of(entry, where, names_of_keys, keys=()):
-    """(Record, whether its key is the single `caption`). keys: see read_records_by_path."""
-    if not isinstance(entry, dict):
-        raise InputError(f"{where} is {_kind(entry)}, not a record with the keys {', '.join(COLUMNS)}")
-    own = {}
-    for name, names in names_of_keys.items():
-        own[name] = next((key for key in names if key in entry), None)
-        if own[name] is None:
-            wanted = " or ".join(f'"{key}"' for key in names)
-            raise InputError(f"{where} has no key {wanted} (it has {_names(entry)})")
-    split = check_split(entry["split"], where).strip().lower() if "split" in entry else None
-    if split == "":
-        raise InputError(f"{where}: split is empty: write train, val or test")
-    image = entry[own["image"]]
-    image = check_image(image.strip() if isinstance(image, str) else image, own["image"], where)
-    captions, single = entry[own["captions"]], own["captions"] == "caption"
-    if single:
-        if not isinstance(captions, str):
-            raise InputError(f"{where}: caption must be a sentence, not {_short(captions)}")
-        captions = [captions] if captions.strip() else []  # an image that no caption describes
-    person = person_of(entry[own["person"]], own["person"], where)
-    captions = check_captions(captions, where)
-    beside = captions_beside(entry, captions, split, keys, where)
-    return Record(split, person, image, captions, beside), single
-
-
-def person_of(value, key, where):
-    """A whole number, also one in quotes, is a number (so "007" is 7); anything else is text."""
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    text = str(value).strip()
-    sound = isinstance(value, (int, str)) and not isinstance(value, bool) and text
-    if not sound and not (isinstance(value, float) and abs(value) < float("inf")):
-        raise InputError(f"{where}: {key} must be a number or a text, not {_short(value)}")
-    return int(text) if WHOLE.fullmatch(text) else text
+# ---- a file to entries ----
 
 
 def entries(path):
     """Yields (place, entry) of each entry of the file."""
     suffix = path.suffix.lower()
     if suffix == ".json":
-        found = read_list(path, ": is it whole? JSON lines are named .jsonl")
+        found = parse_json(read_text(path), path, ": is the download complete? JSON lines are named .jsonl")
+        if not isinstance(found, list) or not found:
+            raise InputError(f"{path} must hold a list of records, but holds {_kind(found)}")
         for number, entry in enumerate(found):
             yield f"{path}, record {number}", entry
     elif suffix in LINES:
@@ -302,9 +288,6 @@ def check_header(row, where, delimiters):
     return header
 
 
-# ---- files and values ----
-
-
 def read_text(path):
     """Text in UTF-8; a byte order mark, as Windows' editors put it first, is no part of it."""
     try:
@@ -320,7 +303,7 @@ def read_text(path):
         raise InputError(f"{path} cannot be read: it is not text in UTF-8, as it must be") from None
 
 
-def parse_json(text, where, hint=""):
+def parse_json(text, where, hint):
     try:
         return json.loads(text)
     except RecursionError:
@@ -329,12 +312,7 @@ def parse_json(text, where, hint=""):
         raise InputError(f"{where} is not JSON ({error}){hint}") from None
 
 
-def read_list(path, hint=": is the download complete?"):
-    """The list, not empty, that a JSON file holds."""
-    found = parse_json(read_text(path), path, hint)
-    if not isinstance(found, list) or not found:
-        raise InputError(f"{path} must hold a list of records, but holds {_kind(found)}")
-    return found
+# ---- what messages show ----
 
 
 def _kind(value):
@@ -348,3 +326,12 @@ def _short(value):
 
 def _names(keys):
     return ", ".join(map(str, list(keys)[:6]))[:200] or "none"
+
+
+def _key(entry, names, where):
+    """The first of the names that the entry has."""
+    for name in names:
+        if name in entry:
+            return name
+    wanted = " or ".join(f'"{name}"' for name in names)
+    raise InputError(f"{where} has no key {wanted} (it has {_names(entry)})")
