@@ -52,7 +52,6 @@ class EvalSplit(NamedTuple):
 
 
 class Splits(NamedTuple):
-    name: str
     train: list  # of TrainSample
     num_classes: int  # training persons K
     train_split: EvalSplit  # the training images as gallery and queries, for --split train
@@ -62,6 +61,10 @@ class Splits(NamedTuple):
     persons: dict  # {(whether of train, pid): the person as in the file}, where that is not the pid
     words: dict  # {word for a split, as in the file: images}
     beside: dict  # {key of records.BESIDE: an entry for each training sample}, of those asked for
+
+    @property
+    def name(self):
+        return self.source.name
 
     @property
     def by_name(self):
@@ -154,55 +157,49 @@ def read_splits(source, root_dir=None, images_must_exist=True, keys=()):
         into.caption_pids.extend([pid] * len(record.captions))
         into.captions.extend(record.captions)
     train_pids = set(eval_splits["train"].image_pids)
-    if source.row:
+    if source.row and train_pids:
         check_training_ids(source, train_pids)
     if images_must_exist:
         check_images(source, {path for split in eval_splits.values() for path in split.image_paths})
     logger.info(f"=> {source.name} Images and Captions are loaded")
-    persons = {(trains, pid): person for (trains, person), pid in pids.items() if person != pid}
     return Splits(
-        source.name,
-        train,
-        len(train_pids),
-        eval_splits["train"],
-        eval_splits["test"],
-        eval_splits["val"],
-        source,
-        persons,
-        Counter(record.split for record in records),
-        beside,
+        train=train,
+        num_classes=len(train_pids),
+        train_split=eval_splits["train"],
+        test=eval_splits["test"],
+        val=eval_splits["val"],
+        source=source,
+        persons={(trains, pid): person for (trains, person), pid in pids.items() if person != pid},
+        words=Counter(record.split for record in records),
+        beside=beside,
     )
 
 
 def numbered(records, source):
     """{(whether of train, person): pid}: training persons are 0 … K - 1 in order, numbers before texts.
     Those of the other splits keep their ids, unless one of them is a text: then they are numbered too."""
-    training, others = [], []
-    for people, trains in ((training, True), (others, False)):
-        people += {record.person for record in records if (record.split == "train") == trains}
-        people.sort(key=lambda person: (isinstance(person, str), person))
-    said = []
-    if training:
-        said.append(f"{len(training)} training persons are numbered 0..{len(training) - 1}")
-    if any(isinstance(person, str) for person in others):
-        said.append(f"{len(others)} persons of the other splits are numbered 0..{len(others) - 1}")
-        others = {person: pid for pid, person in enumerate(others)}
-    elif others:
-        said.append(f"{len(others)} persons of the other splits keep their ids")
-        others = {person: person for person in others}
+    said, pids = [], {}
+    for trains, who in ((True, "training persons"), (False, "persons of the other splits")):
+        people = {record.person for record in records if (record.split == "train") == trains}
+        people = sorted(people, key=lambda person: (isinstance(person, str), person))
+        if trains or any(isinstance(person, str) for person in people):
+            pids |= {(trains, person): pid for pid, person in enumerate(people)}
+            done = f"are numbered 0..{len(people) - 1}"
+        else:
+            pids |= {(trains, person): person for person in people}
+            done = "keep their ids"
+        if people:
+            said.append(f"{len(people)} {who} {done}")
     logger.info(f"{source.path}: {', '.join(said)}")
     words = Counter(record.split for record in records if record.split not in ("train", "test", "val"))
     if words:
         shown = ", ".join(f'"{word}" ({images} images)' for word, images in words.most_common(10))
         logger.warning(f"{source.path}: the split {shown} counts as val")
-    pids = {(True, person): pid for pid, person in enumerate(training)}
-    return pids | {(False, person): others[person] for person in others}
+    return pids
 
 
 def check_training_ids(source, pids):
     """Training pids must be 0 … K - 1: they index the classifier's rows."""
-    if not pids:
-        return
     first = source.row.first_pid
     last = max(pids) + first
     missing = max(pids) + 1 - sum(pid >= 0 for pid in pids)  # counted, not listed: a mistyped id may be huge
@@ -233,25 +230,34 @@ def missing_images(image_paths):
     return missing
 
 
+def told_missing(missing):
+    """How many images are missing, and which is the first, with what may explain it."""
+    number, first = len(missing), min(missing)
+    counted = "1 image is missing" if number == 1 else f"{number} images are missing"
+    return f"{counted}, the first is {first[:300]}{why_missing(first)}"
+
+
 def why_missing(path):
-    """What explains that an image is not there, as far as its folder tells; or nothing."""
-    folder, name = os.path.split(path)
+    """What explains that an image is not there, as far as the folders on its way tell; or nothing."""
     try:
         os.fsencode(path)
     except UnicodeEncodeError:
         encoding = sys.getfilesystemencoding()
         return f" (file names here are {encoding}, which has no such letters: set PYTHONUTF8=1)"
+    folder, name = os.path.split(path)
+    while folder and not os.path.isdir(folder):  # it is the first folder not there that may be explained
+        folder, name = os.path.split(folder)
     try:
-        present = os.listdir(folder)
-    except (FileNotFoundError, NotADirectoryError, ValueError):
-        return ""
+        present = os.listdir(folder or ".")
     except OSError as error:
         return f" (its folder cannot be read: {error.strerror})"
-    if name in present:
+    if os.path.islink(os.path.join(folder, name)):
         return " (it is a link to nothing: is its disk there?)"
     alike = next((other for other in present if spelled(other) == spelled(name)), None)
-    case = alike and alike.lower() == name.lower()
-    return f" ({'upper and lower case' if case else 'spelled otherwise'}: there is {alike})" if alike else ""
+    if alike in (None, name):
+        return ""
+    case = alike.lower() == name.lower()
+    return f" ({'upper and lower case' if case else 'spelled otherwise'}: there is {alike})"
 
 
 def spelled(name):
@@ -260,23 +266,17 @@ def spelled(name):
     return os.path.splitext(unicodedata.normalize("NFC", unquote(name)).lower())[0]
 
 
-def number_missing(paths):
-    return "1 image is missing" if len(paths) == 1 else f"{len(paths)} images are missing"
-
-
 def check_images(source, image_paths):
     """Every image must be there: all missing ones are counted, the first is named."""
     missing = missing_images(image_paths)
-    if missing:
-        below = sorted({os.path.relpath(os.path.dirname(path), source.images) for path in missing} - {"."})
-        mend = f"unpack into {source.images}"
-        if source.row is None:
-            mend = f"is --images {source.images} where the paths in {source.path} start?"
-        raise InputError(
-            f"{source.name}: {number_missing(missing)}, the first is {min(missing)[:300]}"
-            f"{why_missing(min(missing))}; {mend}"
-            + (f" (below: {', '.join(below[:7])[:300]}{', …' if len(below) > 7 else ''})" if below else "")
-        )
+    if not missing:
+        return
+    mend = f"unpack into {source.images}"
+    if source.row is None:
+        mend = f"is --images {source.images} where the paths in {source.path} start?"
+    below = sorted({os.path.relpath(os.path.dirname(path), source.images) for path in missing} - {"."})
+    shown = ", ".join(below[:7])[:300] + ", …" * (len(below) > 7)
+    raise InputError(f"{source.name}: {told_missing(missing)}; {mend}{f' (below: {shown})' if below else ''}")
 
 
 def statistics_table(splits):

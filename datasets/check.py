@@ -14,11 +14,10 @@ from typing import NamedTuple
 
 from datasets.annotations import (
     missing_images,
-    number_missing,
     read_splits,
     source_of,
     statistics_table,
-    why_missing,
+    told_missing,
 )
 from utils.data_sets import DATA_SETS, DEFAULT, ignored_name
 from utils.errors import InputError, printable, reports_errors
@@ -227,8 +226,7 @@ def check_dataset(source, decode=False, text_length=77):
         whole = "" if Path(most).is_dir() else ", a folder that does not exist"
         findings.append(
             Finding(
-                f"{number_missing(absent)}, the first is {min(absent)}{why_missing(min(absent))}; {number} "
-                f"of them in {most}{whole}: "
+                f"{told_missing(absent)}; {number} of them in {most}{whole}: "
                 + ("is the archive unpacked whole?" if source.row else f"is --images {source.images} right?"),
                 True,
             )

@@ -293,6 +293,28 @@ def test_another_spelling_of_a_files_name_is_named(there, written, drawn, capsys
     assert status == 1 and f"(spelled otherwise: there is {there})" in fault
 
 
+@pytest.mark.parametrize(
+    ("respelled", "said"),
+    [
+        (str.swapcase, "upper and lower case: there is {}"),
+        (lambda name: f"%{ord(name[0]):x}{name[1:]}", "spelled otherwise: there is {}"),
+    ],
+    ids=["another case", "an address"],
+)
+def test_another_spelling_of_a_folders_name_is_named(respelled, said, drawn, capsys):
+    folder = drawn.image(0).parent.name
+    drawn.records[0][drawn.path_key] = f"{respelled(folder)}/below/1.jpg"
+    status, (fault,), _, _ = drawn.check(capsys)
+    assert status == 1 and f"({said.format(folder)})" in fault
+
+
+def test_a_folder_that_is_a_link_to_nothing_is_named(drawn, capsys):
+    (drawn.folder / "imgs" / "away").symlink_to("/nowhere/at/all")
+    drawn.records[0][drawn.path_key] = "away/below/1.jpg"
+    status, (fault,), _, _ = drawn.check(capsys)
+    assert status == 1 and "(it is a link to nothing: is its disk there?)" in fault
+
+
 def test_a_folder_that_may_not_be_read_says_so(drawn, monkeypatch, capsys):
     """Root may read everything, so the system's refusal is played."""
 
