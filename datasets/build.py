@@ -19,7 +19,7 @@ from datasets.image_text import (
     Views,
     finish,
 )
-from datasets.records import BESIDE
+from datasets.records import keys_beside
 from datasets.sampler import BatchShares, IdentityOrder, RandomOrder, Share, mixed
 from datasets.tokenizer import PUNCTUATION, START_SIMILARITY
 from utils.batch import Batch
@@ -121,8 +121,7 @@ def build_dataloader(args):
     if ignored := ignored_name(args):
         logger.info(ignored)
     source = source_of(args, None if args.training else evaluated)
-    keys = [key for key, row in BESIDE.items() if args.training and vars(args)[row.option]]
-    splits = read_splits(source, keys=keys)
+    splits = read_splits(source, keys=keys_beside(args) if args.training else ())
     log_statistics(splits)
     if args.plain_captions:
         logger.info(f"captions are read without {' '.join(PUNCTUATION)}")

@@ -68,6 +68,11 @@ BESIDE = {  # by key of a JSON record
 }
 
 
+def keys_beside(args):
+    """The keys of BESIDE that these options read."""
+    return [key for key, row in BESIDE.items() if getattr(args, row.option)]
+
+
 class Record(NamedTuple):
     """What an annotation file says of one image."""
 

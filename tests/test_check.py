@@ -155,6 +155,27 @@ def test_captions_that_are_cut(drawn, capsys):
     assert "captions are cut at 20 tokens" in note
 
 
+def test_captions_are_read_without_punctuation_as_the_training_will_read_them(drawn, capsys):
+    drawn.of("test")[0]["captions"][0] = "red. " * 50
+    drawn.of("test")[1]["captions"][0] = "..."
+    _, (fault,), notes, _ = drawn.check(capsys)
+    assert "hold no word" in fault and len([note for note in notes if "cut at 77" in note]) == 1
+    _, (fault,), notes, _ = drawn.check(capsys, "--plain_captions")
+    assert "captions are empty" in fault and not [note for note in notes if "cut at" in note]
+
+
+@pytest.mark.parametrize(
+    ("key", "option"),
+    [("diversity_captions", ["--second_caption"]), ("captions_bt", ["--back_translation", "0.1"])],
+)
+def test_what_the_training_reads_beside_captions_must_be_there(key, option, drawn, capsys):
+    status, _, _, text = drawn.check(capsys, *option)
+    assert status == 2 and f'record 0 has no key "{key}"' in text and option[0] in text
+    for record in drawn.of("train"):
+        record[key] = record["captions"]
+    assert drawn.check(capsys, *option)[0] == 0
+
+
 @pytest.mark.parametrize("name", ["CUHK-PEDES", "RSTPReid"])
 def test_captions_shared_by_persons(name, tmp_path, capsys):
     drawn = Drawn(tmp_path, name)
@@ -242,6 +263,13 @@ def test_what_cannot_be_read_at_all_is_status_2(damage, message, drawn, capsys):
     assert main(["--dataset_name", "CUHK-PEDES", "--root_dir", str(drawn.root)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert re.search(message, line)
+
+
+def test_a_mistyped_option_is_one_sentence(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--root", "data"])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and "unknown option --root; did you mean --root_dir?" in line
 
 
 def test_several_findings_come_faults_first(drawn, capsys):
