@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import PIL
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from datasets.transforms import read_image, resize
 from utils.device import batches_of
@@ -42,14 +42,14 @@ class DecodedImages:
 class KeptImages:
     """images[path] -> uint8 tensor [3, H, W], not to be written to.
 
-    pixels: array [n, 3, H, W]. rows: {absolute path: row}.
+    pixels: array [n, 3, H, W]. paths: of each row, absolute.
     """
 
-    def __init__(self, pixels, rows):
+    def __init__(self, pixels, paths):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that the array is read-only
             self.pixels = torch.from_numpy(pixels)
-        self.rows = dict(rows)
+        self.rows = {path: row for row, path in enumerate(paths)}
 
     def __getitem__(self, path):
         row = self.rows.get(path)
@@ -62,7 +62,7 @@ class CacheFile(KeptImages):
     """KeptImages of a memory-mapped file; pickles as its name. identities: {path: [size, time of change]}."""
 
     def __init__(self, file):
-        """Raises ValueError or OSError where the file is not a whole cache."""
+        """Raises OSError or what else comes of a file that is not a whole cache, or another Pillow's."""
         with open(file, "rb") as opened:
             magic, _, start = opened.readline(64).decode("ascii").rpartition(" ")
             if magic != MAGIC:
@@ -72,11 +72,11 @@ class CacheFile(KeptImages):
         shape = (len(index["images"]), 3, *index["img_size"])
         if not shape[0] or os.path.getsize(file) != start + math.prod(shape):
             raise ValueError("it is cut short")
+        if index["pillow"] != PIL.__version__:  # whose resizing may round to another grey level
+            raise ValueError(f"it was made with Pillow {index['pillow']}")
         self.file, self.img_size = file, tuple(index["img_size"])
-        self.pillow = index.get("pillow", "of an unknown version")
         self.identities = {path: identity for path, *identity in index["images"]}
-        pixels = np.memmap(file, np.uint8, "r", start, shape)
-        super().__init__(pixels, {path: row for row, path in enumerate(self.identities)})
+        super().__init__(np.memmap(file, np.uint8, "r", start, shape), self.identities)
 
     def __reduce__(self):
         return CacheFile, (self.file,)
@@ -98,16 +98,17 @@ def open_images(where, paths, img_size, name, num_workers=0):
 
 def keep_in_memory(paths, img_size, num_workers):
     shape = (len(paths), 3, *img_size)
-    if math.prod(shape) > available_memory():
+    size, free = math.prod(shape), available_memory()
+    if size > free:
         raise InputError(
-            f"--image_cache ram: {len(paths)} images take {gigabytes(math.prod(shape))}, but only "
-            f"{gigabytes(available_memory())} of memory are free; give a folder instead"
+            f"--image_cache ram: {len(paths)} images take {gigabytes(size)}, but only {gigabytes(free)} of "
+            "memory are free; give a folder instead"
         )
     pixels = np.empty(shape, np.uint8)
     for row, image in enumerate(decoded(paths, img_size, num_workers)):
         pixels[row] = image
-    logger.info(f"image cache: {len(paths)} images in memory ({gigabytes(pixels.nbytes)})")
-    return KeptImages(pixels, {path: row for row, path in enumerate(paths)})
+    logger.info(f"image cache: {len(paths)} images in memory ({gigabytes(size)})")
+    return KeptImages(pixels, paths)
 
 
 def available_memory(proc=Path("/proc"), groups=Path("/sys/fs/cgroup")):
@@ -184,9 +185,6 @@ def read_cache(file, img_size):
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         logger.info(f"image cache: {file} is written anew ({error})")
         return None
-    if cache.pillow != PIL.__version__:  # whose resizing may round to another grey level
-        logger.info(f"image cache: {file} is written anew (it was made with Pillow {cache.pillow})")
-        return None
     return cache if cache.img_size == tuple(img_size) else None
 
 
@@ -195,11 +193,11 @@ def write_cache(file, old, wanted, img_size, num_workers):
 
     Goes on keeping what another run or split wanted, as long as the image is still the same.
     """
-    identities = dict(old.identities) if old else {}
-    kept = [path for path, known in identities.items() if still_is(path, known)]
-    new = [path for path in wanted if wanted[path] != identities.get(path)]
-    kept = [path for path in kept if wanted.get(path, identities[path]) == identities[path]]
-    images = [[path, *identities[path]] for path in kept] + [[path, *wanted[path]] for path in new]
+    before = old.identities if old else {}
+    kept = {path: known for path, known in before.items() if still_is(path, known)}
+    kept = {path: known for path, known in kept.items() if wanted.get(path, known) == known}
+    new = {path: known for path, known in wanted.items() if path not in kept}
+    images = [[path, *known] for path, known in (kept | new).items()]
     index = {"img_size": list(img_size), "pillow": PIL.__version__, "images": images}
     index = json.dumps(index).encode()
     start = -(-(len(index) + 64) // PAGE) * PAGE
@@ -228,17 +226,13 @@ def still_is(path, known):
         return False
 
 
-class Files(Dataset):
-    def __init__(self, paths, img_size):
-        self.paths, self.images = paths, DecodedImages(img_size)
+class Decoding(DecodedImages):
+    """In a loading process: an error is returned, since one raised there would keep the processes waiting."""
 
-    def __len__(self):
-        return len(self.paths)
-
-    def __getitem__(self, index):
+    def __getitem__(self, path):
         try:
-            return self.images[self.paths[index]]
-        except InputError as error:  # raised in the main process, not with a worker's traceback around it
+            return super().__getitem__(path)
+        except InputError as error:
             return error
 
 
@@ -246,7 +240,8 @@ def decoded(paths, img_size, num_workers):
     """The pixels of each path, in order, decoded in num_workers processes, behind a progress bar."""
     if num_workers:
         room_for_sockets()
-    batches = DataLoader(Files(paths, img_size), batch_size=32, num_workers=num_workers, collate_fn=list)
+    images = Decoding(img_size)
+    batches = DataLoader(images, 32, sampler=paths, num_workers=num_workers, collate_fn=list)
     with progress_bar(len(paths), "image cache", unit="img") as bar:
         for batch in batches_of(batches):
             for image in batch:
