@@ -106,34 +106,40 @@ def opened(path):
         with open_image(path) as image:
             yield image
     except FileNotFoundError:
-        told = InputError(f"no image at {path}")
-        if not os.path.isdir(os.path.dirname(path) or "."):
-            told = InputError(f"no image at {path}, nor its folder: see that its disk is there")
-            told.of_disk = True
-        raise told from None
+        there = os.path.isdir(os.path.dirname(path) or ".")
+        where = "" if there else ", nor its folder: see that its disk is there"
+        raise unreadable(f"no image at {path}{where}", of_disk=not there) from None
+    except MemoryError:
+        sentence = f"there is not enough memory to read the image {path}: free some, or make it smaller"
+        raise unreadable(sentence, of_disk=True) from None
     except Exception as error:  # each of PIL's decoders raises its own kinds; the file is no picture
         number = getattr(error, "errno", None)
         if number in (errno.EMFILE, errno.ENFILE):  # this is no fault of the picture's
             raise
         mend = "see that its disk is there" if number in NO_ANSWER else "replace it or take its record out"
-        told = InputError(f"the image {path} cannot be read ({first_line(error)}): {mend}")
-        told.of_disk = number in NO_ANSWER and number != errno.EIO  # a disk has single bad places, too
-        raise told from None
+        sentence = f"the image {path} cannot be read ({first_line(error)}): {mend}"
+        of_disk = number in NO_ANSWER and number != errno.EIO  # a disk has single bad places, too
+        raise unreadable(sentence, of_disk) from None
+
+
+def unreadable(sentence, of_disk):
+    """The InputError of a picture. of_disk: it would be so of others too, so that none is to be left out."""
+    error = InputError(sentence)
+    error.of_disk = of_disk
+    return error
 
 
 def read_image(path):
     """RGB picture of a file, as it lies there: not turned by its EXIF tag. InputError: see `opened`. A disk
     that does not answer, as those of a network for a moment, is asked again."""
-    for seconds in PATIENCE:
+    for seconds in (*PATIENCE, None):
         try:
             with opened(path) as image:
                 return as_rgb(image)
         except InputError as error:
-            if getattr(error.__context__, "errno", None) not in NO_ANSWER:
+            if seconds is None or getattr(error.__context__, "errno", None) not in NO_ANSWER:
                 raise
         time.sleep(seconds)
-    with opened(path) as image:
-        return as_rgb(image)
 
 
 def resized(image, size, resample=Image.Resampling.BILINEAR):

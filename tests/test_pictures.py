@@ -262,6 +262,16 @@ def test_a_disk_that_is_gone_is_no_reason_to_leave_pictures_out(tmp_path, monkey
         images.read(paths)
 
 
+def test_want_of_memory_is_no_reason_to_leave_a_picture_out(tmp_path, monkeypatch):
+    def opened(path):
+        raise MemoryError
+
+    monkeypatch.setattr(Image, "open", opened)
+    images = Images(DecodedImages((4, 2)), (4, 2), skip_bad=True)
+    with pytest.raises(InputError, match=r"not enough memory to read the image .*a\.png"):
+        images.read([str(tmp_path / "a.png")])
+
+
 def test_a_picture_that_is_none_is_not_asked_for_again(tmp_path, monkeypatch):
     (tmp_path / "a.png").write_bytes(b"no picture")
     waited = failing(monkeypatch, errno.EIO, 0)
