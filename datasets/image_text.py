@@ -91,9 +91,8 @@ class PairDataset(Dataset):
     def __init__(
         self, samples, images, text_length, seed, img_aug=False, changes=None, beside=None, views=None
     ):
-        beside, self.views = beside or {}, views or Views()
         self.samples, self.images, self.seed, self.img_aug = samples, images, seed, img_aug
-        self.changes = changes or CaptionChanges()
+        self.changes, self.views, beside = changes or CaptionChanges(), views or Views(), beside or {}
         self.second_captions = beside.get("diversity_captions", ())
         self.back_translations = beside.get("captions_bt", ())
         self.tokenizer = SimpleTokenizer(plain=self.changes.plain)
@@ -106,56 +105,46 @@ class PairDataset(Dataset):
     def __getitems__(self, keys):
         """Batch of host tensors: uint8 images [B, 3, H, W], the boxes [B, 4] that are yet to be erased, and
         `left_out`, {path: why} of images that could not be read."""
-        generator = torch.Generator()
         paths = [self.samples[index].image_path for _, index in keys]
         found, left_out = self.images.read(paths)
         keys = [key for key, path in zip(keys, paths, strict=True) if path in found]
         samples = [self.samples[index] for _, index in keys]
-        images = self.images.room(len(keys))
-        caption_ids = self.caption_ids[[index for _, index in keys]]
-        boxes, noise = [], torch.empty(len(keys), 2, caption_ids.shape[1])
-        for row, ((epoch, index), sample) in enumerate(zip(keys, samples, strict=True)):
-            seed = mixed(self.seed, epoch, index, IMAGE)
-            boxes.append(self.augmented(found[sample.image_path], seed, images[row]))
-            if self.changes.masking and not self.changes.by_similarity:
-                generator.manual_seed(mixed(self.seed, epoch, index, MASKS))
-                noise[row].uniform_(generator=generator)
-            if self.changes.drop or self.changes.back_translation:
-                caption = self.drawn_caption(epoch, index)
-                caption_ids[row] = tokenize(caption, self.tokenizer, caption_ids.shape[1])
-            if self.changes.augment:
-                rng = random.Random(mixed(self.seed, epoch, index, AUGMENT))
-                caption_ids[row] = augment_tokens(caption_ids[row], rng)
+        pixels = [found[sample.image_path] for sample in samples]
+        images, boxes = self.drawn_images(keys, pixels, IMAGE)
+        caption_ids = self.drawn_captions(keys)
         batch = {
             "pids": torch.tensor([sample.pid for sample in samples], dtype=torch.long),
             "image_ids": torch.tensor([sample.image_id for sample in samples], dtype=torch.long),
             "images": images,
             "caption_ids": caption_ids,
             "indices": torch.tensor([index for _, index in keys], dtype=torch.long),
-            "boxes": torch.tensor(boxes, dtype=torch.long).reshape(-1, 4),
+            "boxes": boxes,
             "left_out": left_out,
         }
         if self.changes.masking and not self.changes.by_similarity:
+            noise, generator = torch.empty(len(keys), 2, caption_ids.shape[1]), torch.Generator()
+            for row, key in zip(noise, keys, strict=True):
+                row.uniform_(generator=generator.manual_seed(mixed(self.seed, *key, MASKS)))
             batch.update(self.masked(caption_ids, *mask_tokens(caption_ids, noise, *self.changes.masking)))
         if self.second_captions:
             batch.update(self.drawn_second(keys))
-        if self.views.second or self.views.strong:
-            batch.update(self.drawn_views(keys, [found[sample.image_path] for sample in samples]))
+        if self.views.second:
+            batch["second_images"], batch["second_boxes"] = self.drawn_images(keys, pixels, SECOND_VIEW)
+        if self.views.strong:
+            batch["strong_images"] = self.strong_images(keys, pixels)
         return batch
 
-    def drawn_caption(self, epoch, index):
-        """The caption or its back-translation, without words that were drawn to be left out (TBPS-CLIP)."""
-        caption = self.samples[index].caption
-        if self.changes.back_translation:
-            rng = random.Random(mixed(self.seed, epoch, index, BACK_TRANSLATION))
-            exchange = rng.random() < self.changes.back_translation
-            caption = self.back_translations[index] if exchange else caption
-        if self.changes.drop and self.changes.plain:  # as published a word is drawn for after the cleaning
-            caption = plain_caption(self.tokenizer.clean(caption), most=self.caption_ids.shape[1])
-        if self.changes.drop:
-            rng = random.Random(mixed(self.seed, epoch, index, DROP))
-            caption = drop_words(caption, self.changes.drop, rng)
-        return caption
+    def rng(self, epoch, index, stream):
+        return random.Random(mixed(self.seed, epoch, index, stream))
+
+    # ---- images ----
+
+    def drawn_images(self, keys, pixels, stream):
+        """(uint8 [B, 3, H, W], boxes [B, 4] that are yet to be erased) of images, drawn anew."""
+        images = self.images.room(len(keys))
+        seeds = [mixed(self.seed, *key, stream) for key in keys]
+        boxes = [self.augmented(*drawn) for drawn in zip(pixels, seeds, images, strict=True)]
+        return images, torch.tensor(boxes, dtype=torch.long).reshape(-1, 4)
 
     def augmented(self, pixels, seed, out):
         """Put an image, drawn anew, into out, uint8 [3, H, W]; returns the box that is yet to be erased."""
@@ -167,25 +156,40 @@ class PairDataset(Dataset):
         crop_padded(pixels.flip(-1).numpy() if flip else pixels.numpy(), top, left, out.numpy())
         return box
 
-    def drawn_views(self, keys, pixels):
-        """{name: (B, …)} of what a batch has of other views of its images, each from a stream of its own."""
-        views, B = {}, len(keys)
-        streams = (SECOND_VIEW, *STRONG_VIEWS)
-        seeds = [[mixed(self.seed, *key, stream) for stream in streams] for key in keys]
-        if self.views.second:
-            views["second_images"] = images = self.images.room(B)
-            drawn = zip(pixels, seeds, images, strict=True)
-            boxes = [self.augmented(image, seed, out) for image, (seed, *_), out in drawn]
-            views["second_boxes"] = torch.tensor(boxes, dtype=torch.long).reshape(-1, 4)
-        if self.views.strong:
-            size = self.images.img_size
-            images = self.images.room(2 * B).view(B, 2, 3, *size)
-            for image, (_, *both), out in zip(pixels, seeds, images, strict=True):
-                picture = Image.fromarray(image.permute(1, 2, 0).numpy())
-                for seed, view in zip(both, out, strict=True):
-                    view.copy_(strong_view(picture, size, seed))
-            views["strong_images"] = images
-        return views
+    def strong_images(self, keys, pixels):
+        """uint8 [B, 2, 3, H, W]: two strong views of each image."""
+        size = self.images.img_size
+        images = self.images.room(2 * len(keys)).view(len(keys), 2, 3, *size)
+        for key, image, views in zip(keys, pixels, images, strict=True):
+            picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+            for stream, view in zip(STRONG_VIEWS, views, strict=True):
+                view.copy_(strong_view(picture, size, mixed(self.seed, *key, stream)))
+        return images
+
+    # ---- captions ----
+
+    def drawn_captions(self, keys):
+        """(B, L) of captions with what changes them but masks."""
+        caption_ids = self.caption_ids[[index for _, index in keys]]
+        for row, key in enumerate(keys):
+            if self.changes.drop or self.changes.back_translation:
+                caption = self.drawn_caption(*key)
+                caption_ids[row] = tokenize(caption, self.tokenizer, caption_ids.shape[1])
+            if self.changes.augment:
+                caption_ids[row] = augment_tokens(caption_ids[row], self.rng(*key, AUGMENT))
+        return caption_ids
+
+    def drawn_caption(self, epoch, index):
+        """The caption or its back-translation, without words that were drawn to be left out (TBPS-CLIP)."""
+        caption, drop = self.samples[index].caption, self.changes.drop
+        if self.changes.back_translation:
+            exchange = self.rng(epoch, index, BACK_TRANSLATION).random() < self.changes.back_translation
+            caption = self.back_translations[index] if exchange else caption
+        if drop and self.changes.plain:  # as published a word is drawn for after the cleaning
+            caption = plain_caption(self.tokenizer.clean(caption), most=self.caption_ids.shape[1])
+        if drop:
+            caption = drop_words(caption, drop, self.rng(epoch, index, DROP))
+        return caption
 
     def masked(self, ids, mlm_ids, mlm_labels):
         """{name: (B, L)} of what a batch has of masked captions. ids: (B, L) the captions as they were."""
@@ -197,8 +201,8 @@ class PairDataset(Dataset):
         training captions. ids: (B, L), captions. indices: (B,) which they are."""
         mlm_ids, mlm_labels = torch.empty_like(ids), torch.empty_like(ids)
         for row, index in enumerate(indices.tolist()):
-            rng, known = random.Random(mixed(self.seed, epoch, index, SIMILARITY)), similarities[index]
-            mlm_ids[row], mlm_labels[row] = similarity_mask(ids[row], known, rng, *self.changes.masking)
+            drawn = similarities[index], self.rng(epoch, index, SIMILARITY), *self.changes.masking
+            mlm_ids[row], mlm_labels[row] = similarity_mask(ids[row], *drawn)
         return self.masked(ids, mlm_ids, mlm_labels)
 
     def drawn_second(self, keys):
@@ -206,8 +210,7 @@ class PairDataset(Dataset):
         (ICL, CVPR 2025): the groups shuffled, of each a sentence at random, joined, tokenised, augmented."""
         ids = self.caption_ids.new_zeros(len(keys), self.caption_ids.shape[1])
         for row, (epoch, index) in enumerate(keys):
-            rng = random.Random(mixed(self.seed, epoch, index, SECOND_CAPTION))
-            entry = self.second_captions[index]
+            rng, entry = self.rng(epoch, index, SECOND_CAPTION), self.second_captions[index]
             groups = [[entry]] if isinstance(entry, str) else list(entry)
             rng.shuffle(groups)
             text = " ".join(rng.choice(group) for group in groups)
