@@ -20,19 +20,19 @@ from datasets.image_text import (
     finish,
 )
 from datasets.records import keys_beside
-from datasets.sampler import BatchShares, IdentityOrder, RandomOrder, Share, mixed
+from datasets.sampler import BatchShares, IdentityOrder, RandomOrder, mixed
 from datasets.tokenizer import PUNCTUATION, START_SIMILARITY
 from utils.batch import Batch
 from utils.data_sets import ignored_name
 from utils.device import batches_of
-from utils.dist import process_sum, world_size
+from utils.dist import process_sum, share, world_size
 from utils.errors import InputError
 from utils.files import room_for_sockets
 from utils.losses import LOSSES, names_of
 from utils.settings import resolve
 
 logger = logging.getLogger("IRRA.dataset")
-# what a data set gives of its images, and the boxes that are to be erased there
+# what a training set gives of its images, and the boxes that are to be erased there
 BOXES = {"images": "boxes", "second_images": "second_boxes", "strong_images": None}
 
 
@@ -65,18 +65,15 @@ class TrainLoader(DataLoader):
             if self.weights is not None:
                 batch["label_hat"] = self.weights[batch["indices"]]
             if self.similarities is not None:
-                epoch = self.batch_sampler.order.epoch
-                known = (batch["caption_ids"], batch["indices"], epoch)
+                known = (batch["caption_ids"], batch["indices"], self.batch_sampler.order.epoch)
                 batch.update(self.dataset.masked_by(self.similarities, *known))
             if not self._numbered:
                 del batch["indices"]
-            images = {
-                name: finish(batch.pop(name), self._device, batch.pop(boxes, None))
-                for name, boxes in BOXES.items()
-                if name in batch
-            }
-            yield Batch.of({**images, **batch})
-            del images  # not kept here while the next batch is made
+            for name, boxes in BOXES.items():
+                if name in batch:
+                    batch[name] = finish(batch[name], self._device, batch.pop(boxes, None))
+            yield Batch.of(batch)
+            del batch  # not kept here while the next one is made
 
     def close(self):
         """End the loading processes now. After an error that nobody foresaw Python would send them a SIGTERM
@@ -97,7 +94,7 @@ class TrainLoader(DataLoader):
 class ImageLoader(DataLoader):
     """(pids [B], normalised images [B, 3, H, W] on the device). person: a pid's name in the file."""
 
-    def __init__(self, *args, device, person=None, **kwargs):
+    def __init__(self, *args, device, person, **kwargs):
         super().__init__(*args, **kwargs)
         self._device, self.left_out, self.person = device, {}, person
 
@@ -126,35 +123,25 @@ def build_dataloader(args):
     if args.plain_captions:
         logger.info(f"captions are read without {' '.join(PUNCTUATION)}")
     device = resolve(args).device
-    images = images_of(args, splits, evaluated)
+    paths = splits.by_name[evaluated].image_paths + (splits.train_split.image_paths if args.training else [])
+    pixels = open_images(args.image_cache, paths, args.img_size, splits.name, args.num_workers)
+    images = Images(pixels, tuple(args.img_size), args.on_bad_image == "skip")
     loaders = eval_loaders(args, splits, evaluated, device, images)
     if args.training:
         return train_loader(args, splits, device, images), *loaders, splits.num_classes
     return *loaders, splits.num_classes
 
 
-def images_of(args, splits, evaluated):
-    """The Images that are trained on and evaluated."""
-    paths = list(splits.by_name[evaluated].image_paths)
-    if args.training:
-        paths += splits.train_split.image_paths
-    source = open_images(args.image_cache, paths, args.img_size, splits.name, args.num_workers)
-    return Images(source, tuple(args.img_size), args.on_bad_image == "skip")
-
-
 def workers(args, device):
     """DataLoader's arguments for --num_workers loading processes."""
+    pinned = {"pin_memory": device.type == "cuda"}
     if not args.num_workers:
-        return {"pin_memory": device.type == "cuda"}
+        return pinned
     room_for_sockets()
     # images in memory are for all processes to share, which only those that are forked do
     fork = args.image_cache == "ram" and "fork" in get_all_start_methods()
-    return {
-        "num_workers": args.num_workers,
-        "prefetch_factor": 4,
-        "pin_memory": device.type == "cuda",
-        "multiprocessing_context": "fork" if fork else None,
-    }
+    context = "fork" if fork else None
+    return pinned | dict(num_workers=args.num_workers, prefetch_factor=4, multiprocessing_context=context)
 
 
 def train_loader(args, splits, device, images):
@@ -250,6 +237,11 @@ def as_it_is(batch):
     return batch
 
 
+def own_rows(all_rows):
+    """This process's rows of a split, in order; together the processes have each row once."""
+    return range(len(all_rows))[share(len(all_rows))]
+
+
 def eval_loaders(args, splits, name, device, images):
     split = splits.by_name[name]
     if not split.image_pids or not split.captions:
@@ -261,7 +253,7 @@ def eval_loaders(args, splits, name, device, images):
     images = ImageLoader(
         ImageDataset(split.image_pids, split.image_paths, images),
         batch_size=args.test_batch_size,
-        sampler=Share(len(split.image_pids)),
+        sampler=own_rows(split.image_pids),
         collate_fn=as_it_is,
         device=device,
         person=functools.partial(splits.person, name),
@@ -270,7 +262,7 @@ def eval_loaders(args, splits, name, device, images):
     captions = DataLoader(
         CaptionDataset(split.caption_pids, split.captions, args.text_length, args.plain_captions),
         batch_size=args.test_batch_size,
-        sampler=Share(len(split.captions)),
+        sampler=own_rows(split.captions),
         pin_memory=device.type == "cuda",
     )
     return images, captions

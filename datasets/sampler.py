@@ -46,19 +46,6 @@ class EpochSampler(Sampler):
         return max(len(self.order()) - self.start, 0)
 
 
-class Share(Sampler):
-    """This process's rows of a split, in order; together the processes have each row once."""
-
-    def __init__(self, size):
-        self.rows = range(size)[share(size)]
-
-    def __iter__(self):
-        return iter(self.rows)
-
-    def __len__(self):
-        return len(self.rows)
-
-
 class BatchShares(Sampler):
     """Of each batch of an order, this process's share: together the processes see the batches that one would.
 

@@ -138,13 +138,10 @@ def tokenize(caption, tokenizer, text_length=77, truncate=True):
 
 def tokenize_all(captions, text_length=77, plain=False):
     """[len(captions), text_length] ids, each distinct caption encoded once. plain: see SimpleTokenizer."""
-    tokenizer, known = SimpleTokenizer(plain=plain), {}
-    for caption in captions:
-        if caption not in known:
-            known[caption] = tokenize(caption, tokenizer, text_length)
-    if not captions:
-        return torch.zeros(0, text_length, dtype=torch.long)
-    return torch.stack([known[caption] for caption in captions])
+    tokenizer = SimpleTokenizer(plain=plain)
+    known = {caption: tokenize(caption, tokenizer, text_length) for caption in set(captions)}
+    rows = [known[caption] for caption in captions]
+    return torch.stack(rows) if rows else torch.zeros(0, text_length, dtype=torch.long)
 
 
 def augment_tokens(ids, rng):
