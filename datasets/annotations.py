@@ -10,7 +10,7 @@ from typing import NamedTuple
 from urllib.parse import unquote
 
 from datasets.records import SUFFIXES, read_records, read_records_by_path
-from utils.data_sets import DATA_SETS, DataSet, check_data_options, name_of
+from utils.data_sets import DATA_SETS, DataSet, check_data_options, find_data_set, name_of
 from utils.errors import InputError
 from utils.files import neighbours
 
@@ -93,33 +93,7 @@ def source_of(args, split=None):
 
 
 def named_source(dataset_name, root_dir):
-    path = annotation_file(dataset_name, root_dir)
-    images = path.parent / "imgs"
-    if not images.is_dir():
-        raise InputError(
-            f"{dataset_name}: no folder {images}: its images belong there, as the data set comes"
-        )
-    return Source(dataset_name, path, images, DATA_SETS[dataset_name])
-
-
-def annotation_file(dataset_name, root_dir):
-    """The data set's annotation file; says where it looked when there is none."""
-    row, folder = DATA_SETS[dataset_name], Path(root_dir) / dataset_name
-    for name in row.files:
-        if (folder / name).is_file():
-            return folder / name
-    looked = " or ".join(str(folder / name) for name in row.files)
-    hint = ""
-    if not Path(root_dir).is_dir():
-        hint = f" ({root_dir} does not exist)"
-    elif row.raw_file and (folder / row.raw_file).is_file():
-        hint = (
-            f" ({row.raw_file} is the raw file; {row.files[0]}, with the splits, comes in the same archive)"
-        )
-    raise InputError(
-        f"{dataset_name}: no annotation file at {looked}{hint}. Is --root_dir right? The authors offer it "
-        f"at {row.offer}; ./run_irra.sh demo needs none"
-    )
+    return Source(dataset_name, *find_data_set(dataset_name, root_dir), DATA_SETS[dataset_name])
 
 
 # ---- splits ----

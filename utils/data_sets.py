@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from utils.errors import InputError, printable
+from utils.errors import InputError, reports_errors
 
 
 class DataSet(NamedTuple):
@@ -102,43 +102,42 @@ def ignored_name(args):
 # ---- is it there? ----
 
 
-def what_is_missing(name, root_dir):
-    """The lines that say what of a data set is not below root_dir; None where all is there, and for a name
-    that has no row: which names there are, train.py says."""
-    if name not in DATA_SETS:
-        return None
-    row, folder = DATA_SETS[name], f"{root_dir}/{name}"
-    missing = []
-    if not any(os.path.isfile(f"{folder}/{file}") for file in row.files):
-        others = f" (or {' or '.join(row.files[1:])})" if row.files[1:] else ""
-        missing.append(f"  {folder}/{row.files[0]}{others}")
-    if not os.path.isdir(f"{folder}/imgs"):
-        missing.append(f"  {folder}/imgs/")
-    if not missing:
-        return None
-    with contextlib.suppress(OSError):  # there is no such folder, or it may not be read
-        there = sorted(file for file in os.listdir(folder) if not file.startswith("."))
-        missing.append(f"{folder} holds: {' '.join(there[:8]) or 'nothing'}")
-    lines = [
-        f"The data set {name} is not there. Missing, seen from {os.getcwd()}:",
-        *missing,
-        f"Its authors offer it at {row.offer}",
-        f"If it lies elsewhere: ./run_irra.sh --root_dir FOLDER, where FOLDER contains {name}/",
-        "Without any data set: ./run_irra.sh demo",
-    ]
-    return "\n".join(map(printable, lines))
+def find_data_set(name, root_dir):
+    """(annotation file, folder of images) of a data set below root_dir; InputError where one is not there."""
+    row, folder = DATA_SETS[name], Path(root_dir) / name
+    files, images = [folder / file for file in row.files], folder / "imgs"
+    file = next((file for file in files if file.is_file()), None)
+    if file and images.is_dir():
+        return file, images
+    missing = [] if file else [f"no annotation file at {' or '.join(map(str, files))}"]
+    if not images.is_dir():
+        missing.append(f"no folder {images}: its images belong there")
+    hint = ""
+    if not os.path.isdir(root_dir):
+        hint = f" ({root_dir} does not exist, seen from {os.getcwd()})"
+    elif not file and (folder / row.raw_file).is_file():
+        hint = (
+            f" ({row.raw_file} is the raw file; {files[0].name}, with the splits, comes in the same archive)"
+        )
+    else:
+        with contextlib.suppress(OSError):  # there is no such folder, or it may not be read
+            there = sorted(entry for entry in os.listdir(folder) if not entry.startswith("."))
+            hint = f" ({folder} holds {', '.join(there[:8]) or 'nothing'})"
+    raise InputError(
+        f"{name}: {', and '.join(missing)}{hint}. Is --root_dir right? It is the folder that holds {name}/, "
+        f"which its authors offer at {row.offer}; ./run_irra.sh demo needs none"
+    )
 
 
-def main(argv):
+@reports_errors
+def main(argv=None):
     parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
     for flag in ("--dataset_name", "--root_dir", "--annotations"):
         parser.add_argument(flag)
-    args, _ = parser.parse_known_args(argv)  # a file of one's own, and other flags, are for train.py to judge
-    missing = None if args.annotations else what_is_missing(args.dataset_name, args.root_dir)
-    if missing:
-        print(missing, file=sys.stderr)
-    return 2 if missing else 0
+    args, _ = parser.parse_known_args(argv)  # other flags and names without a row are for train.py to judge
+    if args.dataset_name in DATA_SETS and not args.annotations:
+        find_data_set(args.dataset_name, args.root_dir)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())
