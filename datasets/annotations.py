@@ -133,8 +133,8 @@ def read_splits(source, root_dir=None, images_must_exist=True, keys=()):
     train_pids = set(eval_splits["train"].image_pids)
     if source.row and train_pids:
         check_training_ids(source, train_pids)
-    if images_must_exist:
-        check_images(source, {path for split in eval_splits.values() for path in split.image_paths})
+    if images_must_exist and (missing := missing_images(eval_splits)):
+        raise InputError(f"{source.name}: {told_missing(source, missing)}")
     logger.info(f"=> {source.name} Images and Captions are loaded")
     return Splits(
         train=train,
@@ -188,11 +188,12 @@ def check_training_ids(source, pids):
         )
 
 
-def missing_images(image_paths):
-    """Those that are not there; each folder is listed once."""
-    by_folder = defaultdict(list)
-    for path in image_paths:
-        by_folder[os.path.dirname(path)].append(path)
+def missing_images(splits):
+    """The paths of those that are not there; each folder is listed once. splits: {name: EvalSplit}."""
+    by_folder = defaultdict(set)
+    for split in splits.values():
+        for path in split.image_paths:
+            by_folder[os.path.dirname(path)].add(path)
     missing = []
     for directory, paths in by_folder.items():
         try:
@@ -204,11 +205,20 @@ def missing_images(image_paths):
     return missing
 
 
-def told_missing(missing):
-    """How many images are missing, and which is the first, with what may explain it."""
+def told_missing(source, missing):
+    """How many images are missing, which is the first and why, which folders lack some, and what to do."""
     number, first = len(missing), min(missing)
     counted = "1 image is missing" if number == 1 else f"{number} images are missing"
-    return f"{counted}, the first is {first[:300]}{why_missing(first)}"
+    lacking = Counter(os.path.dirname(path) for path in missing).most_common(7)
+    folders = [
+        f"{number} in {os.path.relpath(folder, source.images.parent)}"
+        + ("" if os.path.isdir(folder) else ", a folder that does not exist")
+        for folder, number in lacking
+    ]
+    mend = f"is the archive unpacked whole into {source.images}?"
+    if source.row is None:
+        mend = f"is --images {source.images} where the paths in {source.path} start?"
+    return f"{counted}, the first is {first[:300]}{why_missing(first)}; {', '.join(folders)[:300]}: {mend}"
 
 
 def why_missing(path):
@@ -238,19 +248,6 @@ def spelled(name):
     """A file's name whatever a computer or a program made of its letters: their case, é as one or as two
     characters (macOS), a space as %20 (an address), the kind of picture."""
     return os.path.splitext(unicodedata.normalize("NFC", unquote(name)).lower())[0]
-
-
-def check_images(source, image_paths):
-    """Every image must be there: all missing ones are counted, the first is named."""
-    missing = missing_images(image_paths)
-    if not missing:
-        return
-    mend = f"unpack into {source.images}"
-    if source.row is None:
-        mend = f"is --images {source.images} where the paths in {source.path} start?"
-    below = sorted({os.path.relpath(os.path.dirname(path), source.images) for path in missing} - {"."})
-    shown = ", ".join(below[:7])[:300] + ", …" * (len(below) > 7)
-    raise InputError(f"{source.name}: {told_missing(missing)}; {mend}{f' (below: {shown})' if below else ''}")
 
 
 def statistics_table(splits):

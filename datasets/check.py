@@ -38,15 +38,9 @@ def note(what):
 
 
 def check_images_there(splits):
-    """Images that are not there, and which folder lacks most."""
-    missing = missing_images({path for split in splits.by_name.values() for path in split.image_paths})
-    if not missing:
-        return
-    folder, number = Counter(str(Path(path).parent) for path in missing).most_common(1)[0]
-    whole = "" if Path(folder).is_dir() else ", a folder that does not exist"
-    source = splits.source
-    mend = "is the archive unpacked whole?" if source.row else f"is --images {source.images} right?"
-    yield fault(f"{told_missing(missing)}; {number} of them in {folder}{whole}: {mend}")
+    missing = missing_images(splits.by_name)
+    if missing:
+        yield fault(told_missing(splits.source, missing))
 
 
 def check_split_words(splits):

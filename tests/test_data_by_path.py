@@ -520,7 +520,7 @@ def test_the_check_takes_a_file(drawn, tmp_path, capsys):
 
     assert check.main(["--annotations", str(path), "--split", "test"]) == 1
     assert "a folder that does not exist" not in (out := capsys.readouterr().out)
-    assert f"is --images {tmp_path} right?" in out
+    assert f"is --images {tmp_path} where the paths in {path} start?" in out
 
 
 # ---- the table of named sets ----
