@@ -250,30 +250,27 @@ def entries(path):
 
 def rows(path, delimiter, delimiters):
     """The rows of a table below its header, each as {column: text}. A row may go over several lines."""
-    text = io.StringIO(read_text(path), newline="")
-    reader, header = csv.reader(text, delimiter=delimiter, strict=True), None
-    while True:
-        where = f"{path}, line {reader.line_num + 1}"
-        try:
-            row = next(reader, None)
-        except csv.Error as error:
-            raise InputError(
-                f"{where} cannot be read as a row ({error}): a field with quotes in it is put in quotes, and "
-                "they are doubled"
-            ) from None
-        if row is None:
-            break
-        if not any(cell.strip() for cell in row):
-            continue
-        if header is None:
-            header = check_header(row, where, delimiters)
-        elif len(row) != len(header):
-            raise InputError(
-                f"{where} has {len(row)} fields and the header {len(header)}: a caption with {delimiters} in "
-                "it is put in quotes"
-            )
-        else:
-            yield where, dict(zip(header, row, strict=True))
+    text, header, where = io.StringIO(read_text(path), newline=""), None, f"{path}, line 1"
+    reader = csv.reader(text, delimiter=delimiter, strict=True)
+    try:
+        for row in reader:
+            if not any(cell.strip() for cell in row):
+                pass
+            elif header is None:
+                header = check_header(row, where, delimiters)
+            elif len(row) != len(header):
+                raise InputError(
+                    f"{where} has {len(row)} fields and the header {len(header)}: a caption with "
+                    f"{delimiters} in it is put in quotes"
+                )
+            else:
+                yield where, dict(zip(header, row, strict=True))
+            where = f"{path}, line {reader.line_num + 1}"
+    except csv.Error as error:
+        raise InputError(
+            f"{where} cannot be read as a row ({error}): a field with quotes in it is put in quotes, and "
+            "they are doubled"
+        ) from None
     if header is None:
         raise InputError(f"{path} is empty: its first line names the columns {', '.join(COLUMNS)}")
 

@@ -86,8 +86,8 @@ class Batch(Mapping):
 
     def part(self, rows):
         """Those samples, not planned yet. rows: a slice."""
-        rows_of = {key: value[rows] for key, value in self._held().items() if isinstance(value, torch.Tensor)}
-        return Batch.of({key: value for key, value in rows_of.items() if key not in ("mlm_at", "mlm_rows")})
+        held = {key: value for key, value in self._held().items() if key not in PLAN}
+        return Batch.of({key: value[rows] for key, value in held.items() if isinstance(value, torch.Tensor)})
 
     def planned(self):
         """With what the model must know of the ids to waste nothing; found on the host. Lengths are rounded
