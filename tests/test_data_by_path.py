@@ -5,6 +5,7 @@ import csv
 import gzip
 import json
 import logging
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -38,16 +39,13 @@ def drawn(tmp_path_factory):
 
 def records_of(root, name):
     row = DATA_SETS[name]
+    own = {"image": row.path_key, "captions": "captions", "person": "id", "split": "split"}
     records = json.loads((root / name / row.files[0]).read_text())
-    return [
-        {
-            "image": record[row.path_key],
-            "captions": record["captions"],
-            "person": record["id"],
-            "split": record["split"],
-        }
-        for record in records
-    ]
+    return [{key: record[name] for key, name in own.items()} for record in records]
+
+
+def renamed(records, **names):
+    return [{names.get(key, key): value for key, value in record.items()} for record in records]
 
 
 def rows_of(records):
@@ -95,15 +93,7 @@ FORMS = {  # writes records to a folder, returns the file
     "JSON with file_path and id": lambda folder, records: write(
         folder / "my_set.json",
         json.dumps(
-            [
-                {
-                    "file_path": r["image"],
-                    "captions": r["captions"],
-                    "id": str(r["person"]),
-                    "split": r["split"],
-                }
-                for r in records
-            ]
+            renamed([{**r, "person": str(r["person"])} for r in records], image="file_path", person="id")
         ),
     ),
     "JSON with a byte order mark": lambda folder, records: write(
@@ -112,10 +102,7 @@ FORMS = {  # writes records to a folder, returns the file
     "JSON lines": lambda folder, records: write(folder / "my_set.jsonl", lines(records)),
     "JSON lines, one a caption, CRLF, img_path and pid": lambda folder, records: write(
         folder / "my_set.jsonl",
-        lines(
-            {"img_path": r["image"], "caption": r["caption"], "pid": r["person"], "split": r["split"]}
-            for r in single(records)
-        ).replace("\n", "\r\n\r\n"),
+        lines(renamed(single(records), image="img_path", person="pid")).replace("\n", "\r\n\r\n"),
     ),
     "CSV": lambda folder, records: write_table(folder / "my_set.csv", rows_of(records)),
     "CSV with line feeds and everything quoted": lambda folder, records: write_table(
@@ -228,52 +215,47 @@ def test_a_file_without_a_split_is_all_of_the_split_that_is_told(split, tmp_path
 # ---- what is wrong is one sentence ----
 
 HEADER = "image,caption,person,split\n"
+TABLES = {  # rows below the header, what the sentence says
+    "an unquoted comma": ("a.jpg,x,1,train\nb.jpg,x, y,1,train\n", "line 3 has 5 fields and"),
+    "a quote left open": ('a.jpg,"x\ny,1,train\n', "line 2 cannot be read as a row"),
+    "quotes in a field": ('a.jpg,"red" shoes,1,train\n', "line 2 cannot be read as a row"),
+    "the line where a row begins": ('a.jpg,"x\ny",1,train\n/b.jpg,x,1,train\n', "line 4: image"),
+    "no row": ("\n,,,\n", "holds no record"),
+    "an empty image": (",x,1,train\n", "line 2: image must be the path of an image"),
+    "an empty person": ("a.jpg,x, ,train\n", "line 2: person must be a number or a text"),
+    "an empty split": ("a.jpg,x,1,\n", "line 2: split is empty: write train, val or test"),
+    "an absolute path": ("/etc/passwd,x,1,train\n", "line 2: image '/etc/passwd' leaves"),
+    "a path upwards": ("x/../../a.jpg,x,1,train\n", "leaves the image folder"),
+    "UTF-16": ((HEADER + "a.jpg,x,1,train\n").encode("utf-16"), "it is text in UTF-16"),
+    "Latin-1": ((HEADER + "a.jpg,é,1,train\n").encode("latin-1"), "it is not text in UTF-8"),
+    "a workbook": (b"PK\3\4" + bytes(99), "it is an Excel workbook or a zip: save"),
+    "no line": (b"", "is empty: its first line names the columns image, caption, person, split"),
+    "no person": (b"image,caption,split\n", 'no column "person" (it has image, caption,'),
+    "semicolons": (b"image;caption;person;split\n", "with commas between them"),
+    "a column twice": (b"image,caption,Caption,person\n", 'line 1 names the column "caption" twice'),
+    "no split": (b"image,caption,person\na.jpg,x,1\n", 'no column "split" (it has image, caption, person)'),
+}
+RECORD = {"image": "a.jpg", "captions": ["x"], "id": 1, "split": "test"}
+RECORDS = {  # what is changed of that, ... to take a key out; what the sentence says
+    "no split": ({"split": ...}, 'no key "split" (it has image'),
+    "no image": (
+        {"image": ..., "picture": "a.jpg"},
+        'record 0 has no key "image" or "file_path" or "img_path" (it has captions, id, split, picture)',
+    ),
+    "captions as a sentence": ({"captions": "x"}, "0: captions must be a list of sentences, not 'x'"),
+    "a number among captions": ({"captions": ["x", 7]}, "captions must be a list of sentences, and holds 7"),
+    "a caption as a list": ({"captions": ..., "caption": ["x"]}, "caption must be a sentence, not ['x']"),
+    "a person that is true": ({"person": True}, "record 0: person must be a number or a text, not True"),
+    "a person that is no number": ({"id": math.nan}, "record 0: id must be a number or a text, not nan"),
+    "a person that is null": ({"id": ..., "pid": None}, "0: pid must be a number or a text, not None"),
+}
 BAD = {  # file name, contents, what the sentence says
-    "no person": (
-        "a.csv",
-        "image,caption,split\na.jpg,x,train\n",
-        'no column "person" (it has image, caption,',
-    ),
-    "semicolons": ("a.csv", "image;caption;person;split\n", "with commas between them"),
-    "a column twice": ("a.csv", "image,caption,Caption,person\n", 'line 1 names the column "caption" twice'),
-    "an unquoted comma": (
-        "a.csv",
-        HEADER + "a.jpg,x,1,train\nb.jpg,x, y,1,train\n",
-        "line 3 has 5 fields and",
-    ),
     "too few fields": ("a.tsv", "image\tcaption\tperson\na.jpg\tx\n", "line 2 has 2 fields and the header 3"),
-    "a quote left open": ("a.csv", HEADER + 'a.jpg,"x\ny,1,train\n', "line 2 cannot be read as a row"),
-    "quotes in a field": ("a.csv", HEADER + 'a.jpg,"red" shoes,1,train\n', "line 2 cannot be read as a row"),
-    "the line where a row begins": (
-        "a.csv",
-        HEADER + 'a.jpg,"x\ny",1,train\n/b.jpg,x,1,train\n',
-        "line 4: image",
-    ),
-    "no line": ("a.csv", "", "is empty: its first line names the columns image, caption, person, split"),
-    "no row": ("a.csv", HEADER + "\n,,,\n", "holds no record"),
-    "an empty image": ("a.csv", HEADER + ",x,1,train\n", "line 2: image must be the path of an image"),
-    "an empty person": ("a.csv", HEADER + "a.jpg,x, ,train\n", "line 2: person must be a number or a text"),
-    "an empty split": ("a.csv", HEADER + "a.jpg,x,1,\n", "line 2: split is empty: write train, val or test"),
-    "an absolute path": ("a.csv", HEADER + "/etc/passwd,x,1,train\n", "line 2: image '/etc/passwd' leaves"),
-    "a path upwards": ("a.csv", HEADER + "x/../../a.jpg,x,1,train\n", "leaves the image folder"),
-    "no split": (
-        "a.csv",
-        "image,caption,person\na.jpg,x,1\n",
-        'no column "split" (it has image, caption, person)',
-    ),
-    "no split in JSON": (
-        "a.json",
-        '[{"image": "a.jpg", "caption": "x", "id": 1}]',
-        'no key "split" (it has image',
-    ),
     "a split for some": (
         "a.jsonl",
-        '{"image": "a", "caption": "x", "id": 1, "split": "test"}\n{"image": "b", "caption": "x", "id": 1}\n',
+        lines([RECORD, {"image": "b", "caption": "x", "id": 1}]),
         'line 2 has no key "split" (it has image, caption, id), but other records have',
     ),
-    "UTF-16": ("a.csv", (HEADER + "a.jpg,x,1,train\n").encode("utf-16"), "it is text in UTF-16"),
-    "Latin-1": ("a.csv", (HEADER + "a.jpg,é,1,train\n").encode("latin-1"), "it is not text in UTF-8"),
-    "a workbook": ("a.csv", b"PK\3\4" + bytes(99), "it is an Excel workbook or a zip: save"),
     "gzip": ("a.json", gzip.compress(b"[]"), "it is packed by gzip: unpack it first"),
     "a pointer": ("a.json", b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer"),
     "a web page": ("a.jsonl", b"<!DOCTYPE html>", "it is a web page saved under this name"),
@@ -282,42 +264,12 @@ BAD = {  # file name, contents, what the sentence says
     "half a line": ("a.jsonl", '{"image": "a"', "line 1 is not JSON"),
     "a line that is no record": ("a.jsonl", "[1]\n", "line 1 is a list, not a record with the keys image,"),
     "an empty file of lines": ("a.jsonl", "\n \n", "holds no record"),
-    "no image in JSON": (
-        "a.json",
-        '[{"picture": "a.jpg", "captions": ["x"], "id": 1, "split": "test"}]',
-        'record 0 has no key "image" or "file_path" or "img_path" (it has picture, captions, id, split)',
-    ),
-    "captions as a sentence": (
-        "a.json",
-        '[{"image": "a.jpg", "captions": "x", "id": 1, "split": "test"}]',
-        "record 0: captions must be a list of sentences, not 'x'",
-    ),
-    "a number among captions": (
-        "a.json",
-        '[{"image": "a.jpg", "captions": ["x", 7], "id": 1, "split": "test"}]',
-        "record 0: captions must be a list of sentences, and holds 7",
-    ),
-    "a caption as a list": (
-        "a.json",
-        '[{"image": "a.jpg", "caption": ["x"], "id": 1, "split": "test"}]',
-        "record 0: caption must be a sentence, not ['x']",
-    ),
-    "a person that is true": (
-        "a.json",
-        '[{"image": "a.jpg", "caption": "x", "person": true, "split": "test"}]',
-        "record 0: person must be a number or a text, not True",
-    ),
-    "a person that is no number": (
-        "a.json",
-        '[{"image": "a.jpg", "caption": "x", "pid": NaN, "split": "test"}]',
-        "record 0: pid must be a number or a text, not nan",
-    ),
-    "a person that is null": (
-        "a.json",
-        '[{"image": "a.jpg", "caption": "x", "pid": null, "split": "test"}]',
-        "record 0: pid must be a number or a text, not None",
-    ),
 }
+for kind, (rows, says) in TABLES.items():
+    BAD[f"table, {kind}"] = ("a.csv", rows if isinstance(rows, bytes) else HEADER + rows, says)
+for kind, (change, says) in RECORDS.items():
+    record = {key: value for key, value in {**RECORD, **change}.items() if value is not ...}
+    BAD[f"record, {kind}"] = ("a.json", json.dumps([record]), says)
 
 
 def complaint_of(main, argv, capsys):
