@@ -30,12 +30,9 @@ def lay_out(root, name, records=None, text=None, file=None, images=True):
         path = folder / "imgs" / record[KEY[name]]
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
-    annotations = folder / (file or EXPECTED[name]["file"])
-    if isinstance(text, bytes):
-        annotations.write_bytes(text)
-    else:
-        text = text if text is not None else json.dumps(records_of(name) if records is None else records)
-        annotations.write_text(text, encoding="utf-8")
+    text = json.dumps(records_of(name) if records is None else records) if text is None else text
+    data = text if isinstance(text, bytes) else text.encode("utf-8")
+    (folder / (file or EXPECTED[name]["file"])).write_bytes(data)
     return root
 
 
@@ -46,20 +43,6 @@ def complaint(name, root):
     text = str(error.value)
     assert "\n" not in text and text
     return text
-
-
-@pytest.fixture
-def logged():
-    """Messages of the data sets' logger, wherever else logging goes."""
-    messages, logger = [], logging.getLogger("IRRA.dataset")
-    handler = logging.Handler()
-    handler.emit = lambda record: messages.append(record.getMessage())
-    level = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    yield messages
-    logger.removeHandler(handler)
-    logger.setLevel(level)
 
 
 # ---- what the published loaders read ----
@@ -84,28 +67,26 @@ def test_the_splits_are_those_of_the_published_loader(tmp_path, name):
     assert as_published(splits.test, tmp_path) == expected["test"]
     assert as_published(splits.val, tmp_path) == expected["val"]
     assert splits.num_classes == expected["num_classes"]
-    by_name = {"train": splits.train_split, "test": splits.test, "val": splits.val}
-    assert {n: len(set(s.image_pids)) for n, s in by_name.items()} == expected["ids"]
-    assert {n: len(s.image_pids) for n, s in by_name.items()} == expected["annos"]
+    assert {name: split.counts[0] for name, split in splits.by_name.items()} == expected["ids"]
+    assert {name: split.counts[1] for name, split in splits.by_name.items()} == expected["annos"]
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_training_split_as_a_gallery_holds_the_training_samples(tmp_path, name):
-    splits, expected = read_splits(name, lay_out(tmp_path, name)), EXPECTED[name]["train"]
-    split = as_published(splits.train_split, tmp_path)
-    assert list(zip(split["caption_pids"], split["captions"], strict=True)) == [
-        (p, c) for p, _, _, c in expected
-    ]
-    images = dict.fromkeys((i, p, path) for p, i, path, _ in expected)
-    assert list(zip(split["image_pids"], split["img_paths"], strict=True)) == [
-        (p, path) for _, p, path in images
-    ]
+    train = EXPECTED[name]["train"]
+    split = as_published(read_splits(name, lay_out(tmp_path, name)).train_split, tmp_path)
+    queries = zip(split["caption_pids"], split["captions"], strict=True)
+    gallery = zip(split["image_pids"], split["img_paths"], strict=True)
+    assert list(queries) == [(pid, caption) for pid, _, _, caption in train]
+    images = dict.fromkeys((image_id, pid, path) for pid, image_id, path, _ in train)
+    assert list(gallery) == [(pid, path) for _, pid, path in images]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_log_says_what_the_published_loader_logs(tmp_path, name, logged):
-    log_statistics(read_splits(name, lay_out(tmp_path, name)))
-    assert logged == EXPECTED[name]["log_messages"]
+def test_the_log_says_what_the_published_loader_logs(tmp_path, name, caplog):
+    with caplog.at_level(logging.INFO, "IRRA.dataset"):
+        log_statistics(read_splits(name, lay_out(tmp_path, name)))
+    assert caplog.messages == EXPECTED[name]["log_messages"]
 
 
 def test_the_icfg_file_may_bear_either_of_its_two_names(tmp_path):
@@ -150,39 +131,26 @@ def test_a_split_that_is_neither_train_nor_test_counts_as_val(tmp_path, word):
 # ---- training ids ----
 
 
-def shifted(name, by):
+WRONG_IDS = {  # how far each training id moves, what is said of which id, counted from the first
+    "a gap": (lambda pid, first: int(pid > first), "e.g. {} (", 1),
+    "a start too high": (lambda pid, first: 1, "e.g. {} (", 0),
+    "a start too low": (lambda pid, first: -1, "{} occurs (", -1),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG_IDS)
+@pytest.mark.parametrize("name", NAMES)
+def test_training_ids_with_a_gap_or_another_start_are_named_with_an_example(tmp_path, name, kind):
+    moves, said, example = WRONG_IDS[kind]
+    first, last = FIRST[name], FIRST[name] + EXPECTED[name]["num_classes"] - 1
     records = records_of(name)
     for record in records:
         if record["split"] == "train":
-            record["id"] += by(record["id"])
-    return records
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_gap_in_the_training_ids_is_named_with_an_example(tmp_path, name):
-    first, last = (
-        FIRST[name],
-        FIRST[name] + EXPECTED[name]["num_classes"],
-    )  # the second id and those above move up
-    records = shifted(name, lambda pid: int(pid > first))
+            record["id"] += moves(record["id"], first)
     text = complaint(name, lay_out(tmp_path, name, records))
-    assert f"{name}: training ids must be {first}..{last} without a gap" in text
-    assert f"e.g. {first + 1} " in text and EXPECTED[name]["file"] in text
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_training_ids_that_start_too_high_are_named(tmp_path, name):
-    first, last = FIRST[name], FIRST[name] + EXPECTED[name]["num_classes"]
-    text = complaint(name, lay_out(tmp_path, name, shifted(name, lambda pid: 1)))
-    assert f"training ids must be {first}..{last} without a gap" in text
-    assert f"e.g. {first} " in text and EXPECTED[name]["file"] in text
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_training_ids_that_start_too_low_are_named(tmp_path, name):
-    text = complaint(name, lay_out(tmp_path, name, shifted(name, lambda pid: -1)))
-    assert f"training ids must be {FIRST[name]}.." in text
-    assert f"{FIRST[name] - 1} occurs" in text and EXPECTED[name]["file"] in text
+    assert f"{name}: training ids must be {first}..{last + moves(last, first)} without a gap" in text
+    assert said.format(first + example) in text
+    assert EXPECTED[name]["file"] in text
 
 
 def test_one_mistyped_id_costs_no_memory(tmp_path):
@@ -287,10 +255,10 @@ def test_json_that_is_not_a_list_of_records_is_named(tmp_path, text):
 
 
 def spoilt(name, number, **changes):
-    """The reference records with some keys of one changed; a value of None takes the key out."""
+    """The reference records with some keys of one changed; a value of ... takes the key out."""
     records = copy.deepcopy(records_of(name))
     records[number].update(changes)
-    records[number] = {key: value for key, value in records[number].items() if value is not None}
+    records[number] = {key: value for key, value in records[number].items() if value is not ...}
     return records
 
 
@@ -298,7 +266,7 @@ def spoilt(name, number, **changes):
 @pytest.mark.parametrize("key", ["split", "id", "captions", "path"])
 def test_a_record_without_a_key_is_named_with_the_key(tmp_path, name, key):
     key = KEY[name] if key == "path" else key
-    text = complaint(name, lay_out(tmp_path, name, spoilt(name, 3, **{key: None})))
+    text = complaint(name, lay_out(tmp_path, name, spoilt(name, 3, **{key: ...})))
     assert f"{EXPECTED[name]['file']}, record 3 " in text and f'"{key}"' in text
 
 
@@ -320,18 +288,11 @@ def test_a_record_without_a_key_is_named_with_the_key(tmp_path, name, key):
         ("captions", [["a man in red"]]),
         ("captions", ["a man in red", 7]),
         ("captions", {"a": "man in red"}),
+        *((key, None) for key in ("split", "id", "img_path", "captions")),
     ],
 )
 def test_a_value_of_the_wrong_kind_is_named_with_record_and_key(tmp_path, key, value):
     records = spoilt("RSTPReid", 2, **{key: value})
-    text = complaint("RSTPReid", lay_out(tmp_path, "RSTPReid", records))
-    assert "data_captions.json, record 2" in text and key in text
-
-
-@pytest.mark.parametrize("key", ["split", "id", "img_path", "captions"])
-def test_null_is_a_value_of_the_wrong_kind(tmp_path, key):
-    records = records_of("RSTPReid")
-    records[2][key] = None
     text = complaint("RSTPReid", lay_out(tmp_path, "RSTPReid", records))
     assert "data_captions.json, record 2" in text and key in text
 
