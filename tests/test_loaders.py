@@ -27,32 +27,24 @@ COLOURS = "red green blue black white grey yellow".split()
 
 def caption_of(pid, image, number):
     """A sentence that no other image has."""
-    words = [COLOURS[pid % 7], COLOURS[(pid + image) % 7], COLOURS[number]]
-    return (
-        f"person {pid} in a {words[0]} coat and {words[1]} shoes, photo {image} taken with a {words[2]} bag."
-    )
+    coat, shoes, bag = COLOURS[pid % 7], COLOURS[(pid + image) % 7], COLOURS[number]
+    return f"person {pid} in a {coat} coat and {shoes} shoes, photo {image} taken with a {bag} bag."
 
 
 def write_dataset(root, splits=SPLITS, dataset_name="CUHK-PEDES", file="reid_raw.json"):
     """Two images a person with two captions each; a picture is a colour of its own with a white corner."""
     records = []
-    for split, pids in splits.items():
-        for pid in pids:
-            for image in range(2):
-                path = root / dataset_name / "imgs" / split / f"{pid}_{image}.png"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                pixels = np.full((40, 18, 3), (20 * pid, 100 * image, 50), np.uint8)
-                pixels[:10, :6] = 255
-                Image.fromarray(pixels).save(path)
-                captions = [caption_of(pid, image, number) for number in range(2)]
-                records.append(
-                    {
-                        "split": split,
-                        "id": pid,
-                        "file_path": f"{split}/{pid}_{image}.png",
-                        "captions": captions,
-                    }
-                )
+    for split, pid, image in [
+        (split, pid, i) for split, pids in splits.items() for pid in pids for i in (0, 1)
+    ]:
+        path = root / dataset_name / "imgs" / split / f"{pid}_{image}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.full((40, 18, 3), (20 * pid, 100 * image, 50), np.uint8)
+        pixels[:10, :6] = 255
+        Image.fromarray(pixels).save(path)
+        captions = [caption_of(pid, image, number) for number in range(2)]
+        name = f"{split}/{path.name}"
+        records.append({"split": split, "id": pid, "file_path": name, "captions": captions})
     (root / dataset_name / file).write_text(json.dumps(records))
     return root
 
@@ -109,21 +101,15 @@ def test_training_gives_three_loaders_and_the_number_of_training_persons(root):
     assert len(train_loader.dataset) == 24 and len(img_loader.dataset) == 6 and len(txt_loader.dataset) == 12
 
 
-def test_testing_gives_the_same_without_the_training_loader(root):
-    args = options(root)
-    args.training, args.split = False, "test"
-    img_loader, txt_loader, num_classes = build_dataloader(args)
-    assert (len(img_loader.dataset), len(txt_loader.dataset), num_classes) == (6, 12, 6)
-
-
-@pytest.mark.parametrize(("split", "images"), [("test", 6), ("val", 4), ("train", 12)])
-def test_split_names_what_is_tested(root, split, images):
+@pytest.mark.parametrize(("split", "images", "captions"), [("test", 6, 12), ("val", 4, 8), ("train", 12, 24)])
+def test_testing_gives_the_loaders_of_the_split_that_is_named_and_no_other(root, split, images, captions):
     args = options(root)
     args.training, args.split = False, split
-    img_loader, txt_loader, _ = build_dataloader(args)
+    img_loader, txt_loader, num_classes = build_dataloader(args)
     pids = torch.cat([pids for pids, _ in img_loader]).tolist()
     first = 1 if split == "train" else 0  # training ids are those of the classifier: 0 … K - 1
     assert pids == [pid - first for pid in SPLITS[split] for _ in range(2)] and len(pids) == images
+    assert len(txt_loader.dataset) == captions and num_classes == 6
 
 
 @pytest.mark.parametrize("split", ["val", "test"])
@@ -166,22 +152,16 @@ def test_id_image_and_caption_of_a_sample_belong_together(root):
         for image in range(2)
         for n in range(2)
     }
-    batches = train_batches(root, MLM=False, loss_names="sdm+id")
     seen = set()
-    for batch in batches:
-        red_and_green = (
-            batch["images"][:, :2, -1, -1] * torch.tensor([0.26862954, 0.26130258])
-        ) + torch.tensor([0.48145466, 0.4578275])
-        for ids, pid, image_id, (red, green) in zip(
-            batch["caption_ids"].tolist(),
-            batch["pids"].tolist(),
-            batch["image_ids"].tolist(),
-            (red_and_green * 255).round().long().tolist(),
-            strict=True,
-        ):
-            assert known[tuple(ids)] == (pid, image_id)
-            assert (red, green) == (20 * (pid + 1), 100 * (image_id % 2))
-            seen.add(tuple(ids))
+    for batch in train_batches(root, MLM=False, loss_names="sdm+id"):
+        colours = batch["images"][:, :2, -1, -1] * torch.tensor(STD[:2]) + torch.tensor(MEAN[:2])
+        colours = (colours * 255).round().long().tolist()
+        captions = map(tuple, batch["caption_ids"].tolist())
+        of_batch = batch["pids"].tolist(), batch["image_ids"].tolist()
+        for ids, pid, image_id, colour in zip(captions, *of_batch, colours, strict=True):
+            assert known[ids] == (pid, image_id)
+            assert colour == [20 * (pid + 1), 100 * (image_id % 2)]
+            seen.add(ids)
     assert seen == set(known)
 
 
@@ -206,9 +186,8 @@ def test_test_batch_size_holds_in_training_too(root):
 
 
 def test_text_length_and_img_size_hold_everywhere(root):
-    train_loader, img_loader, txt_loader, _ = build_dataloader(
-        options(root, text_length=12, img_size=(32, 32))
-    )
+    loaders = build_dataloader(options(root, text_length=12, img_size=(32, 32)))
+    train_loader, img_loader, txt_loader, _ = loaders
     batch = next(iter(train_loader))
     assert batch["caption_ids"].shape == batch["mlm_ids"].shape == batch["mlm_labels"].shape == (10, 12)
     assert batch["images"].shape == (10, 3, 32, 32) and next(iter(img_loader))[1].shape == (4, 3, 32, 32)
@@ -224,9 +203,8 @@ def one_process(root):
     return [digest(batch) for batch in train_batches(root, epochs=(1, 2), img_aug=True)]
 
 
-@pytest.mark.filterwarnings(
-    "ignore:This DataLoader will create"
-)  # more processes than a small machine has cores
+# more processes than a small machine has cores
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize("workers", [1, 3])
 def test_batches_do_not_depend_on_the_number_of_loading_processes(root, one_process, workers):
     batches = train_batches(root, epochs=(1, 2), img_aug=True, num_workers=workers)
@@ -343,15 +321,11 @@ def test_img_aug_does_not_change_order_or_masks(root):
 
 
 def test_the_masking_rates_are_honoured(root):
-    kept = train_batches(root, masked_token_rate=0.0, masked_token_unchanged_rate=1.0)
-    ids, labels = (
-        joined(kept, "mlm_ids")[:, 2:],
-        joined(kept, "mlm_labels")[:, 2:],
-    )  # position 1 may be forced
-    assert (ids[labels != 0] == labels[labels != 0]).all() and (labels != 0).sum() > 40
-    masked = train_batches(root, masked_token_rate=1.0, masked_token_unchanged_rate=0.0)
-    ids, labels = joined(masked, "mlm_ids"), joined(masked, "mlm_labels")
-    assert (ids[labels != 0] == MASK).all() and (labels != 0).sum() > 40
+    for rates, start in (((0.0, 1.0), 2), ((1.0, 0.0), 0)):  # position 1 may be forced to be masked
+        batches = train_batches(root, masked_token_rate=rates[0], masked_token_unchanged_rate=rates[1])
+        ids, labels = (joined(batches, key)[:, start:] for key in ("mlm_ids", "mlm_labels"))
+        chosen = labels != 0
+        assert chosen.sum() > 40 and (ids[chosen] == (MASK if rates[0] else labels[chosen])).all()
 
 
 # ---- the identity sampler ----
