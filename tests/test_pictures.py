@@ -94,6 +94,7 @@ MODES = {
     "palette with alpha": encoded(COLOURED.convert("RGBA").quantize(200), "TIFF"),
     "alpha": encoded(Image.merge("RGBA", (*COLOURED.split(), COLOURED.getchannel(0)))),
     "grey with alpha": encoded(Image.merge("LA", COLOURED.split()[:2])),
+    "TIFF": encoded(COLOURED, "TIFF"),
     "CMYK": encoded(COLOURED.convert("CMYK"), "JPEG"),
     "Lab": encoded(COLOURED.convert("LAB"), "TIFF"),
 }
