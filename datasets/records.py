@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from utils.errors import InputError
+from utils.file_kinds import BEGINNING, kind_of
 from utils.option_types import nearest
 
 
@@ -30,14 +31,6 @@ COLUMNS = ("image", "caption", "person", "split")
 # other columns of a table are no concern of ours: `id` is often the row's number
 TABLE = Form(("image",), ("caption",), ("person",))
 JSON = Form(("image", "file_path", "img_path"), ("captions", "caption"), ("person", "id", "pid"))
-OTHERWISE = (  # how a file begins that is no text in UTF-8, and what it is
-    (b"PK\3\4", "an Excel workbook or a zip: save its sheet as CSV UTF-8, or unpack it first"),
-    (b"\x1f\x8b", "packed by gzip: unpack it first"),
-    (b"\xff\xfe", "text in UTF-16, as Excel's Unicode text: save it as UTF-8"),
-    (b"\xfe\xff", "text in UTF-16: save it as UTF-8"),
-    (b"version https://git-lfs", "a Git LFS pointer to the file: `git lfs pull` gets it"),
-    (b"<", "a web page saved under this name: download the file itself"),
-)
 WHOLE = re.compile(r"-?[0-9]{1,18}")  # 18 digits fit into PyTorch's whole numbers
 
 
@@ -296,9 +289,8 @@ def read_text(path):
         data = Path(path).read_bytes()
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None
-    for begin, what in OTHERWISE:
-        if data.startswith(begin):
-            raise InputError(f"{path} cannot be read: it is {what}")
+    if what := data and kind_of(data[:BEGINNING]):  # of an empty one its reader says what it lacks
+        raise InputError(f"{path} cannot be read: it is {what}")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError:

@@ -23,6 +23,7 @@ from model.irra import PARTS
 from utils.checkpoint import load_checkpoint
 from utils.device import out_of_memory
 from utils.errors import InputError, printable
+from utils.file_kinds import BEGINNING, kind_of
 from utils.settings import resolve
 
 
@@ -162,13 +163,8 @@ def open_picture(path, box=None):
 def what_it_is(path):
     """' (it is empty)': why a file that is named like a picture is none, where its first bytes tell."""
     with contextlib.suppress(OSError), open(path, "rb") as file:
-        begin = file.read(32)
-        if not begin:
-            return " (it is empty)"
-        if begin[4:8] == b"ftyp":
-            return " (it is HEIC or a film, whatever its name says: export it as JPEG first)"
-        if begin.startswith(b"version https://git-lfs"):
-            return " (only Git LFS's note of it is here: run git lfs pull)"
+        if what := kind_of(file.read(BEGINNING)):
+            return f" (it is {what})"
     return ""
 
 

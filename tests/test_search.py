@@ -215,7 +215,8 @@ def test_a_broken_query_picture_is_one_sentence(search, gallery, tmp_path):
 BEGINNINGS = {  # of a file named a.jpg, and what is said of it
     b"": "it is empty",
     b"\0\0\0\x18ftypheic" + bytes(99): "it is HEIC",
-    b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n": "only Git LFS's note of it",
+    b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n": "it is a Git LFS pointer",
+    b"\r\n<!DOCTYPE html>": "it is a web page",
 }
 
 

@@ -12,22 +12,9 @@ import numpy as np
 import torch
 
 from utils.errors import InputError, first_line
+from utils.file_kinds import BEGINNING, kind_of
 from utils.files import uninterrupted, whole_file
 
-OTHER_FILES = (  # how a file begins that holds no weights, and what it is
-    (
-        b"version https://git-lfs",
-        "a Git LFS pointer to the weights, not the weights: `git lfs pull` gets them",
-    ),
-    (b"<", "a web page saved under this name, not weights: download the file itself"),
-    (b"\x89HDF", "TensorFlow's file (HDF5): take the one of PyTorch or safetensors"),
-    (b"GGUF", "llama.cpp's file (GGUF): take the one of PyTorch or safetensors"),
-    (b"\x1f\x8b", "packed by gzip: unpack it first"),
-    (b"7z\xbc\xaf", "packed by 7-Zip: unpack it first"),
-    (b"Rar!", "packed by RAR: unpack it first"),
-    (b"\x93NUMPY", "one array of NumPy, not a model's weights"),
-    (bytes(64), "damaged, it begins with zeros: its machine or disk failed while it was written"),
-)
 WRAPPERS = ("state_dict", "model", "model_state_dict", "module", "net")  # where trainings' files hold weights
 WRAPPED = ("module", "_orig_mod")  # what DataParallel and torch.compile put into a weight's name
 MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")  # whose shape is the parameter's
@@ -204,17 +191,12 @@ PLAIN = [  # stand-ins without any power of their own
 def refuse_other_files(path):
     """InputError that says what a file is, where its first bytes are of something else than weights."""
     with open(path, "rb") as file:
-        raw = file.read(512)
-    begin = raw.removeprefix(b"\xef\xbb\xbf").lstrip()
-    what = next((what for start, what in OTHER_FILES if begin.startswith(start)), None)
-    if not raw:
-        what = "empty: its saving or its download did not end"
-    elif raw.startswith(b"PK\3\4") and not zipfile.is_zipfile(path):
-        what = "cut short: its saving or its download did not end"
-    elif raw[257:262] == b"ustar":
-        what = "packed by tar: unpack it first"
-    elif not what and len(raw) > 8 and all(32 <= letter < 127 or letter in b"\t\n\r" for letter in raw):
-        what = f'text, not weights: it begins with "{raw[:60].decode()}"'
+        begin = file.read(BEGINNING)
+    what = kind_of(begin)
+    if begin.startswith(b"PK\3\4"):  # PyTorch's own files are zips
+        what = None if zipfile.is_zipfile(path) else "cut short: its saving or its download did not end"
+    elif not what and len(begin) > 8 and all(32 <= letter < 127 or letter in b"\t\n\r" for letter in begin):
+        what = f'text, not weights: it begins with "{begin[:60].decode()}"'
     if what:
         raise InputError(f"{path} is {what}")
 
