@@ -16,9 +16,7 @@ from torch.utils.tensorboard import SummaryWriter  # noqa: F401  (here to be loa
 
 import datasets.build  # noqa: F401
 import model  # noqa: F401
-import processor.evaluator  # noqa: F401
-import processor.trainer  # noqa: F401
-import solver  # noqa: F401
+import processor.training  # noqa: F401
 import train
 from datasets.synthetic import make_dataset
 from tests.conftest import PATIENCE
