@@ -32,7 +32,8 @@ from benchmarks.step import PERSONS, batch_of
 from model import build_model
 from processor.trainer import Steps, train_one_epoch
 from solver import build_optimizer
-from utils.checkpoint import load_checkpoint, load_optimizer, load_weights, save_checkpoint
+from solver.restore import load_optimizer
+from utils.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from utils.device import pick_device
 from utils.errors import ready_output
 

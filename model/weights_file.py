@@ -15,8 +15,9 @@ from pathlib import Path
 
 import torch
 
-from utils.checkpoint import load_plain, plain_names, refuse_other_files, weights_in
+from utils.checkpoint import plain_names, weights_in
 from utils.errors import InputError, first_line
+from utils.plain_load import load_plain, refuse_other_files
 
 POSITIONS_GRID = "image_positions"  # in the header of an exported safetensors file: "24x8", rows x columns
 

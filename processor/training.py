@@ -9,7 +9,8 @@ from processor.evaluator import encode, evaluate, log_table
 from processor.similarity import WordSimilarities
 from processor.trainer import FiniteWatch, Meters, Steps, look_period, train_one_epoch
 from solver import base_lr
-from utils.checkpoint import fit_groups, load_optimizer, load_weights
+from solver.restore import fit_groups, load_optimizer
+from utils.checkpoint import load_weights
 from utils.dist import any_process, replicate, world_size
 from utils.errors import InputError
 from utils.losses import LOSSES, names_of

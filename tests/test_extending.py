@@ -14,13 +14,13 @@ from processor.trainer import FiniteWatch, Meters, train_one_epoch
 from solver import base_lr, build_lr_scheduler, build_optimizer
 from solver import build as build_of_solver
 from solver.build import OPTIMIZERS, lr_and_decay, lr_at
+from solver.restore import load_optimizer
 from tests import processes
 from tests.children import draw, words
 from tests.processes import together
 from tests.recipe import tiny_args, tiny_model
 from tests.test_micro_batch import assert_same, taken, whole
 from utils.batch import Batch
-from utils.checkpoint import load_optimizer
 from utils.errors import InputError
 from utils.losses import LOSSES, REPORTED, Loss, named, total_loss
 from utils.options import get_args

@@ -17,6 +17,7 @@ from model import build_model
 from processor.trainer import FiniteWatch, Steps, train_one_epoch
 from solver import build_lr_scheduler, build_optimizer
 from solver.build import lr_and_decay
+from solver.restore import fit_groups, load_optimizer
 from tests.recipe import (
     _folder,
     arrays,
@@ -29,7 +30,6 @@ from tests.recipe import (
     tiny_model,
 )
 from tests.recipe import arguments as words_of
-from utils.checkpoint import fit_groups, load_optimizer
 from utils.errors import InputError
 from utils.losses import total_loss
 from utils.options import get_args

@@ -25,8 +25,8 @@ from model.pretrained import arithmetic, known_grids, load_clip, resize_position
 from model.weights import FAMILIES, FORMS, read_start
 from tests.recipe import off, pixels
 from tests.tiny_run import missing
-from utils.checkpoint import OPTIONS
 from utils.errors import InputError
+from utils.plain_load import OPTIONS
 
 TOLERANCE = 1e-5
 SQUARE, TALL = (64, 64), (96, 32)  # pixels; patches of 16

@@ -86,13 +86,14 @@ def whole_file(path, needed=None):
 
 
 def neighbours(path, suffixes):
-    """' (that folder holds a.yaml, b.yaml)': what somebody who mistyped a file's name needs to see."""
+    """' (that folder holds a.yaml, b.yaml)': what may be meant instead of a file."""
     if path.is_dir():
         return " (that is a folder)"
     if not path.parent.is_dir():
         return f" (there is no folder {path.parent})"
-    names = sorted(file.name for file in path.parent.iterdir() if file.suffix.lower() in suffixes)
-    return f" (that folder holds {', '.join(names[:5])})" if names else ""
+    others = [file.name for file in path.parent.glob("*") if file.suffix.lower() in suffixes]
+    others = [name for name in sorted(others) if name != path.name]
+    return f" (that folder holds {', '.join(others[:20])})" if others else ""
 
 
 def make_folder(path, option):
