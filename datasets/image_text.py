@@ -62,7 +62,7 @@ class Images(NamedTuple):
 
 class CaptionChanges(NamedTuple):
     """What becomes of a training caption, but for plain each time anew. What changes words does not go with
-    by_similarity: utils.settings.check_mask_by_similarity."""
+    by_similarity: utils.settings.check_losses."""
 
     masking: tuple | None = None  # (mask_rate, unchanged_rate); None: there are no masked ids
     by_similarity: bool = False  # they are not drawn with the batch: see masked_by

@@ -74,72 +74,54 @@ def check(args, precision=None, processes=1, device_type=None, resnet=None, cont
         )
 
 
+NEEDS = {  # options that a loss has to heed: what they do, and whether a row of LOSSES heeds that
+    "token_selection": ("gives a second embedding to a loss of features", lambda row: row.of == "features"),
+    "second_caption": ("gives a second caption to a loss of features", lambda row: row.of == "features"),
+    "second_view": ("gives a second view of each image to a loss that takes one", lambda row: row.views),
+    "division": ("weighs samples for a loss that heeds that", lambda row: row.each),
+    "learn_temperature": ("learns the temperature of a loss that has one", lambda row: row.scaled),
+}
+
+
 def check_losses(args, resnet):
-    """Raises InputError where losses, or what switches bring, do not go together or not with a ResNet."""
+    """Raises InputError where losses, or what they are to heed, do not go together or not with a ResNet."""
     losses = names_of(args)
-    for name in losses if resnet else ():
-        if LOSSES[name].tokens:
-            switch = next(iter(LOSSES[name].switches), None)
-            mend = "leave it out" if switch else f"leave {name} out of --loss_names"
-            raise InputError(
-                f"{f'--{switch}' if switch else name} needs image tokens, and {args.pretrain_choice} gives "
-                f"one pooled vector: {mend} or choose a ViT"
-            )
-    compared = [name for name, row in LOSSES.items() if row.of == "features"]
-    for switch, second in (("token_selection", "embedding"), ("second_caption", "caption")):
-        if vars(args)[switch] and not {*losses} & {*compared}:
-            raise InputError(
-                f"--{switch} gives a second {second} to a loss of features, and --loss_names "
-                f"{args.loss_names} has none: add one of {', '.join(compared)}"
-            )
+    if resnet:
+        check_tokens(args, losses)
     if all(LOSSES[name].of == "strong" for name in losses):
         raise InputError(
             f"--loss_names {args.loss_names} compares images alone and trains no text: add a loss of both, "
             "such as nitc"
         )
-    viewing = [name for name, row in LOSSES.items() if row.views]
-    if args.second_view and not {*losses} & {*viewing}:
-        raise InputError(
-            f"--second_view gives a second view of each image to a loss that takes one, and --loss_names "
-            f"{args.loss_names} has none: add {', '.join(viewing)}"
-        )
-    heeding = [name for name, row in LOSSES.items() if row.each]
-    if args.division and not {*losses} & {*heeding}:
-        raise InputError(
-            f"--division weighs samples, and --loss_names {args.loss_names} has no loss that heeds that: add "
-            f"one of {', '.join(heeding)}"
-        )
-    if args.learn_temperature:
-        check_learnt_temperature(args, losses)
-    if args.mask_by_similarity:
-        check_mask_by_similarity(args, resnet)
-
-
-def check_learnt_temperature(args, losses):
-    if not any(LOSSES[name].scaled for name in losses):
-        scaled = [name for name in named() if LOSSES[name].scaled]
-        raise InputError(
-            f"--learn_temperature: no loss of --loss_names {args.loss_names} has a temperature; add one of "
-            f"{', '.join(scaled)}"
-        )
-    if args.temperature < 0.01:
+    for option, (purpose, heeds) in NEEDS.items():
+        if vars(args)[option] and not any(heeds(LOSSES[name]) for name in losses):
+            raise InputError(
+                f"--{option} {purpose}, and --loss_names {args.loss_names} has none: add one of "
+                f"{', '.join(name for name in named() if heeds(LOSSES[name]))}"
+            )
+    if args.learn_temperature and args.temperature < 0.01:
         raise InputError(
             f"--temperature {args.temperature:g} with --learn_temperature: what is learnt stays at 0.01 or "
             "more, as in CLIP; start from 0.01"
         )
-
-
-def check_mask_by_similarity(args, resnet):
-    if resnet:
-        raise InputError(
-            f"--mask_by_similarity needs image tokens, and {args.pretrain_choice} gives one pooled vector: "
-            "leave it out or choose a ViT"
-        )
     changing = [name for name in ("text_aug", "text_drop", "back_translation") if vars(args)[name]]
-    if changing:
+    if args.mask_by_similarity and changing:
         raise InputError(
             f"--mask_by_similarity keeps a number for each word of a caption from epoch to epoch, and "
             f"--{changing[0]} changes the words: leave one of them out"
+        )
+
+
+def check_tokens(args, losses):
+    """Raises InputError where image tokens are needed, which a ResNet does not give."""
+    needing = {name: LOSSES[name].switches for name in losses if LOSSES[name].tokens}
+    needing = [f"--{switches[0]}" if switches else name for name, switches in needing.items()]
+    needing += ["--mask_by_similarity"] * args.mask_by_similarity
+    if needing:
+        where = "" if needing[0].startswith("--") else " of --loss_names"
+        raise InputError(
+            f"{needing[0]} needs image tokens, and {args.pretrain_choice} gives one pooled vector: leave "
+            f"{needing[0]} out{where} or choose a ViT"
         )
 
 
