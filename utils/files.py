@@ -6,7 +6,7 @@ import shutil
 import signal
 import tempfile
 import zlib
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from utils.errors import InputError, may_ask_for_signals
@@ -118,24 +118,19 @@ def cannot_write(folder):
 
 def remove(path):
     """Delete a file if it is there and can be deleted: an error on the way is not the one to tell of."""
-    try:
+    with suppress(OSError):  # not there; or in a read-only place, or below a file where a folder should be
         path.unlink()
-    except OSError:  # not there; or in a read-only place, or below a file where a folder should be
-        pass
 
 
 def sync_folder(folder):
-    """Make a rename in the folder outlast a power cut."""
-    try:
+    """Make a rename in the folder outlast a power cut; where its file system refuses, as some of networks
+    do, the rename itself is done."""
+    with suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
-    except OSError:  # some network file systems refuse; the rename itself is done
-        return
-    try:
-        os.fsync(handle)
-    except OSError:
-        pass
-    finally:
-        os.close(handle)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def write_whole(path, data):
