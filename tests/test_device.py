@@ -169,34 +169,56 @@ def test_memory_that_cannot_be_asked_for_is_no_second_error(monkeypatch):
     assert "out of memory on cuda:1 at --batch_size 8; nvidia-smi" in said(FULL, 8)
 
 
-@pytest.mark.parametrize(
-    ("words", "sentence"),
-    [
-        ("CUDA error: out of memory\nCUDA kernel errors might be", "out of memory on cuda:1 at"),
-        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", "out of memory on"),
-        ("cuDNN error: CUDNN_STATUS_ALLOC_FAILED", "out of memory on"),
-        ("CUDA error: no kernel image is available for execution on the device", "has no code for this GPU"),
-        ("CUDA error: all CUDA-capable devices are busy or unavailable", "the GPU is taken"),
-        ("CUDA error: uncorrectable ECC error encountered", "the GPU has failed"),
-        ("CUDA error: unspecified launch failure", "--resume"),
-    ],
-)
-def test_what_a_gpu_complains_of_is_a_sentence(words, sentence, monkeypatch, capsys):
+FULL_SHM = "Caught RuntimeError in DataLoader worker process 0.\nunable to allocate shared memory(shm)"
+FULL_TABLE = "unable to open shared memory object </torch_1> in read-write mode: Too many open files (24)"
+COMPLAINTS = {  # what is raised where something is lacking, and what the user is told
+    FULL: "out of memory on cuda:1 at --batch_size 64",
+    MemoryError(): "out of memory on cuda:1 at --batch_size 64",
+    "[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory": "out of memory on",
+    "CUDA error: out of memory\nCUDA kernel errors might be": "out of memory on cuda:1 at",
+    "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`": "out of memory on",
+    "cuDNN error: CUDNN_STATUS_ALLOC_FAILED": "out of memory on",
+    "CUDA error: no kernel image is available for execution on the device": "has no code for this GPU",
+    "CUDA error: all CUDA-capable devices are busy or unavailable": "the GPU is taken",
+    "CUDA error: uncorrectable ECC error encountered": "the GPU has failed",
+    "CUDA error: unspecified launch failure": "--resume",
+    FULL_SHM: "--shm-size",
+    FULL_TABLE: "/dev/shm",
+    "Too many open files. Communication with the workers is no longer possible.": "ulimit -n",
+    "DataLoader worker (pid 12) is killed by signal: Bus error.": "--num_workers",
+    "DataLoader worker (pid(s) 12, 13) exited unexpectedly": "--num_workers",
+}
+
+
+@pytest.mark.parametrize(("complaint", "sentence"), COMPLAINTS.items(), ids=map(repr, COMPLAINTS))
+def test_what_is_lacking_is_a_sentence(complaint, sentence, monkeypatch, capsys):
     memory(monkeypatch, free=0.5, peak=22, reserved=23)
 
     @reports_errors
     def main(argv):
         with out_of_memory(GPU, 64):
-            raise RuntimeError(words)
+            raise RuntimeError(complaint) if isinstance(complaint, str) else complaint
 
     assert main([]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and sentence in line
+    if "out of memory" in sentence:
+        assert ": lower --batch_size" in line and "--test_batch_size" in line
 
 
-def test_a_fault_of_the_code_keeps_its_traceback():
-    with pytest.raises(RuntimeError, match="device-side assert"), out_of_memory(GPU, 64):
-        raise RuntimeError("CUDA error: device-side assert triggered")
+def test_a_real_lack_of_memory_is_a_sentence():
+    with pytest.raises(InputError, match="out of memory on cpu at --batch_size 8: lower --batch_size"):
+        with out_of_memory(torch.device("cpu"), 8):
+            torch.empty(1 << 60)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("CUDA error: device-side assert triggered"), RuntimeError("shapes"), InputError("x")],
+)
+def test_another_error_stays_what_it_is(error):
+    with pytest.raises(type(error), match=str(error)), out_of_memory(GPU, 64):
+        raise error
 
 
 class Full(torch.nn.Module):
@@ -240,7 +262,7 @@ def nccl(monkeypatch):
 
 
 REMOTE = "NCCL error in: x.hpp:328, remote process exited\nncclRemoteError: A call failed possibly …"
-FULL_SHM = "NCCL error in: x.hpp:328\nncclSystemError: System call failed.\nLast error:\nno space in /dev/shm"
+NCCL_SHM = "NCCL error in: x.hpp:328\nncclSystemError: System call failed.\nLast error:\nno space in /dev/shm"
 
 
 @pytest.mark.parametrize(
@@ -248,7 +270,7 @@ FULL_SHM = "NCCL error in: x.hpp:328\nncclSystemError: System call failed.\nLast
     [
         (InputError("no room"), "no room", 2),
         (RuntimeError(REMOTE), "one of the 1 processes has ended", 2),
-        (RuntimeError(FULL_SHM), "NCCL, by which .* failed: no space in /dev/shm .NCCL_DEBUG=INFO", 2),
+        (RuntimeError(NCCL_SHM), "NCCL, by which .* failed: no space in /dev/shm .NCCL_DEBUG=INFO", 2),
         (ValueError("a fault"), "a fault", 1),
     ],
     ids=["input", "remote", "here", "fault"],

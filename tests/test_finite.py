@@ -16,8 +16,6 @@ from solver.skip import skips_on_device
 from tests import children
 from tests.children import differ, draw, only_run, run, words
 from utils.checkpoint import load_checkpoint
-from utils.device import out_of_memory
-from utils.errors import InputError, reports_errors
 from utils.run import GRACE, Stopped, StopSignals
 
 CPU = torch.device("cpu")
@@ -301,42 +299,6 @@ def test_max_grad_norm_reaches_the_training(data, tmp_path):
     assert children.differences(without, small) != []
 
 
-# ---- out of memory ----
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB\nsecond line"),
-        MemoryError(),
-        RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory"),
-    ],
-    ids=["accelerator", "Python", "PyTorch on a CPU"],
-)
-def test_out_of_memory_says_what_to_lower(error, capsys):
-    @reports_errors
-    def main(argv):
-        with out_of_memory(CPU, 64):
-            raise error
-
-    assert main([]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: out of memory on cpu at --batch_size 64: lower --batch_size")
-    assert "--test_batch_size" in line
-
-
-def test_another_error_is_not_taken_for_it():
-    with pytest.raises(RuntimeError, match="shapes"), out_of_memory(CPU, 64):
-        raise RuntimeError("shapes cannot be multiplied")
-    with pytest.raises(InputError, match="no such file"), out_of_memory(CPU, 64):
-        raise InputError("no such file")
-
-
-def test_a_real_lack_of_memory_is_the_same_sentence():
-    with pytest.raises(InputError, match="out of memory on cpu at --batch_size 8"), out_of_memory(CPU, 8):
-        torch.empty(1 << 60)
-
-
 def test_signals_are_as_before_after_a_run(data, train_script, tmp_path):
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     argv = words(data, tmp_path, "--optimizer", "SGD", "--lr", "1e30", "--warmup_epochs", "0", epochs=1)
@@ -362,33 +324,6 @@ def test_under_torchrun_a_signal_does_not_silence_a_process_that_ends_badly(monk
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-@pytest.mark.parametrize(
-    ("said", "advice"),
-    [
-        (
-            "Caught RuntimeError in DataLoader worker process 0.\nunable to allocate shared memory(shm)",
-            "--shm-size",
-        ),
-        (
-            "unable to open shared memory object </torch_1> in read-write mode: Too many open files (24)",
-            "/dev/shm",
-        ),
-        ("Too many open files. Communication with the workers is no longer possible.", "ulimit -n"),
-        ("DataLoader worker (pid 12) is killed by signal: Bus error.", "--num_workers"),
-        ("DataLoader worker (pid(s) 12, 13) exited unexpectedly", "--num_workers"),
-    ],
-)
-def test_what_loading_processes_lack_is_a_sentence(said, advice, capsys):
-    @reports_errors
-    def main(argv):
-        with out_of_memory(CPU, 64):
-            raise RuntimeError(said)
-
-    assert main([]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: ") and advice in line
 
 
 def test_an_error_that_nobody_foresaw_ends_at_once_with_loading_processes(data, tmp_path):
