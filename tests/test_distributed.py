@@ -18,7 +18,7 @@ from tests.children import ROOT, differ, draw, only_run, words
 from tests.processes import Group, together, torchrun
 from tests.recipe import off
 from utils.device import pick_device
-from utils.dist import share
+from utils.dist import process_group, share
 from utils.errors import InputError
 from utils.options import get_args
 from utils.run import StopSignals
@@ -381,6 +381,27 @@ def test_a_signal_that_comes_twice_under_torchrun_still_lets_the_run_save(monkey
         for _ in range(3):
             signal.raise_signal(signal.SIGTERM)
         assert stop.asked
+
+
+def test_a_process_that_waits_for_others_in_vain_says_so(closed_port):
+    """RANK and WORLD_SIZE may be left over from another program."""
+    code = "import torch; from utils import dist; dist.PATIENCE = 0.1; "
+    code += "dist.process_group(torch.device('cpu')).__enter__()"
+    left_over = dict(RANK="1", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(closed_port))
+    command, output = [sys.executable, "-c", code], subprocess.PIPE
+    with subprocess.Popen(command, stderr=output, text=True, cwd=ROOT, env=os.environ | left_over) as waiting:
+        said = next(line for line in waiting.stderr if line.startswith("warning: "))
+        waiting.kill()
+    assert "waits for the others of 2 at 127.0.0.1; where it is to be alone, unset both" in said
+
+
+def test_a_launcher_that_does_not_say_where_the_others_are_is_one_sentence(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(InputError, match="MASTER_ADDR expected.*, or unset RANK and WORLD_SIZE"):
+        with process_group(torch.device("cpu")):
+            pass
 
 
 def test_one_gpu_for_several_processes_is_refused(monkeypatch):

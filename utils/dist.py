@@ -8,6 +8,7 @@ import atexit
 import gc
 import os
 import sys
+import threading
 import time
 import traceback
 import uuid
@@ -17,9 +18,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from utils.errors import InputError, first_line, last_line
+from utils.errors import InputError, first_line, last_line, say_once
 
 _store = None  # torchrun's, which outlives the processes; see process_group
+PATIENCE = 20  # seconds that a process waits for the others before it says so
 NCCL_FAULTS = (  # of this machine, not of another process that has ended
     "ncclUnhandledCudaError",
     "ncclSystemError",
@@ -57,14 +59,7 @@ def process_group(device):
         yield
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
-    try:
-        _store, number, size = next(rendezvous("env://"))
-        fresh = dist.PrefixStore(_name_of_this_start(_store, number, size), _store)
-        dist.init_process_group(backend, store=fresh, rank=number, world_size=size)
-    except (ValueError, RuntimeError) as error:
-        raise InputError(
-            f"the processes cannot find one another ({first_line(error, 160)}): see torchrun's --rdzv_*"
-        ) from None
+    fresh = _join(backend)
     try:
         yield
     except InputError as error:
@@ -78,8 +73,8 @@ def process_group(device):
         if not any(word in str(error) for word in ("gloo", "Gloo", "NCCL", "onnection", "TCPStore")):
             raise
         message = (
-            f"one of the {size} processes has ended, so the others do too: what it said stands above, and "
-            "torchrun reports below how it ended (a training goes on from its last checkpoint)"
+            f"one of the {world_size()} processes has ended, so the others do too: what it said stands "
+            "above, and torchrun reports below how it ended (a training goes on from its last checkpoint)"
         )
         _leave_if_said(message, fresh)
         raise InputError(message) from error
@@ -90,6 +85,31 @@ def process_group(device):
             _let_go_of_replicas()
             dist.destroy_process_group()
         _store = None
+
+
+def _join(backend):
+    """Meet the other processes; gives the store of this start. Where RANK and WORLD_SIZE are left over, or
+    another launcher's, and nobody else comes, only a long wait shows it: so that is told while it lasts."""
+    global _store
+    waiting = (
+        "warning: RANK and WORLD_SIZE are set: this process waits for the others of "
+        f"{os.environ['WORLD_SIZE']} at {os.environ.get('MASTER_ADDR')}; where it is to be alone, unset both"
+    )
+    speaker = threading.Timer(PATIENCE, say_once, [waiting])
+    speaker.daemon = True
+    speaker.start()
+    try:
+        _store, number, size = next(rendezvous("env://"))
+        fresh = dist.PrefixStore(_name_of_this_start(_store, number, size), _store)
+        dist.init_process_group(backend, store=fresh, rank=number, world_size=size)
+    except (ValueError, RuntimeError) as error:
+        raise InputError(
+            f"the processes cannot find one another ({first_line(error, 160)}): see torchrun's --rdzv_*, or "
+            "unset RANK and WORLD_SIZE where this is the only one"
+        ) from None
+    finally:
+        speaker.cancel()
+    return fresh
 
 
 def _end_at_once(status):
