@@ -27,7 +27,7 @@ def test(args, device):
     from utils.checkpoint import load_checkpoint
     from utils.dist import from_all, process_index
     from utils.files import make_folder
-    from utils.run import keep_log, setup_logger
+    from utils.log import keep_log, setup_logger
 
     run = Path(args.run_dir)
     logger = setup_logger("IRRA")

@@ -68,7 +68,8 @@ def train(args, checkpoint=None, changed=()):
 
     from utils.checkpoint import load_checkpoint
     from utils.dist import number_of_gpus
-    from utils.run import RunFiles, setup_logger
+    from utils.log import setup_logger
+    from utils.run import RunFiles
     from utils.settings import precision_line, resolve
 
     goes_on = checkpoint and (checkpoint.parent / "configs.yaml").is_file()  # else it is a run of its own
@@ -77,7 +78,7 @@ def train(args, checkpoint=None, changed=()):
     device = resolve(args).device  # before anything is loaded
     logger.info(f"Using {number_of_gpus(device)} GPUs")
     logger.info(precision_line(args, device))
-    logger.info(run.described(args))
+    logger.info(run.described())
     for note in changed:
         logger.info(note)
     state = load_checkpoint(checkpoint) if checkpoint else None  # a bad one is found before data and model
@@ -96,7 +97,7 @@ def build_training(args, device, run):
     from processor.division import gaussian_mixture
     from processor.training import Training
     from solver import WeightAverage, build_lr_scheduler, build_optimizer
-    from utils.run import leave_signals_to_parent
+    from utils.signals import leave_signals_to_parent
 
     *loaders, num_classes = build_dataloader(args)
     if args.division:  # what it lacks is known before weights are loaded and anything is written
@@ -126,12 +127,12 @@ def retrieval_of(features, ranking, img_loader, txt_loader):
 def run_to_its_end(training, logger, fresh):
     """Train, until it is done or stopped; the status to exit with. fresh: nothing of the run is saved yet."""
     from processor.trainer import NotFinite
-    from utils.run import Stopped, StopSignals
+    from utils.signals import Stopped, StopSignals
 
     run = training.run
     try:
         with StopSignals(run.log) as training.stop:
-            run.open(training.args, logger, first_epoch=training.done["epoch"] + 1)
+            run.open(logger, first_epoch=training.done["epoch"] + 1)
             if fresh:
                 training.save()  # from here on there is something to resume, and room for it
             run.log.info("start training")

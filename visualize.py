@@ -57,8 +57,8 @@ def split_pictures(args, folder):
     from retrieval.queries import choose, draw_query, outcomes
     from utils.device import out_of_memory
     from utils.extras import extra
+    from utils.log import setup_logger
     from utils.metrics import rank_features
-    from utils.run import setup_logger
 
     if args.cmc:
         extra("matplotlib")  # before the split is encoded

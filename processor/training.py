@@ -14,7 +14,7 @@ from utils.checkpoint import load_weights
 from utils.dist import any_process, replicate, world_size
 from utils.errors import InputError
 from utils.losses import LOSSES, names_of
-from utils.run import Stopped
+from utils.signals import Stopped
 
 
 class Training:

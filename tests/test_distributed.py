@@ -21,7 +21,7 @@ from utils.device import pick_device
 from utils.dist import process_group, share
 from utils.errors import InputError
 from utils.options import get_args
-from utils.run import StopSignals
+from utils.signals import StopSignals
 
 ALL_LOSSES = "sdm+itc+cmpm+id+mlm"
 SAMPLERS = ("random", "identity")

@@ -18,7 +18,7 @@ from tests.full_disk import limited
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.errors import InputError
 from utils.files import link_or_copy, make_folder, remove_leftovers, whole_file, write_whole
-from utils.run import keep_log, setup_logger
+from utils.log import keep_log, setup_logger
 
 MIB = 1 << 20
 

@@ -21,7 +21,7 @@ from tests.children import ROOT, words
 from tests.conftest import load_script
 from tests.tiny_run import missing
 from utils.checkpoint import load_checkpoint
-from utils.run import setup_logger
+from utils.log import setup_logger
 
 ENCODINGS = ("ascii", "cp1252", "gbk")
 ODD = "一个女人 🙂 é \x1b[31mred\x1b[0m \u202edeb\u202c $x_1^{2$ \\frac"

@@ -97,7 +97,7 @@ def test_a_run_is_tested_by_the_same_rule(typed, on_gpu, tmp_path):
     args = get_args([*typed.split(), "--output_dir", str(tmp_path)])
     run = RunFiles(args)
     run.folder.mkdir(parents=True)
-    run.save_configs(args)
+    run.save_configs()
     for device, precision in ((CPU, "fp32"), (GPU, on_gpu)):
         assert pick_precision(get_test_args(["--config_file", str(run.folder)]), device) == precision
 

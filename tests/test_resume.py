@@ -20,8 +20,9 @@ from tests.children import differ, draw, only_run, progress_lines, run, train_in
 from utils.checkpoint import load_checkpoint
 from utils.errors import InputError
 from utils.files import lock
+from utils.log import setup_logger
 from utils.options import get_args
-from utils.run import RunFiles, setup_logger
+from utils.run import RunFiles
 
 STOPPED = 3
 
@@ -351,7 +352,7 @@ def test_runs_begun_in_one_second_each_get_a_folder(data, tmp_path, monkeypatch)
     args, folders = get_args(words(data, tmp_path)), []
     runs = [RunFiles(args) for _ in range(3)]  # named before any is made
     for one in runs:
-        one.open(args, setup_logger("IRRA"))
+        one.open(setup_logger("IRRA"))
         folders.append(one.folder)
         assert yaml.safe_load((one.folder / "configs.yaml").read_text())["output_dir"] == str(one.folder)
         one.close()
@@ -361,7 +362,7 @@ def test_runs_begun_in_one_second_each_get_a_folder(data, tmp_path, monkeypatch)
 def test_a_run_that_another_program_trains_is_not_trained_twice(data, tmp_path):
     args = get_args(words(data, tmp_path))
     first = RunFiles(args)
-    first.open(args, setup_logger("IRRA"))
+    first.open(setup_logger("IRRA"))
     with pytest.raises(InputError, match="another program is training the run in"):
         RunFiles(args, first.folder)
     first.close()
