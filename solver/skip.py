@@ -63,19 +63,8 @@ def copy_unless(flag, targets, sources):
     with momentum stores the gradient as the momentum, as it is, and at a rate of 0 does nothing else.
     """
     for into, values in by_type(targets, sources):
-        torch._fused_sgd_(
-            values,  # the parameters of this step: changed by 0 times the momentum
-            values,
-            into,
-            weight_decay=0.0,
-            momentum=1.0,
-            lr=0.0,
-            dampening=0.0,
-            nesterov=False,
-            maximize=False,
-            is_first_step=True,
-            found_inf=flag,
-        )
+        # the parameters of this step, `values` too, change by 0 times the momentum
+        sgd_step(values, values, into, flag, momentum=1.0)
 
 
 def move_towards_unless(flag, targets, sources, weight):
@@ -85,19 +74,14 @@ def move_towards_unless(flag, targets, sources, weight):
     It is a step of SGD: from the gradient −source + 1 · target, at the rate `weight`.
     """
     for into, values in by_type(targets, sources):
-        torch._fused_sgd_(
-            into,
-            values,
-            [],
-            weight_decay=1.0,
-            momentum=0.0,
-            lr=weight,
-            dampening=0.0,
-            nesterov=False,
-            maximize=True,
-            is_first_step=False,
-            found_inf=flag,
-        )
+        sgd_step(into, values, [], flag, weight_decay=1.0, lr=weight, maximize=True)
+
+
+def sgd_step(parameters, gradients, momenta, flag, **how):
+    """PyTorch's fused first step of SGD on tensors of one type, of rate 0 and so on but for `how`; nothing
+    where flag is 1."""
+    none = dict(weight_decay=0.0, momentum=0.0, lr=0.0, dampening=0.0, nesterov=False, maximize=False)
+    torch._fused_sgd_(parameters, gradients, momenta, **{**none, **how}, is_first_step=True, found_inf=flag)
 
 
 def by_type(targets, sources):
