@@ -53,20 +53,15 @@ class RunFiles:
 
     def _make(self):
         """Make the folder; under the next free name where a run begun in the same second has this one."""
-        try:
-            while True:
-                try:
-                    self.folder.mkdir(parents=True)
-                    break
-                except FileExistsError:
-                    if not self.folder.exists():  # it is a parent of it that is no folder
-                        raise
-                    self.folder = free_folder(self.folder.parent, self.args.name)
-        except OSError as error:
-            raise InputError(
-                f"cannot make the run folder {self.folder}: {error.strerror} (see --output_dir)"
-            ) from None
-        self._take()
+        while True:
+            try:
+                self.folder.mkdir(parents=True)
+                return self._take()
+            except OSError as error:
+                if not self.folder.exists():
+                    what = f"cannot make the run folder {self.folder}: {error.strerror} (see --output_dir)"
+                    raise InputError(what) from None
+                self.folder = free_folder(self.folder.parent, self.args.name)
 
     def _take(self):
         """No two programs train one run: the second would write over what the first has saved."""
