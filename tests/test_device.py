@@ -68,6 +68,13 @@ def test_under_torchrun_each_process_has_the_gpu_of_its_number(cuda, monkeypatch
         pick_device("cuda")
 
 
+def test_one_gpu_for_several_processes_is_refused(monkeypatch):
+    launch(monkeypatch, 2, 1)
+    with pytest.raises(InputError, match="cuda:1 is one GPU for the 2 processes here: with --device cuda"):
+        pick_device("cuda:1")
+    assert pick_device("cpu") == torch.device("cpu")
+
+
 @pytest.mark.parametrize("number", ["2", "256", "300", "99999999999"])
 def test_a_gpu_that_there_is_not_is_refused(number, cuda):
     """PyTorch takes cuda:256 for cuda:0."""

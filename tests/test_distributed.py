@@ -17,7 +17,6 @@ from tests import processes
 from tests.children import ROOT, differ, draw, only_run, words
 from tests.processes import Group, together, torchrun
 from tests.recipe import off
-from utils.device import pick_device
 from utils.dist import process_group, share
 from utils.errors import InputError
 from utils.options import get_args
@@ -164,8 +163,7 @@ def test_images_that_cannot_be_read_may_leave_a_process_without_a_sample(data, t
 @pytest.mark.parametrize("number", [3, 9])
 def test_evaluation_in_many_processes_gives_the_figures_of_one(number, data):
     """16 captions and 8 images: uneven shares for 3 processes; of 9 one gets no image."""
-    argv = arguments(data, loss_names="sdm")
-    argv[argv.index("--batch_size") + 1] = str(2 * number)
+    argv = arguments(data, "random", "--batch_size", str(2 * number), loss_names="sdm")
     (((rows, ranking), features),) = together(1, processes.evaluate_split, argv)
     assert set(rows) == {"t2i", "i2t"} and len(features.text) == 16 and len(features.image) == 8
     for (found_rows, found), found_features in together(number, processes.evaluate_split, argv):
@@ -402,16 +400,6 @@ def test_a_launcher_that_does_not_say_where_the_others_are_is_one_sentence(monke
     with pytest.raises(InputError, match="MASTER_ADDR expected.*, or unset RANK and WORLD_SIZE"):
         with process_group(torch.device("cpu")):
             pass
-
-
-def test_one_gpu_for_several_processes_is_refused(monkeypatch):
-    for name, value in (("RANK", 0), ("WORLD_SIZE", 2), ("LOCAL_WORLD_SIZE", 2), ("LOCAL_RANK", 1)):
-        monkeypatch.setenv(name, str(value))
-    with pytest.raises(
-        InputError, match="cuda:1 is one GPU for the 2 processes here: with --device cuda each"
-    ):
-        pick_device("cuda:1")
-    assert pick_device("cpu") == torch.device("cpu")
 
 
 def test_the_slurm_script_starts_torchrun_and_train_with_options_they_know(tmp_path, monkeypatch):

@@ -230,7 +230,7 @@ def test_a_run_goes_on_within_an_epoch_bit_for_bit_and_evaluation_knows_nothing_
     before, found = state["word_similarities"]
     assert not torch.equal(before, found) and (before != START_SIMILARITY).all()
     assert "word_similarities" not in torch.load(whole / "best.pth", weights_only=True)
-    argv[argv.index(str(tmp_path / "a"))] = str(tmp_path / "b")
+    argv += ["--output_dir", tmp_path / "b"]
     assert run(argv, tmp_path / "output", ("Epoch[2] Iteration[2/6]", signal.SIGTERM)) == 3
     stopped = only_run(tmp_path / "b")
     resume = ["--resume", "--resume_ckpt_file", stopped]

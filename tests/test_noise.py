@@ -227,7 +227,7 @@ def test_a_run_that_divides_goes_on_within_an_epoch_as_if_it_had_not_been_stoppe
     said = (tmp_path / "output").read_text()
     assert said.count("clean pairs: ") == 2 and "of 48 training captions are another sample's" in said
     whole = only_run(tmp_path / "a")
-    argv[argv.index(str(tmp_path / "a"))] = str(tmp_path / "b")
+    argv += ["--output_dir", tmp_path / "b"]
     assert run(argv, tmp_path / "output", ("Epoch[2] Iteration[2/6]", signal.SIGTERM)) == 3
     stopped = only_run(tmp_path / "b")
     state = torch.load(stopped / "last.pth", weights_only=True)

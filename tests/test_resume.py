@@ -284,8 +284,7 @@ def test_an_evaluation_that_fails_costs_no_epoch(data, tmp_path):
     image = broken / "CUHK-PEDES" / "imgs" / next(r["file_path"] for r in records if r["split"] == "test")
     whole = image.read_bytes()
     image.write_bytes(whole[:50])
-    argv[argv.index("--root_dir") + 1] = str(broken)
-    assert run(argv, output) == 2  # epoch 1 is trained and saved, its evaluation fails
+    assert run([*argv, "--root_dir", broken], output) == 2  # epoch 1 is trained and saved
     folder = only_run(tmp_path / "logs")
     last = load_checkpoint(folder / "last.pth")
     assert (last["epoch"], last["to_evaluate"]) == (1, True) and not (folder / "best.pth").exists()
@@ -323,10 +322,9 @@ def test_a_run_shorter_than_its_evaluation_period_is_evaluated_at_its_end(epochs
 @pytest.mark.parametrize("size", [4, 8, 12, 48])
 def test_an_epoch_and_its_rate_per_step_go_on_with_what_is_left_whatever_the_batch(size, data, tmp_path):
     """48 captions, 12 done or more in batches of 4: of each step the rate of the share that is done."""
-    argv = words(data, tmp_path, "--lr_per", "step", "--warmup_epochs", "2", "--save_period", "3", epochs=1)
-    argv[argv.index("--batch_size") + 1] = "4"
-    cue = ("Iteration[3/12]", signal.SIGTERM)
-    assert run([*argv, "--log_period", "1"], tmp_path / "output", cue) == STOPPED
+    options = "--batch_size 4 --log_period 1 --lr_per step --warmup_epochs 2 --save_period 3".split()
+    argv, cue = words(data, tmp_path, *options, epochs=1), ("Iteration[3/12]", signal.SIGTERM)
+    assert run(argv, tmp_path / "output", cue) == STOPPED
     folder = only_run(tmp_path)
     last = load_checkpoint(folder / "last.pth")
     done = last["samples"]
