@@ -5,7 +5,9 @@ from pathlib import Path
 
 from utils.data_sets import name_of
 from utils.errors import InputError, reports_errors
+from utils.files import make_folder, write_whole
 from utils.options import get_test_args, passed_over, read_run_options
+from utils.run_folders import results_of
 
 
 @reports_errors
@@ -26,7 +28,6 @@ def test(args, device):
     from retrieval.contact_sheet import draw_contact_sheet, gallery_paths, picture_format, query_rows, spread
     from utils.checkpoint import load_checkpoint
     from utils.dist import from_all, process_index
-    from utils.files import make_folder
     from utils.log import keep_log, setup_logger
 
     run = Path(args.run_dir)
@@ -83,8 +84,6 @@ def more_rows(args, model, features):
 
 def keep_results(results, target, logger):
     """The table has been printed: where the results cannot be kept, the rest goes on all the same."""
-    from utils.files import write_whole
-
     log = logger.getChild("test")
     try:
         write_whole(target, json.dumps(results, indent=1) + "\n")
@@ -95,8 +94,6 @@ def keep_results(results, target, logger):
 
 def results_name(args, run, checkpoint):
     """results.json is of the run's best.pth on its own data set; another one has a file of its own."""
-    from utils.run import results_of
-
     trained = read_run_options(run / "configs.yaml", given=("dataset_name",))
     own = args.annotations == trained.annotations and name_of(args) == name_of(trained)
     what = "" if own and args.split == "test" else f"_{name_of(args)}_{args.split}"

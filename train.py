@@ -129,25 +129,23 @@ def run_to_its_end(training, logger, fresh):
     from processor.trainer import NotFinite
     from utils.signals import Stopped, StopSignals
 
-    run = training.run
+    run, log = training.run, training.run.log
     try:
-        with StopSignals(run.log) as training.stop:
+        with StopSignals(log) as training.stop:
             run.open(logger, first_epoch=training.done["epoch"] + 1)
             if fresh:
                 training.save()  # from here on there is something to resume, and room for it
-            run.log.info("start training")
+            log.info("start training")
             training.fit()
     except NotFinite as error:
         raise InputError(f"{error}. The batch is described in {run.keep_evidence(error.evidence)}") from None
     except Stopped as reason:
-        run.log.info(
-            f"{reason}; all is saved, and --resume --resume_ckpt_file {run.folder} goes on from there"
-        )
+        log.info(f"{reason}; all is saved, and --resume --resume_ckpt_file {run.folder} goes on from there")
         return STOPPED
     finally:
         training.close()
     if training.done["best_epoch"]:
-        run.log.info(training.best())
+        log.info(training.best())
 
 
 if __name__ == "__main__":

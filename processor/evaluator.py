@@ -79,14 +79,11 @@ def evaluate(features, i2t=False):
     if i2t:
         rankings["i2t"] = rank_features(image, text, image_pids, text_pids, max(RANKS))
     for task, ranking in rankings.items():
-        if ranking.unmatched and process_index() == 0:
-            logger.warning(
-                f"{task}: {ranking.unmatched} queries have no match in the gallery; they count as misses"
-            )
-        if ranking.tied:
-            logger.info(
-                f"{task}: {ranking.tied} queries have tied similarities; the image listed first comes first"
-            )
+        unmatched, tied = ranking.unmatched, ranking.tied
+        if unmatched and process_index() == 0:
+            logger.warning(f"{task}: {unmatched} queries have no match in the gallery; they count as misses")
+        if tied:
+            logger.info(f"{task}: {tied} queries have tied similarities; the image listed first comes first")
     return {task: figures(ranking) for task, ranking in rankings.items()}, rankings["t2i"]
 
 

@@ -10,7 +10,7 @@ from string import Template
 from datasets.tokenizer import PUNCTUATION
 from model.fetch import openai_name
 from utils.data_sets import name_of
-from utils.run import results_of
+from utils.run_folders import results_of
 
 TEXTS = Path(__file__).parent / "model_cards"
 CUT = "; those of more than $L tokens, training cut there"

@@ -16,9 +16,7 @@ def fit_groups(optimizer, saved, model, weights, source):
     """
     own = [len(group["params"]) for group in optimizer.param_groups]
     if saved is None:
-        raise InputError(
-            f"{source} cannot be resumed: it holds weights and no optimizer part, as last.pth does"
-        )
+        raise InputError(f"{source} cannot be resumed: unlike last.pth it has weights and no optimizer part")
     try:
         sizes = [len(group["params"]) for group in saved["param_groups"]]
         if sizes == own:

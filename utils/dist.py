@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from utils.errors import InputError, first_line, last_line, say_once
+from utils.errors import InputError, first_line, say_once
 
 _store = None  # torchrun's, which outlives the processes; see process_group
 PATIENCE = 20  # seconds that a process waits for the others before it says so
@@ -67,9 +67,9 @@ def process_group(device):
         raise
     except RuntimeError as error:
         if any(kind in str(error) for kind in NCCL_FAULTS):
-            raise InputError(
-                f"NCCL, by which the GPUs exchange, failed: {last_line(error)} (NCCL_DEBUG=INFO says more)"
-            ) from error
+            cause = first_line(str(error).strip().splitlines()[-1])
+            why = f"NCCL, by which the GPUs exchange, failed: {cause} (NCCL_DEBUG=INFO says more)"
+            raise InputError(why) from error
         if not any(word in str(error) for word in ("gloo", "Gloo", "NCCL", "onnection", "TCPStore")):
             raise
         message = (

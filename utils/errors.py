@@ -42,11 +42,6 @@ def first_line(error, most=200):
     return (str(error).strip() or type(error).__name__).splitlines()[0][:most]
 
 
-def last_line(error, most=200):
-    """The last line of what it says, cut likewise: where NCCL names the cause."""
-    return (str(error).strip() or type(error).__name__).splitlines()[-1][:most]
-
-
 def say(sentence):
     """What is no result and no log holds: to stderr, so that results can be piped."""
     print(printable(sentence), file=sys.stderr)

@@ -123,9 +123,3 @@ class RunFiles:
         if self.writes:
             write_whole(path, json.dumps(evidence, indent=1) + "\n")
         return path
-
-
-def results_of(run, checkpoint):
-    """results, test.py's file of a run's best.pth; other checkpoints have files of their own."""
-    run, checkpoint = Path(run), Path(checkpoint or Path(run) / "best.pth")
-    return "results" if checkpoint.resolve() == (run / "best.pth").resolve() else f"results_{checkpoint.stem}"

@@ -52,3 +52,9 @@ def newest_run(args):
             "--resume_ckpt_file)"
         )
     return runs[-1]
+
+
+def results_of(run, checkpoint):
+    """results, test.py's file of a run's best.pth; other checkpoints have files of their own."""
+    run, checkpoint = Path(run), Path(checkpoint or Path(run) / "best.pth")
+    return "results" if checkpoint.resolve() == (run / "best.pth").resolve() else f"results_{checkpoint.stem}"
