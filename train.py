@@ -97,7 +97,7 @@ def build_training(args, device, run):
     from processor.division import gaussian_mixture
     from processor.training import Training
     from solver import WeightAverage, build_lr_scheduler, build_optimizer
-    from utils.signals import leave_signals_to_parent
+    from utils.loading import leave_signals_to_parent
 
     *loaders, num_classes = build_dataloader(args)
     if args.division:  # what it lacks is known before weights are loaded and anything is written

@@ -24,10 +24,9 @@ from datasets.sampler import BatchShares, IdentityOrder, RandomOrder, mixed
 from datasets.tokenizer import PUNCTUATION, START_SIMILARITY
 from utils.batch import Batch
 from utils.data_sets import ignored_name
-from utils.device import batches_of
 from utils.dist import process_sum, share, world_size
 from utils.errors import InputError
-from utils.files import room_for_sockets
+from utils.loading import batches_of, room_for_sockets
 from utils.losses import LOSSES, names_of
 from utils.settings import resolve
 

@@ -19,9 +19,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from datasets.transforms import read_image, resize
-from utils.device import batches_of
 from utils.errors import InputError
-from utils.files import lock, remove_leftovers, room_for_sockets, whole_file
+from utils.files import lock, remove_leftovers, whole_file
+from utils.loading import batches_of, room_for_sockets
 from utils.progress import progress_bar
 
 logger = logging.getLogger("IRRA.dataset")

@@ -16,7 +16,8 @@ from solver.skip import skips_on_device
 from tests import children
 from tests.children import differ, draw, only_run, run, words
 from utils.checkpoint import load_checkpoint
-from utils.signals import GRACE, Stopped, StopSignals
+from utils.loading import GRACE
+from utils.signals import Stopped, StopSignals
 
 CPU = torch.device("cpu")
 GIVEN = dict(pids=[3, 5], image_ids=[7, 9], caption_ids=[[1, 2], [3, 4]])

@@ -20,9 +20,8 @@ import torch
 
 from model.fetch import download
 from tests.children import ROOT, draw, words
-from utils.device import batches_of
 from utils.errors import InputError, reports_errors
-from utils.files import SOCKET, room_for_sockets
+from utils.loading import SOCKET, batches_of, room_for_sockets
 from utils.options import get_args
 
 

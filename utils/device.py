@@ -1,5 +1,4 @@
-"""Where the work runs: the device, which is named here alone, and what is said when it, its memory or the
-processes that load for it fail."""
+"""Where the work runs: the device, which is named here alone; what is said when it, or its memory, fails."""
 
 import functools
 import os
@@ -7,10 +6,10 @@ import warnings
 from contextlib import contextmanager
 
 import torch
-from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from utils.dist import launched
 from utils.errors import InputError, first_line, say_once
+from utils.loading import LACKING
 
 
 def pick_device(name="auto"):
@@ -85,42 +84,6 @@ def to_device(value, device):
     return value.to(device, non_blocking=True)
 
 
-LOADING = {  # words in what PyTorch says when its loading processes lack something: what to do
-    "shared memory": "the loading processes find no room in /dev/shm: give it more (docker run "
-    "--shm-size=8g, or --ipc=host), or lower --num_workers, to 0 if need be",
-    "Too many open files": "too many open files: raise the limit (ulimit -n 4096), or lower --num_workers",
-    "DataLoader worker (pid": "a loading process ended, killed by the system or for want of memory or of "
-    "room in /dev/shm: lower --num_workers, or give more of either (docker run --shm-size=8g)",
-}
-
-
-def batches_of(loader):
-    """DataLoader's iterator, which starts its processes. What keeps them from that is an InputError: the
-    system tells it by a number alone, without a file's name, as if it were of a disk."""
-    try:
-        return torch.utils.data.DataLoader.__iter__(loader)
-    except OSError as error:
-        _give_up_half_made(error)
-        raise InputError(
-            f"the loading processes cannot be started ({error.strerror or error}): they need room in "
-            "/dev/shm (docker run --shm-size=8g), open files (ulimit -n 4096), processes (ulimit -u): "
-            "give more, or lower --num_workers, to 0 if need be"
-        ) from error
-
-
-def _give_up_half_made(error):
-    """PyTorch cannot end an iterator that is half made: it prints a traceback, and the processes that it has
-    are waited for at the program's end."""
-    trace = error.__traceback__
-    while trace:
-        one = trace.tb_frame.f_locals.get("self")
-        if isinstance(one, _MultiProcessingDataLoaderIter):
-            for worker in getattr(one, "_workers", ()):
-                worker.kill()
-            one._shutdown = True
-        trace = trace.tb_next
-
-
 NO_MEMORY = (  # words in what allocators say, PyTorch's own on a CPU and those of CUDA's libraries
     "can't allocate memory",
     "CUDA error: out of memory",
@@ -155,7 +118,7 @@ def out_of_memory(device, number=None, option="--batch_size"):
     except (RuntimeError, OSError) as error:
         if any(sign in str(error) for sign in NO_MEMORY):
             raise InputError(_memory_message(device, number, option)) from error
-        for sign, message in LOADING.items():
+        for sign, message in LACKING.items():
             if sign in str(error):
                 raise InputError(message) from error
         for sign, message in GPU_FAILS.items() if "CUDA" in str(error) else ():

@@ -29,24 +29,7 @@ def uninterrupted():
             signal.raise_signal(number)
 
 
-SOCKET = "/pymp-12345678/listener-12345678"  # what multiprocessing adds to the folder for temporary files
 LONGEST_NAME = 255  # bytes of a file's
-LONGEST = 103  # bytes of a socket's path, where they are fewest
-
-
-def room_for_sockets():
-    """Loading processes hand batches over through sockets, whose paths are short; where TMPDIR is a long one
-    they fail, and their parent would wait for ever. So theirs then are in another folder."""
-    if len(os.fsencode(tempfile.gettempdir() + SOCKET)) <= LONGEST:
-        return
-    for folder in ("/tmp", "/var/tmp"):
-        if os.access(folder, os.W_OK | os.X_OK):
-            tempfile.tempdir = folder
-            return
-    raise InputError(
-        f"TMPDIR {tempfile.gettempdir()} is too long for the loading processes: set it to a shorter one, or "
-        "give --num_workers 0"
-    )
 
 
 def name_beside(path):

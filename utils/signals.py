@@ -5,8 +5,6 @@ import signal
 from utils.dist import launched
 from utils.errors import STOPS, may_ask_for_signals
 
-GRACE = 60  # seconds that a loading process goes on after a SIGTERM
-
 
 class Stopped(Exception):
     """A signal asked the run to end, and everything is saved."""
@@ -43,17 +41,3 @@ class StopSignals:
         for number, handler in self.earlier.items():
             # torchrun sends SIGTERM to all when one has ended: each must still be able to say why it ends
             signal.signal(number, signal.SIG_IGN if has_to_speak and number == signal.SIGTERM else handler)
-
-
-def leave_signals_to_parent(worker):
-    """A loading process's start: it gets a terminal's Ctrl-C and a batch system's SIGTERM too, and must go on
-    loading while its parent finishes the batch. It ends when its parent does, or some time after a SIGTERM:
-    that is also how Python ends, and waits for, the children that are left when a program is over."""
-    for number in STOPS:
-        signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, end_later)
-
-
-def end_later(number, frame):
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.alarm(GRACE)  # nobody handles SIGALRM: it ends the process
