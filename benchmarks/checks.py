@@ -14,13 +14,15 @@ from pathlib import Path
 import torch
 
 from processor.evaluator import encode
-from processor.trainer import FiniteWatch, NotFinite, Steps, train_one_epoch
+from processor.trainer import FiniteWatch, Steps, train_one_epoch
 from solver import WeightAverage
 from utils.metrics import rank_features
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
 FROM_RANDOM = "--config_file configs/small_clip.yaml --loss_names itc+mlm+id --cmt_depth 1".split()
+FEW = "--ids 24 --val_ids 4 --test_ids 8".split()
+MANY = "--ids 400 --val_ids 20 --test_ids 100".split()
 TINY_DEMO = ["--num_epoch", "1", "--batch_size", "16", "--eval_period", "1"]
 PRECISIONS = ("fp32", "fp16", "bf16")
 SLACK = {"fp32": 2e-3, "fp16": 0.05, "bf16": 0.1}  # relative, of losses after a few steps of a tiny model
@@ -32,17 +34,12 @@ SLACK = {"fp32": 2e-3, "fp16": 0.05, "bf16": 0.1}  # relative, of losses after a
 def train_drawn(device, folder, dry, name, words=(), launcher=()):
     """Train the demo's model on the demo's data, from random weights; returns the run's folder. launcher:
     what Python is given before train.py."""
-    draw(folder / "data", ("24", "4", "8") if dry else ("400", "20", "100"))
+    python(["-m", "datasets.synthetic", "--root", str(folder / "data"), *(FEW if dry else MANY)])
     words = [*FROM_RANDOM, "--root_dir", str(folder / "data"), "--name", name, *words]
     words += ["--output_dir", str(folder / "logs"), "--device", device.type]
     python([*launcher, "train.py", *words, *(TINY_DEMO if dry else [])])
     (run,) = (folder / "logs").glob(f"*/*_{name}")
     return run
-
-
-def draw(root, people):
-    ids = [word for pair in zip(("--ids", "--val_ids", "--test_ids"), people, strict=True) for word in pair]
-    python(["-m", "datasets.synthetic", "--root", str(root), *ids])
 
 
 def python(words):
@@ -139,23 +136,10 @@ def waits(device, folder, dry):
 
 def bad_step(device, folder, dry):
     """A step with a gradient that is no number is left out on the device, and its batch is named."""
-    from tests.test_pretended import Loader, build
+    from tests.test_pretended import take_a_bad_step
 
     for precision in PRECISIONS:
-        model, optimizer = build(device, precision)
-        start = [parameter.detach().clone() for parameter in model.parameters()]
-        loader = list(Loader(device, 3))
-        loader[0]["images"][2, 0, 5, 5] = torch.nan
-        try:
-            train_one_epoch(model, loader, optimizer, device, 1, Steps(log_period=100))
-        except NotFinite as error:
-            assert error.evidence["iteration"] == 1, f"{precision}: {error}"
-        else:
-            raise AssertionError(f"{precision}: nothing was noticed")
-        end = [parameter.detach() for parameter in model.parameters()]
-        assert all(weight.isfinite().all() for weight in end), f"{precision}: it was taken"
-        still = all(torch.equal(a, b) for a, b in zip(start, end, strict=True))
-        assert still or precision != "fp16", "fp16: weights have moved"
+        take_a_bad_step(device, precision)
     return "left out and named in every precision"
 
 
@@ -225,7 +209,7 @@ def full_memory(device, folder, dry):
         return "not tried on a CPU"
     words = ["train.py", "--pretrain_choice", "random", "--precision", "fp32", "--num_workers", "0"]
     words += ["--root_dir", str(folder / "data"), "--output_dir", str(folder / "logs"), "--batch_size", "64"]
-    draw(folder / "data", ("24", "4", "8"))
+    python(["-m", "datasets.synthetic", "--root", str(folder / "data"), *FEW])
     free, _ = torch.cuda.mem_get_info(device)
     held = torch.empty(max(free - 3 * 2**30, 1), dtype=torch.uint8, device=device)  # too little for ViT-B/16
     status, said = ended([*words, "--device", "cuda"])

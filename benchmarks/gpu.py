@@ -69,27 +69,28 @@ def full_size(device, folder, dry):
         if "frac_unmoved" in meters.latest:
             unmoved.append(meters.latest["frac_unmoved"])
 
-    batches = Batches(device, dry, chosen, steps)
+    batches = batches_of(device, dry, chosen, steps)
+    size = len(batches[0]["pids"])
     train_one_epoch(model, batches, optimizer, device, 1, Steps(log_period=steps // 4, after_step=after_step))
     sums = [0.0, *torch.stack(losses).tolist()]
-    each = [(b - a) / batches.size for a, b in zip(sums, sums[1:], strict=False)]
+    each = [(b - a) / size for a, b in zip(sums, sums[1:], strict=False)]
     tenth = steps // 10  # a few times all its batches
     first, last = sum(each[:tenth]) / tenth, sum(each[-tenth:]) / tenth
-    note = f"{chosen.precision}, {steps} steps of {batches.size}: mean loss of the first and last {tenth}"
+    note = f"{chosen.precision}, {steps} steps of {size}: mean loss of the first and last {tenth}"
     record("full size, loss", {"first": first, "last": last}, "", "first", device=device, note=note)
     record("full size, weights that a step leaves", {"ours": 100 * unmoved[-1]}, "%", device=device)
     assert all(map(math.isfinite, each)) and last < first, f"losses do not fall: {first} to {last}"
 
     parts = {"model": model, "optimizer": optimizer}
     save_checkpoint(folder / "full.pth", parts)
-    train_one_epoch(model, Batches(device, dry, chosen, more), optimizer, device, 2)
+    train_one_epoch(model, batches_of(device, dry, chosen, more), optimizer, device, 2)
     unbroken = {name: weight.detach().cpu() for name, weight in model.state_dict().items()}
     del model, optimizer, parts
     _, model, optimizer = fresh(device, dry)
     state = load_checkpoint(folder / "full.pth")
     load_weights(model, state["model"], "full.pth")
     load_optimizer(optimizer, state["optimizer"], "full.pth")
-    train_one_epoch(model, Batches(device, dry, chosen, more), optimizer, device, 2)
+    train_one_epoch(model, batches_of(device, dry, chosen, more), optimizer, device, 2)
     pairs = [(weight.detach().cpu(), unbroken[name]) for name, weight in model.state_dict().items()]
     differ = sum(int((a != b).sum()) for a, b in pairs) / sum(a.numel() for a, _ in pairs)
     apart = max(float((a.double() - b.double()).abs().max()) for a, b in pairs)
@@ -105,19 +106,11 @@ def fresh(device, dry):
     return chosen, model, build_optimizer(chosen, model)
 
 
-class Batches:
+def batches_of(device, dry, chosen, steps):
     """A few batches in turn, ids on the host and images on the device, as the loader gives them."""
-
-    def __init__(self, device, dry, chosen, steps):
-        self.steps, self.size, number = (steps, 4, 2) if dry else (steps, 32, 10)
-        batches = [batch_of(self.size, chosen.img_size, seed) for seed in range(number)]
-        self.batches = [batch_on(batch, device) for batch in batches]
-
-    def __len__(self):
-        return self.steps
-
-    def __iter__(self):
-        return (dict(self.batches[number % len(self.batches)]) for number in range(self.steps))
+    size, number = (4, 2) if dry else (32, 10)
+    made = [batch_on(batch_of(size, chosen.img_size, seed), device) for seed in range(number)]
+    return [made[step % number] for step in range(steps)]
 
 
 def one_process(device, folder, dry):
@@ -160,8 +153,7 @@ def answer(name):
 
     def part(device, folder, dry):
         found = CHECKS[name][0](device, folder, dry)
-        line = {"figure": name, "unit": "", "arms": {}, "ratio": {}}
-        keep({**line, "verdict": "right", "note": found}, device)
+        keep(name, device, verdict="right", note=found)
 
     return part
 

@@ -116,24 +116,25 @@ def record(figure, arms, unit, baseline="published", better="less", device=CPU, 
     ratio: of each arm to the baseline, above 1 where the arm is better. better: less or more of the unit.
     """
     reference = arms.get(baseline)
-    ratio = {}
-    for name, value in arms.items():
-        if reference and value and name != baseline:
-            ratio[name] = round(value / reference if better == "more" else reference / value, 3)
+    ratio = {
+        name: round(value / reference if better == "more" else reference / value, 3)
+        for name, value in arms.items()
+        if reference and value and name != baseline
+    }
     arms = {name: float(f"{value:.5g}") for name, value in arms.items()}
-    keep({"figure": figure, "unit": unit, "arms": arms, "ratio": ratio, **details}, device)
+    keep(figure, device, unit=unit, arms=arms, ratio=ratio, **details)
 
 
 def left_out(figure, arm, reason, device=CPU):
     """Say in a line of its own why a figure has no such arm."""
-    keep({"figure": figure, "unit": "", "arms": {}, "ratio": {}, "left_out": {arm: reason}}, device)
+    keep(figure, device, left_out={arm: reason})
 
 
-def keep(line, device=CPU):
+def keep(figure, device=CPU, **line):
     """At once: what a later part does loses nothing of it."""
     program = Path(sys.argv[0]).stem
     line = {
-        **line,
+        **{"figure": figure, "unit": "", "arms": {}, "ratio": {}, **line},
         "command": " ".join([f"python -m benchmarks.{program}", *sys.argv[1:]]),
         "machine": machine(device),
         "versions": versions(),

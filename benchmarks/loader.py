@@ -12,6 +12,7 @@ from pathlib import Path
 from random import Random
 
 import torch
+from torch.utils.data import default_collate
 
 from benchmarks import published
 from benchmarks.harness import interleaved, new_parser, record
@@ -57,7 +58,7 @@ def compare(samples, folder, args):
 
     def of_published():
         for batch in batches:
-            published.collate([plain[index] for _, index in batch])
+            default_collate([plain[index] for _, index in batch])
 
     def of(dataset, passes=1, on=None):
         for batch in passes * batches:

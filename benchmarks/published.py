@@ -204,22 +204,8 @@ class PairDataset(Dataset):
         image = self.transform(Image.open(path).convert("RGB"))
         ids = tokenize(caption, self.tokenizer, self.text_length)
         mlm_ids, mlm_labels = masked(ids.cpu().numpy(), len(self.tokenizer.encoder))
-        return {
-            "pids": pid,
-            "image_ids": image_id,
-            "images": image,
-            "caption_ids": ids,
-            "mlm_ids": mlm_ids,
-            "mlm_labels": mlm_labels,
-        }
-
-
-def collate(samples):
-    batch = {key: [sample[key] for sample in samples] for key in samples[0]}
-    return {
-        key: torch.tensor(values) if isinstance(values[0], int) else torch.stack(values)
-        for key, values in batch.items()
-    }
+        batch = {"pids": pid, "image_ids": image_id, "images": image, "caption_ids": ids}
+        return {**batch, "mlm_ids": mlm_ids, "mlm_labels": mlm_labels}
 
 
 # ---- evaluation ----
