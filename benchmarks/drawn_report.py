@@ -128,7 +128,7 @@ def table(groups, rows, names):
     baselines = baselines_of(names)
     heads = ["row", "options", *FIGURES.values()]
     heads += [f"{title} − {name}" for title in FIGURES.values() for name in baselines.values()]
-    lines = [[*heads, "CPU seconds a run", "runs"], ["---"] * (len(heads) + 2)]
+    lines = []
     for name, group in groups.items():
         cells = [name, f"`{rows[name].words}`"]
         cells += [shown_mean(list(figures_of(group, figure).values())) for figure in FIGURES]
@@ -138,7 +138,7 @@ def table(groups, rows, names):
         seconds = [run["seconds"] for run in group if run.get("seconds")]
         cells += [f"{statistics.median(seconds):.0f}" if seconds else "–", str(len(group))]
         lines.append(cells)
-    return as_markdown(lines)
+    return as_markdown([*heads, "CPU seconds a run", "runs"], lines)
 
 
 def verdicts(groups, names):
@@ -169,4 +169,4 @@ def of_parts(groups):
     for (row, without), what in PARTS.items():
         if found := difference(by_method.get(row, []), by_method.get(without, []), "R1"):
             lines.append([what, f"{row} − {without}", shown_difference(found)])
-    return as_markdown([["part", "rows", "Rank-1"], ["---"] * 3, *lines]) if lines else ""
+    return as_markdown(["part", "rows", "Rank-1"], lines) if lines else ""

@@ -132,9 +132,8 @@ def notes(runs):
     return {text: number for number, text in enumerate(found, start=1)}
 
 
-def label_of(run, numbers):
-    number = numbers.get(printable(shown(run["options"])))
-    return printable(run["row"]) + (f" [{number}]" if number else "")
+def label_of(row, note):
+    return printable(row) + (f" [{note}]" if note else "")
 
 
 def section_of(run):
@@ -143,35 +142,29 @@ def section_of(run):
 
 
 def sections(runs, rows, pairs=()):
-    """{(data set, beginning of the annotation file's hash): {label: its runs}}, in the order of the rows;
-    pairs: (row, data set), to be shown even where there is no run of theirs."""
+    """{(data set, beginning of the annotation file's hash): {(row, number of its note): its runs}}, in the
+    order of the rows; pairs: (row, data set), to be shown even where there is no run of theirs."""
     found, numbers = {}, notes(runs)
     for run in sorted(runs, key=key_of):
-        found.setdefault(section_of(run), {}).setdefault(label_of(run, numbers), []).append(run)
+        kind = run["row"], numbers.get(printable(shown(run["options"])))
+        found.setdefault(section_of(run), {}).setdefault(kind, []).append(run)
     for row, dataset in pairs:
         of_set = next((section for section in found if section[0] == dataset), (dataset, None))
-        if not any(run["row"] == row for group in found.get(of_set, {}).values() for run in group):
-            found.setdefault(of_set, {})[row] = []
+        groups = found.setdefault(of_set, {})
+        if row not in (name for name, _ in groups):
+            groups[row, None] = []
     order = {name: place for place, name in enumerate(rows)}
 
     def by_row(item):
-        return order.get(row_of(*item), len(order))
+        (row, _), _ = item
+        return order.get(row, len(order))
 
     return {section: dict(sorted(groups.items(), key=by_row)) for section, groups in found.items()}
 
 
-def row_of(label, group):
-    return group[0]["row"] if group else label
-
-
-def without_copies(runs):
-    """A run that two results files hold counts once."""
-    return list({json.dumps(run, sort_keys=True): run for run in runs}.values())
-
-
-def published_of(label, group, dataset, rows):
+def published_of(row, dataset, rows):
     """The published figures, text to image, of a row of the table; all None where there are none."""
-    row = rows.get(row_of(label, group))
+    row = rows.get(row)
     there = row and row.published and dataset in DATA_SETS
     figures = row.published[list(DATA_SETS).index(dataset)] if there else [None] * len(FIGURES)
     return dict(zip(FIGURES, figures, strict=True))
@@ -201,19 +194,20 @@ def table(dataset, groups, rows, figure):
         name for name in SELECTIONS if values_of(measured, name, "t2i", figure) or name == "best epoch"
     ]
     heads = [f"{dataset}, {FIGURES[figure]}", "published", *columns, "best epoch − published"]
-    lines = [[*heads, "image to text, best epoch", "runs"], ["---"] * (len(heads) + 2)]
-    for label, group in groups.items():
-        published = published_of(label, group, dataset, rows)[figure]
+    lines = []
+    for (row, note), group in groups.items():
+        published = published_of(row, dataset, rows)[figure]
         best = values_of(group, "best epoch", "t2i", figure)
-        cells = [label, "–" if published is None else f"{published:.2f}"]
+        cells = [label_of(row, note), "–" if published is None else f"{published:.2f}"]
         cells += [shown_mean(values_of(group, name, "t2i", figure)) for name in columns]
         cells += [shown_difference(best, None if about_data(dataset, measured) else published)]
         lines.append([*cells, shown_mean(values_of(group, "best epoch", "i2t", figure)), str(len(best))])
-    return as_markdown(lines)
+    return as_markdown([*heads, "image to text, best epoch", "runs"], lines)
 
 
-def as_markdown(lines):
-    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
+def as_markdown(heads, lines):
+    rows = [heads, ["---"] * len(heads), *lines]
+    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in rows)
 
 
 def about_data(dataset, runs):
@@ -227,9 +221,9 @@ def about_data(dataset, runs):
 
 def about_sources(dataset, groups, rows):
     sources = {}
-    for label, group in groups.items():
-        if published_of(label, group, dataset, rows)["R1"] is not None:
-            sources.setdefault(rows[row_of(label, group)].source, []).append(label)
+    for row, note in groups:
+        if published_of(row, dataset, rows)["R1"] is not None:
+            sources.setdefault(rows[row].source, []).append(label_of(row, note))
     of = "; ".join(f"{', '.join(labels)}: {source}" for source, labels in sources.items())
     explained = "Mean ± standard deviation over seeds; s.e.: standard error of the mean."
     return (
@@ -255,17 +249,18 @@ def cross_table(runs):
         for tested, found in {run["dataset"]: run["best"], **run["cross"]}.items():
             if run["cross"] and run["selected_on"] == "test":
                 size = f"{tested} ({found['queries']} sentences, {found['gallery']} images)"
-                key = (label_of(run, numbers), run["dataset"], size, section_of(run))
+                label = label_of(run["row"], numbers.get(printable(shown(run["options"]))))
+                key = (label, run["dataset"], size, section_of(run))
                 groups.setdefault(key, []).append(found)
     heads = ["text to image / image to text", "trained on", "tested on", *FIGURES.values(), "runs"]
-    lines = [heads, ["---"] * len(heads)]
+    lines = []
     for names, found in groups.items():
         cells = (
             " / ".join(shown_mean([of_run[task][figure] for of_run in found]) for task in TASKS)
             for figure in FIGURES
         )
         lines.append([*map(printable, names[:3]), *cells, str(len(found))])
-    return as_markdown(lines)
+    return as_markdown(heads, lines)
 
 
 # ---- the picture ----
@@ -283,14 +278,14 @@ def draw(runs, rows, pairs, path, figure="R1"):
     with drawing(path, min(3 + 1.1 * most, 40), 3.6 * len(found)) as picture:
         for number, ((dataset, sha256), groups) in enumerate(found.items(), start=1):
             axes = picture.add_subplot(len(found), 1, number)
-            for place, (label, group) in enumerate(groups.items()):
+            for place, ((row, _), group) in enumerate(groups.items()):
                 draw_bars(axes, place, group, colours, figure)
-                published = published_of(label, group, dataset, rows)[figure]
+                published = published_of(row, dataset, rows)[figure]
                 if published is not None:
                     axes.hlines(published, place - 0.45, place + 0.45, **LINE)
             axes.set_title(f"{dataset}{f', annotation file {sha256}' if sha256 else ''}", fontsize=10)
             axes.set_ylabel(f"{FIGURES[figure]}, text to image, %")
-            axes.set_xticks(range(len(groups)), [on_a_line(label, 34) for label in groups])
+            axes.set_xticks(range(len(groups)), [on_a_line(label_of(*kind), 34) for kind in groups])
             axes.tick_params(axis="x", labelsize=8, rotation=20 if most > 4 else 0)
             axes.set_xlim(-0.6, len(groups) - 0.4)
             axes.set_ylim(bottom=0)
@@ -313,7 +308,8 @@ def draw_bars(axes, place, group, colours, figure):
 
 def write(runs, rows, folder, name, pairs=()):
     """Print the table, and keep NAME.md, NAME.json and NAME.png in the folder."""
-    runs, folder = without_copies(runs), Path(folder)
+    runs = list({json.dumps(run, sort_keys=True): run for run in runs}.values())  # of several files, once
+    folder = Path(folder)
     if not runs and not pairs:
         raise InputError("there is no run in these results files")
     make_folder(folder, "--output_dir")
