@@ -23,9 +23,9 @@ from benchmarks import drawn_report, table, table_report
 from benchmarks.harness import RESULTS
 from benchmarks.programs import Programs
 from benchmarks.table import Row, Run
+from datasets import synthetic
 from datasets.pedestrians import VERSION as EASY_VERSION
-from datasets.synthetic import make_dataset
-from datasets.synthetic_hard import HARD, VERSION, make_hard_dataset
+from datasets.synthetic_hard import HARD, VERSION
 from utils.data_sets import DEFAULT
 from utils.errors import InputError, printable, reports_errors, stop_like_an_interrupt
 from utils.files import link_or_copy, make_folder, write_whole
@@ -34,7 +34,6 @@ from utils.options import from_1, get_args
 
 REPOSITORY = Path(__file__).parent.parent
 FIGURES, PAGE = RESULTS / "drawn.json", REPOSITORY / "docs" / "results.md"
-SIZES = HARD["small"]
 CLIP = "small_clip"  # the row of what all others start from
 CLIP_ROWS = {CLIP: Row(CLIP, below=CLIP)}
 CLIP_SIZES = {"train_ids": 3200, "val_ids": 0, "test_ids": 100, "images_per_id": 1}
@@ -89,7 +88,7 @@ NOISE_OF = {name_of(method, noise): noise for noise in NOISE for method in NOISE
 
 def recipe_of(name):
     """A number for all that a row's figures depend on and that stands in this repository."""
-    drawn = {"drawing": VERSION, "noise": NOISE_OF[name], **SIZES}
+    drawn = {"drawing": VERSION, "noise": NOISE_OF[name], **HARD["small"]}
     drawn |= {"rewritten": True} if is_rewritten(name) else {}
     start = typed_of(CLIP, CLIP_ROWS[CLIP]), {"drawing": EASY_VERSION, **CLIP_SIZES}
     found = json.dumps([typed_of(name, ROWS[name]), drawn, start], sort_keys=True)
@@ -125,13 +124,21 @@ def drawing(run, args):
 
 def draw_sets(args):
     for root, run in {table.root_of(run, args): run for run in missing(args)}.items():
-        make_folder(root, "--root_dir")
-        sizes = {key: SIZES[key] for key in ("val_ids", "test_ids", "images_per_id", "size")}
-        changes = {"noise": NOISE_OF[run.row], "rewritten": is_rewritten(run.row)}
-        folder = make_hard_dataset(
-            root, run.dataset, train_ids=SIZES["ids"], seed=run.seed, **sizes, **changes
-        )
-        print(f"drawn: {folder}", flush=True)
+        draw(root, drawing(run, args))
+
+
+def draw(root, words):
+    make_folder(root, "--root_dir")
+    if status := synthetic.main(words):  # it has said why
+        raise SystemExit(status)
+
+
+# ---- what all rows start from ----
+
+
+def drawing_of_clip(root):
+    sizes = [(f"--{key.removeprefix('train_')}", str(number)) for key, number in CLIP_SIZES.items()]
+    return [*(word for pair in sizes for word in pair), "--root", root]
 
 
 def of_clip(args):
@@ -155,8 +162,7 @@ def make_clip(args, programs):
     (run,) = table.plan(own)
     if missing(own):
         root = table.root_of(run, own)
-        make_folder(root, "--root_dir")
-        make_dataset(root, run.dataset, **CLIP_SIZES)
+        draw(root, drawing_of_clip(root))
     if failed := table.run_all(own, programs):  # also where the one that is there has another recipe
         return failed
     trained = table.runs_in(own.output_dir, CLIP_ROWS)[run] / "last.pth"
@@ -172,9 +178,8 @@ def list_clip(args):
     own = of_clip(args)
     (run,) = table.plan(own)
     if missing(own):
-        sizes = (f"--{'ids' if key == 'train_ids' else key} {number}" for key, number in CLIP_SIZES.items())
-        root = table.root_of(run, own)
-        print(table.shown_command(["-m", "datasets.synthetic", *" ".join(sizes).split(), "--root", root]))
+        words = drawing_of_clip(table.root_of(run, own))
+        print(table.shown_command(["-m", "datasets.synthetic", *words]))
     table.list_commands(own)
     trained, file = Path(own.output_dir, DEFAULT, table.PATTERN + run.name, "last.pth"), clip_of(args)
     print(table.shown_command(["-p", str(file.parent)], "mkdir"))

@@ -205,15 +205,20 @@ def test_words(folder, root, checkpoint, *more):
     return words + ["--checkpoint", str(folder / f"{checkpoint}.pth")] * (checkpoint != "best")
 
 
+def cross_results(run, row, folder):
+    """{another data set: what the run's best checkpoint, as it is now, gave there}."""
+    best = results(folder, row.best)
+    found = {other: results(folder, row.best, other) for other in DATA_SETS if other != run.dataset}
+    return {other: of for other, of in found.items() if of and of["epoch"] == best["epoch"]}
+
+
 def cross_commands(run, args, folder):
     """Test a run on the other data sets that are asked for, where that is still to be done."""
-    row = args.known[run.row]
-    best = results(folder, row.best)
-    others = [name for name in args.datasets if name != run.dataset]
+    row, done = args.known[run.row], cross_results(run, args.known[run.row], folder)
     return [
         test_words(folder, root_of(run, args), row.best, "--dataset_name", other)
-        for other in others
-        if (results(folder, row.best, other) or {}).get("epoch") != best["epoch"]
+        for other in args.datasets
+        if other != run.dataset and other not in done
     ]
 
 
@@ -316,21 +321,15 @@ def collect(args, kept):
 
 def record_of(run, folder, row):
     options = differing(vars(read_run_options(folder / "configs.yaml")), vars(get_args(recipe(run, row))))
-    best, last = results(folder, row.best), results(folder, row.last)
-    others = {other: results(folder, row.best, other) for other in DATA_SETS if other != run.dataset}
     return {
         "row": run.row,
         "dataset": run.dataset,
         "seed": run.seed,
         "selected_on": "val" if run.val else "test",
         "options": {key: without_paths(key, value) for key, value in options.items()},
-        "best": figures_of(best),
-        "last": figures_of(last),
-        "cross": {
-            other: figures_of(found)
-            for other, found in others.items()
-            if found and found["epoch"] == best["epoch"]
-        },
+        "best": figures_of(results(folder, row.best)),
+        "last": figures_of(results(folder, row.last)),
+        "cross": {other: figures_of(of) for other, of in cross_results(run, row, folder).items()},
     }
 
 

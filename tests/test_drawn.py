@@ -2,7 +2,6 @@
 
 import json
 import math
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ from benchmarks import drawn, drawn_report, table, table_report
 from benchmarks.drawn_report import T95, difference, paired
 from benchmarks.programs import TOOK, Programs
 from benchmarks.table import Row, Run
+from datasets.synthetic_hard import HARD, make_hard_dataset
 from tests.test_table import TINY, interrupted, record
 from utils.errors import InputError
 from utils.options import get_args
@@ -129,7 +129,7 @@ def test_figures_of_another_recipe_than_stands_there_are_found(repository, monke
 def test_a_recipe_is_known_by_its_options_and_by_its_set(monkeypatch):
     found = {name: drawn.recipe_of(name) for name in drawn.ROWS}
     assert len(set(found.values())) == len(found)
-    monkeypatch.setitem(drawn.SIZES, "ids", 7)
+    monkeypatch.setitem(HARD["small"], "ids", 7)
     assert not set(found.values()) & {drawn.recipe_of(name) for name in found}
 
 
@@ -138,7 +138,7 @@ def test_a_recipe_is_known_by_its_options_and_by_its_set(monkeypatch):
 
 @pytest.mark.parametrize("method", drawn.METHODS)
 def test_each_method_starts_on_a_hard_set_and_takes_a_step(method, tmp_path, monkeypatch, train_script):
-    monkeypatch.setattr(drawn, "SIZES", SIZES)
+    monkeypatch.setitem(HARD, "small", SIZES)
     words = ["--rows", method, "--seeds", "1", "--root_dir", str(tmp_path / "data")]
     args = drawn.read_words([*words, "--output_dir", str(tmp_path / "logs"), "--", *TINY, "--num_epoch", "1"])
     drawn.draw_sets(args)
@@ -151,24 +151,16 @@ def test_the_baselines_are_rows_of_every_share_of_wrong_captions():
         assert names <= {name for name, of in drawn.NOISE_OF.items() if of == noise}
 
 
-@pytest.mark.parametrize("row", ["irra_noise_0.2", "rda"])
-def test_drawing_by_the_listed_command_is_what_the_runner_would_draw(row, tmp_path, monkeypatch, capsys):
-    from datasets import synthetic
-
+@pytest.mark.parametrize("row, more", [("irra_noise_0.2", {"noise": 0.2}), ("rda", {"rewritten": True})])
+def test_a_rows_set_has_its_noise_its_seed_and_its_second_captions(row, more, tmp_path, monkeypatch, capsys):
     sizes = {"ids": 4, "val_ids": 2, "test_ids": 2, "images_per_id": 1, "size": [64, 32]}
-    monkeypatch.setattr(drawn, "SIZES", sizes)
-    monkeypatch.setitem(synthetic.HARD, "small", sizes)
+    monkeypatch.setitem(HARD, "small", sizes)
     words = ["--rows", row, "--seeds", "3", "--root_dir", str(tmp_path / "data")]
-    words += ["--output_dir", str(tmp_path / "logs")]
-    assert drawn.main([*words, "--dry"]) == 0
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if "--hard" in line]
-    python, *command = shlex.split(line)
-    assert (python, command[:2]) == ("python", ["-m", "datasets.synthetic"])
-    assert synthetic.main(command[2:]) == 0
-    (picture, *_) = (tmp_path / "data").rglob("*.jpg")
-    picture.write_bytes(b"mark")
-    drawn.draw_sets(drawn.read_words(words))
-    assert picture.read_bytes() == b"mark"  # it was taken as it is
+    drawn.draw_sets(drawn.read_words([*words, "--output_dir", str(tmp_path / "logs")]))
+    ((folder, found),) = ((path.parent, path.read_bytes()) for path in tmp_path.rglob("synthetic.json"))
+    counts = {key: sizes[key] for key in ("val_ids", "test_ids", "images_per_id", "size")}
+    expected = make_hard_dataset(tmp_path / "b", train_ids=4, seed=3, **counts, **more)
+    assert found == (expected / "synthetic.json").read_bytes() and folder.name == expected.name
 
 
 # ---- what all rows start from ----
@@ -297,7 +289,7 @@ class Drawn:
         self.second, self.third = (self.run("--jobs", "2") for _ in range(2))
 
     def program(self, *more):
-        start = f"from benchmarks import drawn; drawn.SIZES = {SIZES}; raise SystemExit(drawn.main())"
+        start = f"from benchmarks import drawn; drawn.HARD['small'] = {SIZES}; raise SystemExit(drawn.main())"
         return [sys.executable, "-c", start, *self.words, *more, *self.extra]
 
     def run(self, *more):
