@@ -160,10 +160,10 @@ def fitted(picture):
     return ImageOps.pad(inside(picture, CELL), CELL, color=PAPER)
 
 
-def inside(picture, box):
-    """The picture as large as a box (width, height) takes it; of a line at least a pixel's width is seen."""
+def inside(picture, box, least=1):
+    """The picture as large as a box (width, height) takes it, but a line at least so many pixels wide."""
     scale = min(box[0] / picture.width, box[1] / picture.height)
-    size = [max(1, round(side * scale)) for side in picture.size]
+    size = [max(least, round(side * scale)) for side in picture.size]
     return resized(picture, size, Image.Resampling.BICUBIC)
 
 

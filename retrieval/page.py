@@ -55,7 +55,7 @@ class Result(NamedTuple):
 
     sentence: str
     pictures: list  # full paths, best first
-    names: list  # the same below the gallery
+    names: list  # the same as they are shown
 
 
 class Page:
@@ -116,7 +116,7 @@ class Page:
             if number is None:
                 return picture, name
             seen = as_the_model_sees(path, stamp, self.encoders.img_size)
-        except InputError:  # which names the folder too, and that is nobody's business here
+        except (InputError, OSError):  # which names the folder too, and that is nobody's business here
             raise InputError(f"{name} can no longer be read: search again") from None
         if not 0 <= number < len(self.words(result)):
             raise InputError("that word is not of this sentence: choose one again")
@@ -135,8 +135,8 @@ class Page:
                 f"that folder holds {len(files)} files; at most {self.max_pictures} are taken here"
             )
         found = {path: stamp_at(path) for path in files if os.path.exists(path)}
-        empty = GalleryIndex(None, "", self.encoders.fingerprint, self.encoders.width)
-        index = copy.deepcopy(own) if own else empty
+        new = GalleryIndex(None, "", self.encoders.fingerprint, self.encoders.width)
+        index = copy.deepcopy(own) if own else new
         index.update(found, self.encoders.encode_files)
         if not len(index):
             raise InputError("none of these files is a picture that can be read")
@@ -148,10 +148,7 @@ class Page:
 
 def stamp_at(path):
     """A file's Stamp, of size and time alone."""
-    try:
-        state = os.stat(path)
-    except OSError as error:
-        raise InputError(f"the picture {shown(path)} cannot be read ({error.strerror})") from None
+    state = os.stat(path)
     return Stamp(state.st_size, state.st_mtime_ns)
 
 
@@ -164,7 +161,7 @@ def small_copy(path, stamp):
 def small_copy_or_none(path):
     try:
         return small_copy(path, stamp_at(path))
-    except InputError:
+    except (InputError, OSError):
         return None
 
 

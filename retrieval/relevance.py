@@ -11,10 +11,10 @@ from PIL import Image
 from torch.overrides import TorchFunctionMode
 
 from datasets.tokenizer import tokenize
-from datasets.transforms import normalise, resize, resized
+from datasets.transforms import normalise, resize
 from model.irra import at_eot, pooled
 from model.pretrained import architecture, image_grid
-from retrieval.contact_sheet import PAPER, font_of, shortened, write
+from retrieval.contact_sheet import PAPER, font_of, inside, shortened, write
 from utils.device import out_of_memory
 from utils.errors import InputError
 
@@ -148,14 +148,12 @@ def grid_of(encoders):
 # ---- drawing ----
 
 COLD_TO_HOT = np.array([(30, 20, 90), (80, 40, 160), (200, 60, 120), (250, 150, 60), (255, 245, 160)], float)
-BICUBIC = Image.Resampling.BICUBIC
 HEIGHT, GAP, LINE, PER_ROW, WORD = 256, 12, 24, 8, 240
 
 
-def tile_size(picture, height):
-    """(width, height) it is drawn in: `height` high, at most four times as wide, 48 at least either way."""
-    scale = min(height / picture.height, 4 * height / picture.width)
-    return max(48, round(picture.width * scale)), max(48, round(picture.height * scale))
+def tile(picture, height):
+    """The picture `height` high, or less where it is more than four times as wide."""
+    return inside(picture, (4 * height, height), least=48)
 
 
 def end_of_scale(weights):
@@ -169,32 +167,31 @@ def heat(picture, weights, height=HEIGHT, most=0):
     most: the largest end_of_scale of the maps beside it. The colours end at the geometric mean of that and of
     the map's own: of a word whose weights are a hundredth of another's they go a tenth as far.
     """
-    size, own = tile_size(picture, height), end_of_scale(weights)
+    grey, own = tile(picture.convert("L"), height), end_of_scale(weights)
     end = math.sqrt(own * max(own, most)) or 1  # 0 where the words add nothing: then nothing is lit
     share = Image.fromarray((weights / end).astype(np.float32))
-    share = np.clip(np.asarray(share.resize(size, BICUBIC)), 0, 1)[..., None]
+    share = np.clip(np.asarray(share.resize(grey.size, Image.Resampling.BICUBIC)), 0, 1)[..., None]
     places = share[..., 0] * (len(COLD_TO_HOT) - 1)
     channels = [np.interp(places, range(len(COLD_TO_HOT)), COLD_TO_HOT[:, c]) for c in range(3)]
-    grey = np.asarray(resized(picture.convert("L"), size, BICUBIC).convert("RGB"), float)
     opacity = 0.3 + 0.4 * share  # (H, W, 1)
-    mixed = (1 - opacity) * grey + opacity * np.stack(channels, axis=-1)
+    mixed = (1 - opacity) * np.asarray(grey, float)[..., None] + opacity * np.stack(channels, axis=-1)
     return Image.fromarray(mixed.astype(np.uint8))
 
 
 def draw_word_maps(picture, maps):
     """The picture and, beside it, one heat map for each word with the word below. Returns a PIL picture."""
-    tiles = [("", resized(picture, tile_size(picture, HEIGHT), BICUBIC))]
+    tiles = [("", tile(picture, HEIGHT))]
     most = max(end_of_scale(weights) for _, weights in maps)
     tiles += [(word, heat(picture, weights, most=most)) for word, weights in maps]
     font = font_of(14)
-    tiles = [(shortened(word, WORD, font), tile) for word, tile in tiles]
+    tiles = [(shortened(word, WORD, font), drawn) for word, drawn in tiles]
     width = max(tiles[0][1].width, *(math.ceil(font.getlength(word)) for word, _ in tiles)) + GAP
     across = min(len(tiles), PER_ROW)
-    lines = -(-len(tiles) // PER_ROW)
+    lines = math.ceil(len(tiles) / PER_ROW)
     sheet = Image.new("RGB", (GAP + across * width, GAP + lines * (HEIGHT + LINE + GAP)), PAPER)
-    for place, (word, tile) in enumerate(tiles):
+    for place, (word, drawn) in enumerate(tiles):
         x = GAP + place % PER_ROW * width
         y = GAP + place // PER_ROW * (HEIGHT + LINE + GAP)
-        sheet.paste(tile, (x, y))
+        sheet.paste(drawn, (x, y))
         write(sheet, (x, y + HEIGHT + 4), (width - GAP, LINE - 4), word, font)
     return sheet
