@@ -161,7 +161,7 @@ def fitted(picture):
 
 
 def inside(picture, box, least=1):
-    """The picture as large as a box (width, height) takes it, but a line at least so many pixels wide."""
+    """The picture as large as a box (width, height) takes it, neither side shorter than `least` pixels."""
     scale = min(box[0] / picture.width, box[1] / picture.height)
     size = [max(least, round(side * scale)) for side in picture.size]
     return resized(picture, size, Image.Resampling.BICUBIC)

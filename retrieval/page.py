@@ -4,6 +4,7 @@ The browser is sent small copies of pictures that the index names, never a file,
 place in the last result: no path that comes from outside is ever opened.
 """
 
+import contextlib
 import copy
 import functools
 import html
@@ -134,7 +135,10 @@ class Page:
             raise InputError(
                 f"that folder holds {len(files)} files; at most {self.max_pictures} are taken here"
             )
-        found = {path: stamp_at(path) for path in files if os.path.exists(path)}
+        found = {}
+        for path in files:
+            with contextlib.suppress(OSError):  # it is kept no longer
+                found[path] = stamp_at(path)
         new = GalleryIndex(None, "", self.encoders.fingerprint, self.encoders.width)
         index = copy.deepcopy(own) if own else new
         index.update(found, self.encoders.encode_files)

@@ -152,14 +152,12 @@ def test_curves_hold_what_the_event_files_hold(tmp_path):
 
 @needs_matplotlib
 def test_several_runs_share_one_plot(visualize, tmp_path):
-    write_events(tmp_path / "a" / "run", [3.0, 2.0])
-    write_events(tmp_path / "b" / "run", [4.0, 1.0])
-    assert list(labelled([tmp_path / "a" / "run", tmp_path / "b" / "run"])) == [
-        str(tmp_path / "a" / "run"),
-        str(tmp_path / "b" / "run"),
-    ]
-    assert draw_curves([tmp_path / "a" / "run", tmp_path / "b" / "run"], tmp_path / "c.png") == ["loss"]
-    status, written, _ = visualize("--curves", tmp_path / "a" / "run", tmp_path / "b" / "run", run=None)
+    runs = [tmp_path / name / "run" for name in ("a", "b")]
+    for run, values in zip(runs, ([3.0, 2.0], [4.0, 1.0]), strict=True):
+        write_events(run, values)
+    assert list(labelled(runs)) == [str(run) for run in runs]
+    assert draw_curves(runs, tmp_path / "c.png") == ["loss"]
+    status, written, _ = visualize("--curves", *runs, run=None)
     assert status == 0 and written[0].endswith("curves.png")
 
 
