@@ -149,7 +149,7 @@ def from_hub(repository):
         for shard in shards(path):
             _cached(repository, shard) or _fetched(repository, shard)
     if not (path.parent / config).exists():  # whoever cached the weights has left it out
-        _fetched(repository, config, must=False)
+        _fetched(repository, config)
     return path
 
 
@@ -167,10 +167,10 @@ def _cached(repository, file):
 def _first_there(repository):
     """The best of IN_HUB that a repository has, fetched once its config is seen to be of CLIP's kind."""
     for config in dict.fromkeys(config for _, config in IN_HUB):
-        if said := _fetched(repository, config, must=False):
+        if said := _fetched(repository, config):
             check_config(said, f"{HUB}{repository}")
             for file in [file for file, beside in IN_HUB if beside == config]:
-                if path := _fetched(repository, file, must=False):
+                if path := _fetched(repository, file):
                     return path, config
     raise InputError(
         f"{HUB}{repository} holds none of {', '.join(file for file, _ in IN_HUB)} with its config: fetch its "
@@ -178,8 +178,8 @@ def _first_there(repository):
     )
 
 
-def _fetched(repository, file, must=True):
-    """Path of a file of a repository, fetched with a bar; None where it is not there and need not be."""
+def _fetched(repository, file):
+    """Path of a file of a repository, fetched with a bar; None where it is not there."""
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
     from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, RepositoryNotFoundError
 
@@ -187,8 +187,6 @@ def _fetched(repository, file, must=True):
         try:
             get_hf_file_metadata(hf_hub_url(repository, file))  # fails at once where the download would wait
         except EntryNotFoundError:
-            if must:
-                raise
             return None
         return Path(hf_hub_download(repository, file))
     except GatedRepoError:
