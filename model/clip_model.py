@@ -136,12 +136,12 @@ class Transformer(nn.Module):
 
     def initialise(self, width):
         """CLIP's own, of the text encoder and of IRRA's interaction encoder."""
-        std, out_std = width**-0.5, width**-0.5 * (2 * len(self.resblocks)) ** -0.5
+        layers = len(self.resblocks)
         for block in self.resblocks:
-            nn.init.normal_(block.attn.in_proj_weight, std=std)
-            nn.init.normal_(block.attn.out_proj.weight, std=out_std)
+            nn.init.normal_(block.attn.in_proj_weight, std=width**-0.5)
+            nn.init.normal_(block.attn.out_proj.weight, std=width**-0.5 * (2 * layers) ** -0.5)
             nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
-            nn.init.normal_(block.mlp.c_proj.weight, std=out_std)
+            nn.init.normal_(block.mlp.c_proj.weight, std=width**-0.5 * (2 * layers) ** -0.5)
 
     def forward(self, x, pick=None, at=None, most=None, skip=0):
         """pick, at, most: see ResidualAttentionBlock; they act in the last block. skip: how many blocks are

@@ -82,7 +82,8 @@ class IRRA(nn.Module):
         self.constant_scale = 1 / values.temperature
         start = torch.tensor(math.log(self.constant_scale))
         self.register_parameter("logit_scale_log", nn.Parameter(start) if values.learn_temperature else None)
-        self.register_buffer("temperature", torch.tensor(1 / self.constant_scale), persistent=False)
+        temperature = torch.tensor(1 / self.constant_scale)
+        self.register_buffer("temperature", temperature, persistent=False)  # to report
         self.epochs_done = math.inf  # the loop sets it before each step
         self.autocast_dtype = None  # set by model.build for --precision bf16
         self.compiled = None  # set by compile_encoders, see `encoders`
