@@ -183,8 +183,8 @@ class IRRA(nn.Module):
     def features(self, batch, words=False, second=True):
         """The one way from a planned batch, whole or a part, to what its losses compare: {name: (B, …)}.
 
-        words: also the (n, V) scores and (n,) labels of its masked words; else None. second: also its second
-        captions, and its images' other views, where the losses compare them.
+        words: also the (n, V) scores and (n,) labels of its masked words; else None. second: also its
+        further_features.
         """
         all_tokens = words or self.uses_tokens
         with self.autocast(batch.caption_ids.device):
@@ -202,30 +202,24 @@ class IRRA(nn.Module):
                 found["image_patches"] = at_least_fp32(image_tokens[:, 1:])
                 found["text_tokens"] = at_least_fp32(text_tokens)
             if second:
-                found.update(self.second_features(batch))
-                found.update(self.features_of_views(batch))
+                found.update(self.further_features(batch))
             masked = None
             if words:
                 masked_tokens = text_tokens if shared else self.text_side(batch.mlm_ids)[1]
                 masked = self.predict_masked(masked_tokens, image_tokens, batch)
         return found, masked
 
-    def second_features(self, batch):
-        """What the losses compare of a planned batch's second captions: {name: (B, …)}."""
-        if "second" not in self.loss_names:
-            return {}
-        ids = batch.second_caption_ids
-        if not (self.selects and self.texual_emb_layer.norm == "train"):  # see `features`
-            ids = ids[:, : batch.second_length]
-        feature, tokens, row = self.text_side(ids, self.selects)
-        found = {"second_features": feature}
-        if self.selects:
-            found["second_selected"] = self.texual_emb_layer(tokens, row, ids)
-        return found
-
-    def features_of_views(self, batch):
-        """What the losses compare of a batch's other views of its images: {name: (B, …)}."""
+    def further_features(self, batch):
+        """What the losses compare of a planned batch's second captions, and of its images' other views:
+        {name: (B, …)}."""
         found = {}
+        if "second" in self.loss_names:
+            ids = batch.second_caption_ids
+            if not (self.selects and self.texual_emb_layer.norm == "train"):  # see `features`
+                ids = ids[:, : batch.second_length]
+            found["second_features"], tokens, row = self.text_side(ids, self.selects)
+            if self.selects:
+                found["second_selected"] = self.texual_emb_layer(tokens, row, ids)
         if batch.second_images is not None and any(LOSSES[name].views for name in self.loss_names):
             found["view_features"] = self.image_side(batch.second_images)[0]
         if "simclr" in self.loss_names:

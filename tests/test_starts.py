@@ -1,5 +1,6 @@
 """A run keeps how its start's weights compute: training, testing, search, exports and resuming follow."""
 
+import copy
 import hashlib
 import json
 
@@ -56,7 +57,7 @@ def run(home):
 @torch.no_grad()
 def theirs(weights):
     """open_clip's model with a run's weights."""
-    model = reference(gelu=True, head=32, img_size=TALL)
+    model = copy.deepcopy(reference(gelu=True, head=32, img_size=TALL))
     own = {key.removeprefix("base_model."): value for key, value in weights.items()}
     model.load_state_dict({**own, "logit_scale": torch.tensor(0.0)})
     return model.encode_image(pixels(3, (2, 3, *TALL))), model.encode_text(IDS)

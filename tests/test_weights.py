@@ -4,6 +4,8 @@ open_clip's models are another implementation of the same ones: with the same ra
 the same features as ours.
 """
 
+import copy
+import functools
 import json
 import pickle
 import struct
@@ -47,8 +49,10 @@ def sizes(img_size=SQUARE, gelu=False, head=64, context=77, resnet=False):
     return dict(embed_dim=64, quick_gelu=not gelu, vision_cfg=vision, text_cfg=text)
 
 
+@functools.cache
 def reference(**options):
-    """open_clip's model of these sizes; no parameter or running statistic is at its starting value."""
+    """open_clip's model of these sizes, not to be changed; no parameter or running statistic is at its
+    starting value."""
     cfg = sizes(**options)
     torch.manual_seed(0)
     model = open_clip.model.CLIP(cfg["embed_dim"], cfg["vision_cfg"], cfg["text_cfg"], cfg["quick_gelu"])
@@ -311,7 +315,7 @@ def test_every_form_has_a_row():
 
 
 def test_a_state_dict_in_halves_is_computed_in_fp32(tmp_path):
-    model = reference()
+    model = copy.deepcopy(reference())
     weights = {key: value.half() for key, value in weights_of(model).items()}
     model.load_state_dict(weights)
     compare(put(weights, tmp_path / "clip.pt"), model, SQUARE)
