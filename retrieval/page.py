@@ -19,7 +19,7 @@ from PIL import Image
 from datasets.transforms import resize
 from retrieval.contact_sheet import inside
 from retrieval.encoders import checked_sentence, cut_notice, open_picture, shown
-from retrieval.gallery import plural
+from retrieval.gallery import plural, unread_hint
 from retrieval.index import GalleryIndex
 from retrieval.pictures import Stamp
 from retrieval.relevance import heat, word_maps, words_of
@@ -142,10 +142,12 @@ class Page:
         new = GalleryIndex(None, "", self.encoders.fingerprint, self.encoders.width)
         index = copy.deepcopy(own) if own else new
         index.update(found, self.encoders.encode_files)
+        suffixes = {os.path.splitext(path)[1].lower() for path in found.keys() - index.pictures.keys()}
+        hint = unread_hint(dict.fromkeys(suffixes - Image.registered_extensions().keys()))
         if not len(index):
-            raise InputError("none of these files is a picture that can be read")
+            raise InputError(f"none of these files is a picture that can be read{hint}")
         left_out = len(set(files)) - len(index)
-        left_out = f", {plural(left_out, 'file')} left out" if left_out else ""
+        left_out = f", {plural(left_out, 'file')} left out{hint}" if left_out else ""
         verb = "is" if len(index) == 1 else "are"
         return index, f"your {plural(len(index), 'picture')} {verb} searched{left_out}"
 

@@ -486,6 +486,21 @@ def test_a_folder_with_too_many_files_or_without_a_picture_is_refused(encoders, 
         page.search("x" * 20_001, None)
 
 
+def test_an_upload_of_a_phones_format_is_told_what_to_do(encoders, imgs, tmp_path):
+    from retrieval.page import Page
+    from utils.errors import InputError
+
+    page = Page(encoders, None, 5, max_pictures=9)
+    (tmp_path / "IMG_1.HEIC").write_bytes(b"\0\0\0\x18ftypheic" + bytes(99))
+    (tmp_path / "a.avif").write_bytes(b"damaged")  # of a format that is read
+    files = [str(tmp_path / "IMG_1.HEIC"), str(tmp_path / "a.avif")]
+    told = "; .heic are not read here: export them as JPEG first"
+    with pytest.raises(InputError, match="none of these files is a picture that can be read" + told):
+        page.upload(files)
+    _, now = page.upload([*files, str(next(imgs.rglob("*.jpg")))])
+    assert now == "your 1 picture is searched, 2 files left out" + told
+
+
 @pytest.mark.parametrize(
     "host, why", [("127.0.0.1", "Address already in use"), ("nowhere.invalid", ""), ("192.0.2.1", "assign")]
 )
