@@ -2,6 +2,7 @@
 that run this have none."""
 
 import atexit
+import os
 import subprocess
 import sys
 import warnings
@@ -127,6 +128,26 @@ def test_a_driver_that_is_too_old_is_told_once_where_the_cpu_steps_in(old_driver
         assert pick_device("auto") == torch.device("cpu")
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("warning: the CPU is used, since no GPU can be: The NVIDIA driver")
+
+
+@pytest.mark.parametrize(
+    ("built_for", "visible", "there", "said"),
+    [
+        (None, "0", ("/dev/nvidia0",), "one for CPUs only"),
+        (None, "0", ("/dev/kfd",), "one for CPUs only"),
+        (None, "0", (), ""),
+        (None, "", ("/dev/nvidia0",), ""),  # the CPU is meant
+        ("13.0", "7", ("/dev/nvidia0",), "PyTorch finds none, with CUDA_VISIBLE_DEVICES 7"),
+    ],
+)
+def test_the_cpu_does_not_step_in_for_a_gpu_in_silence(built_for, visible, there, said, monkeypatch, capsys):
+    monkeypatch.setattr(torch.version, "cuda", built_for)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr(os.path, "exists", lambda file: file in there)
+    assert pick_device("auto") == torch.device("cpu")
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == bool(said) and all(said in line for line in lines)
 
 
 def test_where_the_cpu_is_meant_nothing_is_said(old_driver, capsys):

@@ -33,6 +33,9 @@ def pick_device(name="auto"):
     return torch.device(name)
 
 
+FOR_CPUS_ONLY = "this PyTorch is one for CPUs only: pytorch.org says how to install another one"
+
+
 @functools.cache
 def gpus():
     """How many GPUs PyTorch can use, and what it complains of where it finds a driver that it cannot use; it
@@ -41,14 +44,23 @@ def gpus():
         warnings.simplefilter("always")
         number = torch.cuda.device_count() if torch.cuda.is_available() else 0
     complaints = [str(warning.message) for warning in said if not number]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "all")
+    hidden = visible.strip() in ("", "-1")
+    if not (number or complaints or hidden) and any(map(os.path.exists, ("/dev/nvidia0", "/dev/kfd"))):
+        why = f"PyTorch finds none, with CUDA_VISIBLE_DEVICES {visible}"
+        complaints = [FOR_CPUS_ONLY if for_cpus_only() else why]
     return number, first_line(complaints[0]).removeprefix("CUDA initialization: ") if complaints else ""
+
+
+def for_cpus_only():
+    return not (torch.version.cuda or torch.version.hip)
 
 
 def why_no_gpu():
     """In brackets, or nothing where it is not known."""
     _, why = gpus()
-    if not (torch.version.cuda or torch.version.hip):
-        why = "it is one for CPUs only: pytorch.org says how to install another one"
+    if for_cpus_only():
+        why = FOR_CPUS_ONLY
     elif os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1"):
         why = "CUDA_VISIBLE_DEVICES hides them all"
     return f" ({why})" if why else ""
