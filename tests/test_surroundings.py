@@ -3,6 +3,7 @@ compiler, with a long or no folder for temporary files, without a home."""
 
 import errno
 import gc
+import getpass
 import io
 import multiprocessing
 import os
@@ -111,6 +112,16 @@ def test_a_user_without_a_home_is_told_where_weights_would_go(monkeypatch):
     monkeypatch.setattr(pwd, "getpwuid", lambda number: {}[number])  # as of a container's user
     with pytest.raises(InputError, match="no home folder: set HOME, or fetch https://.*--pretrain_choice"):
         download("ViT-B/16")
+
+
+def test_a_user_without_a_name_has_one_for_pytorch(monkeypatch):
+    """As in a container that is run with --user N: PyTorch 2.8 ends in a KeyError there."""
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", lambda number: {}[f"getpwuid(): uid not found: {number}"])
+    with pytest.raises((KeyError, OSError)):
+        getpass.getuser()
+    assert reports_errors(lambda argv: getpass.getuser() != f"uid{os.getuid()}")([]) == 0
 
 
 def test_what_keeps_loading_processes_from_starting_is_one_sentence(capsys):

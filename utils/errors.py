@@ -2,6 +2,7 @@
 
 import errno
 import functools
+import getpass
 import os
 import signal
 import sys
@@ -79,6 +80,15 @@ def ready_output():
             stream.reconfigure(errors="backslashreplace")
 
 
+def name_user():
+    """A container that is run with --user N has no name for it, and several versions of PyTorch, from 2.8 on,
+    ask for one when an optimiser is made."""
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):
+        os.environ["USER"] = f"uid{os.getuid()}"
+
+
 def fall_silent(stream):
     """Nobody reads it any more: what is still to come, from its buffer too, leads nowhere."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
@@ -104,6 +114,7 @@ def reports_errors(main):
     def run(argv=None):
         arguments = sys.argv[1:] if argv is None else argv
         ready_output()
+        name_user()
         try:
             return main(argv) or 0
         except KeyboardInterrupt:
