@@ -23,7 +23,7 @@ logger = logging.getLogger("IRRA.train")
 class Steps:
     """How the steps of an epoch are taken, and where in it they begin."""
 
-    log_period: int = 100  # steps between two log lines
+    log_period: int = 100  # steps between two log lines; an epoch of fewer has one, at its end
     batch_size: int | None = None  # for the speed that is shown
     micro_batch: int | None = None  # samples that have activations at a time; the losses stay the same
     max_grad_norm: float | None = None
@@ -67,7 +67,7 @@ def train_one_epoch(model, loader, optimizer, device, epoch, steps=None):
         meters.update({"loss": loss, **report}, samples)
         del batch, loss, report  # else they are on the device until the next ones are there
         bar.update()
-        if step % how.log_period == 0:
+        if step % how.log_period == 0 or step == last < how.log_period:
             lr = base_lr(optimizer)
             logger.info(f"Epoch[{epoch}] Iteration[{step}/{last}], {meters.shown()}, Base Lr: {lr:.2e}")
         if how.after_step:
@@ -150,7 +150,7 @@ class Meters:
     def shown(self):
         """As the published log shows them: averages of 0 are left out."""
         averages = {name: value for name, value in self.averages().items() if name != "temperature"}
-        return ", ".join(f"{name}: {value:.4f}" for name, value in averages.items() if value > 0)
+        return ", ".join(f"{name}: {value:.4f}" for name, value in averages.items() if value)
 
     def state_dict(self):
         if not self.names:

@@ -48,7 +48,7 @@ class Training:
         self.evaluate_if_due()  # the epoch that an interrupted run has trained
         for epoch in range(done["epoch"] + 1, args.num_epoch + 1):
             averages = self.train_epoch(model, epoch)
-            shown = {name: value for name, value in averages.items() if value > 0}  # no zeros, as published
+            shown = {name: value for name, value in averages.items() if value}  # no zeros, as published
             self.run.board(epoch, lr=base_lr(self.optimizer), **shown)
             self.scheduler.step()
             # a run shorter than its evaluation period is evaluated at its end

@@ -1,5 +1,8 @@
 """What a contributor adds, added as the README says: it works everywhere at once, or fails at once."""
 
+import logging
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -10,7 +13,7 @@ from datasets.synthetic import make_dataset
 from model import build, build_model, objectives
 from model.irra import IRRA, PARTS, Part
 from processor.micro_batch import backward_in_parts
-from processor.trainer import FiniteWatch, Meters, train_one_epoch
+from processor.trainer import FiniteWatch, Meters, Steps, train_one_epoch
 from solver import base_lr, build_lr_scheduler, build_optimizer
 from solver import build as build_of_solver
 from solver.build import OPTIMIZERS, lr_and_decay, lr_at
@@ -64,6 +67,19 @@ def test_a_new_loss_trains_and_is_averaged(new_loss):
     first = train_one_epoch(model, loader[:1], optimizer, torch.device("cpu"), 1)
     last = train_one_epoch(model, loader, optimizer, torch.device("cpu"), 2)
     assert last["l2_loss"] == last["loss"] < first["l2_loss"] == first["loss"]
+
+
+@pytest.mark.parametrize(("log_period", "lines"), [(2, ["2/3"]), (3, ["3/3"]), (100, ["3/3"])])
+def test_an_epoch_shorter_than_the_log_period_is_logged_too(log_period, lines, new_loss, monkeypatch, caplog):
+    """And a loss below zero as any other."""
+    monkeypatch.setattr(objectives, "compute_l2", lambda image_features, pids: image_features.sum() * 0 - 7)
+    monkeypatch.setattr(logging.getLogger("IRRA"), "propagate", True)
+    model = tiny_model("l2")
+    with caplog.at_level(logging.INFO, "IRRA.train"):
+        steps = (model, [tiny_batch()] * 3, build_optimizer(tiny_args("l2"), model), torch.device("cpu"), 1)
+        train_one_epoch(*steps, Steps(log_period=log_period))
+    said = re.findall(r"Iteration\[(\S+)\], loss: -7.0000, l2_loss: -7.0000, Base Lr", caplog.text)
+    assert said == lines
 
 
 def test_a_new_loss_is_exact_in_micro_batches(new_loss):
