@@ -5,7 +5,7 @@ from itertools import count, islice
 from utils.errors import InputError, first_line
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")  # whose shape is the parameter's
-HOW = ("fused", "foreach", "capturable", "differentiable")  # PyTorch's words for ways to compute one step
+KINDS = {"betas", "momentum"}  # settings that tell Adam's family from SGD's
 
 
 def fit_groups(optimizer, saved, model, weights, source):
@@ -29,6 +29,8 @@ def fit_groups(optimizer, saved, model, weights, source):
     except (TypeError, KeyError, AttributeError, ValueError):
         raise InputError(f"{source} cannot be resumed: its optimizer part is missing or damaged") from None
     why = "the published code makes one of each parameter; such a file is for test.py"
+    if max(sizes) > 1:
+        why = "rates and decays decide on them: resume with the factors and decays that its run had"
     if others := sorted({*weights} ^ {*model.state_dict()}):
         there = "there" if others[0] in weights else "missing"
         why = f"it is of another model, in which {others[0]} is {there}"
@@ -68,18 +70,19 @@ def _regrouped(optimizer, saved, model, names):
 
 
 def load_optimizer(optimizer, saved, source):
-    """Load an optimiser's state where it fits: a misshapen moment makes PyTorch write beside it."""
+    """Load an optimiser's state where it fits: a misshapen moment makes PyTorch write beside it. Its settings
+    stay those of this run: decays and betas that are given beside --resume, and how a step is computed, since
+    fused in fp16 would be another recipe. Rates are the schedule's."""
     shapes = [p.shape for group in optimizer.param_groups for p in group["params"]]
     try:
         for index, moments in saved["state"].items():
             for name, moment in moments.items():
                 if name in MOMENTS and moment is not None and moment.shape != shapes[index]:
                     raise ValueError(f"{name} of parameter {index} is {list(moment.shape)}")
-        # how a step is computed follows from this run's weights: fused in fp16 would be another recipe
-        groups = [
-            {**group, **{key: own[key] for key in HOW if key in own}}
-            for group, own in zip(saved["param_groups"], optimizer.param_groups, strict=True)
-        ]
+        pairs = list(zip(saved["param_groups"], optimizer.param_groups, strict=True))
+        if any(KINDS & group.keys() != KINDS & own.keys() for group, own in pairs):
+            raise ValueError("it is another optimiser's, see --optimizer")
+        groups = [{**own, "params": group["params"]} for group, own in pairs]
         optimizer.load_state_dict({**saved, "param_groups": groups})
     except (TypeError, KeyError, IndexError, AttributeError, ValueError) as error:
         reason = f"its optimizer part does not fit ({type(error).__name__}: {first_line(error)})"

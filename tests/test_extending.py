@@ -315,6 +315,35 @@ def test_an_optimiser_whose_state_has_other_shapes_is_resumed(monkeypatch):
     )
 
 
+def test_settings_given_beside_resume_are_the_ones_that_it_steps_with():
+    model = nn.Linear(3, 2)
+    first, same, adamw = (
+        build_optimizer(tiny_args(**settings), model)
+        for settings in ({}, {"weight_decay": 0.5, "alpha": 0.25, "beta": 0.75}, {"optimizer": "AdamW"})
+    )
+    model(torch.ones(1, 3)).sum().backward()
+    first.step()
+    for optimizer in (same, adamw):
+        wanted = [{**group, "params": len(group["params"])} for group in optimizer.param_groups]
+        load_optimizer(optimizer, first.state_dict(), "last.pth")
+        assert [{**group, "params": len(group["params"])} for group in optimizer.param_groups] == wanted
+        moment = optimizer.state[model.weight]["exp_avg"]
+        assert torch.equal(moment, first.state[model.weight]["exp_avg"]) and moment.abs().sum() > 0
+    assert same.param_groups[0]["betas"] == (0.25, 0.75) and adamw.param_groups[0]["eps"] == 1e-8
+
+
+@pytest.mark.parametrize("pair", [("Adam", "SGD"), ("SGD", "Adam")])
+def test_another_optimisers_moments_are_refused(pair):
+    model = nn.Linear(3, 2)
+    before, now = (build_optimizer(tiny_args(optimizer=name), model) for name in pair)
+    model(torch.ones(1, 3)).sum().backward()
+    before.step()
+    with pytest.raises(
+        InputError, match="last.pth cannot be resumed: .* another optimiser's, see --optimizer"
+    ):
+        load_optimizer(now, before.state_dict(), "last.pth")
+
+
 def test_a_setting_of_a_schedule_comes_from_the_command_line(monkeypatch):
     def lr_at(epoch, base_lr, num_epoch, gamma=0.5, margin=0.5):
         return base_lr * margin * gamma
