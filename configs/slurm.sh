@@ -31,10 +31,11 @@ if [[ $(torchrun --help 2>/dev/null) == *--shutdown?timeout* ]]; then
     patience=(--shutdown_timeout=120)
 fi
 
+# ${list[@]+…}: before bash 4.4 (CentOS 7) an empty list counts as unset
 # --kill-on-bad-exit: when torchrun has given up on one machine the job ends
 srun --kill-on-bad-exit=1 torchrun \
     --nnodes="$SLURM_JOB_NUM_NODES" --nproc_per_node="$gpus" \
     --rdzv_backend=c10d --rdzv_endpoint="$head_node:${IRRA_PORT:-29500}" --rdzv_id="$SLURM_JOB_ID" \
-    --max_restarts=3 "${patience[@]}" \
+    --max_restarts=3 ${patience[@]+"${patience[@]}"} \
     train.py --config_file configs/irra.yaml --num_workers 8 \
-    --name "$name" --output_dir "$logs" "${resume[@]}" "$@"
+    --name "$name" --output_dir "$logs" ${resume[@]+"${resume[@]}"} "$@"

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from tests.children import ROOT, differ, draw, only_run, words
 from tests.processes import Group, together, torchrun
 from tests.recipe import off
 from utils.dist import process_group, share
-from utils.errors import InputError
+from utils.errors import InputError, say_once
 from utils.options import get_args
 from utils.signals import StopSignals
 
@@ -402,6 +403,16 @@ def test_a_launcher_that_does_not_say_where_the_others_are_is_one_sentence(monke
             pass
 
 
+@pytest.mark.parametrize("name", ["SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"])
+@pytest.mark.parametrize(("copies", "told"), [("1", 0), ("4", 1)])
+def test_copies_that_do_not_share_their_work_are_told_so(name, copies, told, monkeypatch, capsys):
+    say_once.cache_clear()
+    monkeypatch.setenv(name, copies)
+    with process_group(torch.device("cpu")):
+        pass
+    assert capsys.readouterr().err.count(f"started {copies} of this program") == told
+
+
 def test_the_slurm_script_starts_torchrun_and_train_with_options_they_know(tmp_path, monkeypatch):
     """With an srun that only says what it was given; a requeued job finds its run."""
     from torch.distributed.run import get_args_parser
@@ -418,6 +429,9 @@ def test_the_slurm_script_starts_torchrun_and_train_with_options_they_know(tmp_p
         command = ["bash", ROOT / "configs" / "slurm.sh", "--root_dir", "/data"]
         found = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
         assert found.returncode == 0, found.stderr
+        assert (
+            re.search(r'(?<!\+)"\$\{\w+\[@\]\}"', command[1].read_text()) is None
+        )  # bash 4.2 has no empty list
         own, words = found.stdout.splitlines()[0], found.stdout.splitlines()[1:]
         assert own == "--kill-on-bad-exit=1" and words[0] == "torchrun"
         launch = get_args_parser().parse_args(words[1:])

@@ -56,6 +56,12 @@ def process_group(device):
     """
     global _store
     if not launched() or dist.is_initialized():
+        copies = os.environ.get("SLURM_STEP_NUM_TASKS") or os.environ.get("OMPI_COMM_WORLD_SIZE")
+        if copies not in (None, "1") and not launched():
+            say_once(
+                f"warning: srun or mpirun has started {copies} of this program, and each works by itself, on "
+                "the first GPU that it sees: torchrun makes them share the work (docs/many_gpus.md)"
+            )
         yield
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
