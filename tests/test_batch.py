@@ -30,6 +30,9 @@ def test_a_key_of_ones_own_is_kept_cut_and_moved():
     assert batch["label_hat"].tolist() == [0, 1, 2, 3, 4]
     assert [part["label_hat"].tolist() for part in batch.parts(2)] == [[0, 1], [2, 3], [4]]
     assert batch.planned().to(torch.device("cpu"))["label_hat"].tolist() == [0, 1, 2, 3, 4]
+    sentences = Batch.of(sample(sentences=list("abcde")))
+    assert [part.planned()["sentences"] for part in sentences.parts(2)] == [["a", "b"], ["c", "d"], ["e"]]
+    assert sentences.parts()[0].to(torch.device("cpu"))["sentences"] == list("abcde")
 
 
 @pytest.mark.parametrize("size", [None, 1, 2, 5, 9])

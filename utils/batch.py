@@ -87,7 +87,8 @@ class Batch(Mapping):
     def part(self, rows):
         """Those samples, not planned yet. rows: a slice."""
         held = {key: value for key, value in self._held().items() if key not in PLAN}
-        return Batch.of({key: value[rows] for key, value in held.items() if isinstance(value, torch.Tensor)})
+        kinds = (torch.Tensor, list, tuple)  # sentences, say, come as a list
+        return Batch.of({key: value[rows] for key, value in held.items() if isinstance(value, kinds)})
 
     def planned(self):
         """With what the model must know of the ids to waste nothing; found on the host. Lengths are rounded
