@@ -21,14 +21,14 @@ class Update:
     """
 
     def __init__(self, index, found, away=()):
-        known = {path: picture.stamp for path, picture in index.pictures.items()}
-        known |= {path: stamp for path, (stamp, _) in index.unreadable.items()}
-        out_of_reach = {p: stamp for p, stamp in known.items() if p not in found and below(p, away)}
-        self.found = found = {**found, **out_of_reach}
         self.index, self.began, self.old = index, time.time_ns(), dict(index.pictures)
-        self.kept = {p for p, known in self.old.items() if p in found and agree(known.stamp, found[p])}
+        stamps = {path: picture.stamp for path, picture in self.old.items()}
+        stamps |= {path: stamp for path, (stamp, _) in index.unreadable.items()}
+        out_of_reach = {p: stamp for p, stamp in stamps.items() if p not in found and below(p, away)}
+        self.found = found = {**found, **out_of_reach}
+        self.kept = {p for p, picture in self.old.items() if p in found and agree(picture.stamp, found[p])}
         index.unreadable = {
-            p: known for p, known in index.unreadable.items() if p in found and agree(known[0], found[p])
+            p: entry for p, entry in index.unreadable.items() if p in found and agree(entry[0], found[p])
         }
         index.groups = None
         self.as_before = len(index.unreadable)
@@ -36,18 +36,18 @@ class Update:
         self.encoded, self.joined, self.failed = set(), set(), {}  # what becomes of them
         self.digests = {}  # {relative path: digest} of those read so far
         self.waiting = []  # those whose first copy is being encoded
-        self.row_of_digest = {known.digest: known.row for known in self.old.values() if known.digest}
+        self.row_of_digest = {picture.digest: picture.row for picture in self.old.values() if picture.digest}
         self.row_of_key = None  # {one of feature_keys: row}, made when it is asked for
 
     def unknown(self, workers, skipped):
         """Yields the new files to be encoded, one of each content, read as the next is asked for; skipped is
         called for each of the others."""
         index, rows = self.index, self.row_of_digest
-        undigested = [p for p, known in self.old.items() if p in self.kept and not known.digest]
+        undigested = [p for p, picture in self.old.items() if p in self.kept and not picture.digest]
         for path, digest in digests_of(index.gallery, undigested if index.folder else [], workers):
             if digest is not None:  # of an index that was kept before there were digests
-                index.pictures[path] = known = index.pictures[path]._replace(digest=digest)
-                rows.setdefault(digest, known.row)
+                index.pictures[path] = picture = index.pictures[path]._replace(digest=digest)
+                rows.setdefault(digest, picture.row)
         begun = set()
         for path, digest in digests_of(index.gallery, self.new, workers):
             if digest is None:  # reading it as a picture says why
@@ -164,7 +164,7 @@ class Update:
     def summary(self):
         """What it did, as the last line says it."""
         touched = sum(p in self.old and self.old[p].digest == self.digests[p] for p in self.joined)
-        gone = Counter(known.digest for path, known in self.old.items() if path not in self.found)
+        gone = Counter(picture.digest for path, picture in self.old.items() if path not in self.found)
         renamed = gone & Counter(self.digests[path] for path in self.joined if path not in self.old)
         recognised = len(self.joined) - touched  # under another name, or beside a copy
         return (

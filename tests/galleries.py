@@ -56,10 +56,9 @@ def opened(home, encoders, tmp_path):
 
     run = shutil.copytree(home / "run", tmp_path / "run")
 
-    def call(folder, *words):
+    def call(folder, *words, **more):
         lines = []
         words = ["--config_file", run, "--device", "cpu", "--gallery", folder, "--encode_batch", 4, *words]
-        index = open_gallery(encoders, search_args([*map(str, words)]), lines.append)
-        return index, lines
+        return open_gallery(encoders, search_args([*map(str, words)]), lines.append, **more), lines
 
     return call

@@ -25,7 +25,6 @@ from tests.conftest import PATIENCE, ROOT
 from tests.tiny_run import QUERY, needs_faiss
 from utils.errors import InputError
 from utils.options import INDEX_TYPES
-from utils.tool_options import search_args
 
 pytest_plugins = "tests.galleries"
 pytestmark = needs_faiss
@@ -481,17 +480,15 @@ def test_an_update_that_is_interrupted_forgets_nothing_of_a_gallery_that_moved(
     assert "1 encoded" in lines[-1] and "6 kept" in lines[-1]
 
 
-def test_a_program_of_ones_own_opens_a_gallery_without_a_bar(home, encoders, tmp_path, monkeypatch):
+def test_a_program_of_ones_own_opens_a_gallery_without_a_bar(opened, gallery, monkeypatch):
     shown, bar = [], gallery_module.progress_bar
 
-    def watched(total, what, shown_too=True, **more):
-        shown.append(shown_too)
-        return bar(total, what, shown_too, **more)
+    def watched(total, what, is_shown, **more):
+        shown.append(is_shown)
+        return bar(total, what, is_shown, **more)
 
     monkeypatch.setattr(gallery_module, "progress_bar", watched)
-    for number, progress in enumerate((True, False)):
-        words = ["--config_file", home / "run", "--gallery", home / "data", "--index", tmp_path / str(number)]
-        args = search_args([*map(str, words), "--device", "cpu"])
-        found = gallery_module.open_gallery(encoders, args, [].append, progress=progress)
-        assert isinstance(found, gallery_module.GalleryIndex) and len(found)
+    for more in ({}, {"progress": False}):
+        index, _ = opened(gallery, "--rebuild", **more)
+        assert isinstance(index, gallery_module.GalleryIndex) and len(index) == 6
     assert shown == [True, False]

@@ -48,7 +48,7 @@ def say(sentence):
     print(printable(sentence), file=sys.stderr)
 
 
-say_once = functools.cache(say)  # what is as true the second time
+say_once = functools.cache(say)  # the same sentence not twice
 
 
 def printable(text, keep=""):
