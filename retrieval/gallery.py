@@ -98,20 +98,27 @@ def open_gallery(encoders, args, say, progress=True):
 
 
 def gallery_pictures(args, say):
-    """(folder, {relative path: Stamp} of its pictures, {folder below it: why it cannot be read})."""
+    """(folder, {relative path: Stamp} of its pictures, {place below it: why it cannot be read})."""
     gallery = Path(args.gallery)
-    found, others, away = scan(gallery)
+    found, others, away, dead = scan(gallery)
     for path, why in away.items():
         say(f"the folder {shown(gallery / path)} cannot be read ({why}): what is known of it stays")
     if not found and not away:
         raise InputError(
             f"there is no picture in {gallery} or below it"
             + (f" ({others.total()} files, none with a picture's suffix)" if others else "")
+            + (f" ({links_to_nothing(dead)})" if dead else "")
             + unread_hint(others)
         )
+    if dead:
+        say(f"{links_to_nothing(dead)} What is known of it stays")
     if others:
         say(f"{plural(others.total(), 'file')} without a picture's suffix passed over{unread_hint(others)}")
-    return gallery, found, away
+    return gallery, found, away | dict.fromkeys(dead, "a link to nothing")
+
+
+def links_to_nothing(dead):
+    return f"{plural(len(dead), 'link')} to nothing, e.g. {shown(dead[0])}: is their disk there?"
 
 
 def split_pictures(args, say):

@@ -39,6 +39,7 @@ class GalleryIndex:
         self.folder, self.gallery = folder and Path(folder), str(gallery)
         self.fingerprint, self.width, self.kind = fingerprint, width, kind
         self.pictures, self.unreadable = {}, {}
+        self.out_of_reach = set()  # relative paths of pictures that nobody can look at now
         self.faiss = new_faiss(kind, np.zeros((0, width), np.float32))
         self.file = None  # name of the file that holds just these vectors
         self.on_disk = (None, {}, {})  # file, pictures and unreadable of what the folder holds
@@ -163,7 +164,7 @@ class GalleryIndex:
             return seen[path]
 
         answers = self.search(features, k, duplicates, there)
-        lost = list(seen.values()).count(False)
+        lost = sum(not found for path, found in seen.items() if path not in self.out_of_reach)
 
         def hit(similarity, path):
             return Hit(similarity, path, 0 if duplicates else sum(map(there, self.copies(path))))

@@ -6,6 +6,7 @@ import os
 import stat
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import PurePath
 from typing import NamedTuple
 
 from PIL import Image
@@ -19,7 +20,7 @@ NOT_LOOKED_INTO = {  # in lower case: thumbnails, and what was deleted, of netwo
 }
 NOT_READ = frozenset(  # suffixes of pictures that Pillow does not read: of phones, of cameras, of drawings
     ".heic .heif .hif .jxl .cr2 .cr3 .crw .nef .nrw .arw .sr2 .srf .dng .orf .rw2 .raf .pef .srw .x3f .3fr "
-    ".svg .xcf .psb".split()
+    ".svg .xcf .psb .avif".split()  # AVIF: before Pillow 11.3
 )
 
 
@@ -79,7 +80,7 @@ def digests_of(folder, paths, workers):
 
 def scan(folder):
     """({relative path: Stamp} of the pictures in a folder and below, in order; {suffix: other files};
-    {folder: why it, or a file in it, cannot be read}).
+    {folder: why it, or a file in it, cannot be read}; [links to nothing, as where a disk is away]).
 
     A picture is a file that bears one of the suffixes that Pillow opens: no pipe, which nobody may ever fill.
     Hidden files and folders, and those NOT_LOOKED_INTO, are passed over; links are followed, each folder is
@@ -87,7 +88,7 @@ def scan(folder):
     """
     Image.init()
     suffixes = {suffix for suffix, name in Image.registered_extensions().items() if name in Image.OPEN}
-    found, others, visited, away = {}, Counter(), set(), {}
+    found, others, visited, away, dead = {}, Counter(), set(), {}, []
 
     def cannot_look(error):
         away[os.path.relpath(error.filename, folder)] = error.strerror
@@ -104,25 +105,26 @@ def scan(folder):
         for name in files:
             if name.startswith("."):
                 continue
-            suffix = os.path.splitext(name)[1].lower()
-            if suffix not in suffixes:
+            path, suffix = os.path.join(directory, name), os.path.splitext(name)[1].lower()
+            if suffix not in suffixes and (os.path.exists(path) or not os.path.islink(path)):
                 others[suffix] += 1
                 continue
-            path = os.path.join(directory, name)
             try:
                 state = os.stat(path)
             except OSError as error:
                 if error.errno not in (errno.ENOENT, errno.ELOOP):  # gone, or a link to nothing
                     away[os.path.relpath(directory, folder)] = error.strerror
+                elif os.path.islink(path):
+                    dead.append(os.path.relpath(path, folder))
                 continue
             if stat.S_ISREG(state.st_mode):
                 found[os.path.relpath(path, folder)] = stamp_of(state)
-    return dict(sorted(found.items())), others, away
+    return dict(sorted(found.items())), others, away, dead
 
 
-def below(path, folders):
-    """Whether a relative path lies in one of the folders, or below."""
-    return any(folder == os.curdir or path.startswith(folder + os.sep) for folder in folders)
+def below(path, places):
+    """Whether a relative path is one of the places, or lies below one."""
+    return path in places or any(str(folder) in places for folder in PurePath(path).parents)
 
 
 def stamps_of(folder, paths):

@@ -17,7 +17,7 @@ class Update:
     """One update of an index, and what is known while it lasts.
 
     found: {relative path: Stamp} of what the gallery holds now.
-    away: {folder below the gallery: why it cannot be read}; its pictures are not gone, they stay.
+    away: {place below the gallery: why it cannot be read}; its pictures are not gone, they stay.
     """
 
     def __init__(self, index, found, away=()):
@@ -25,7 +25,8 @@ class Update:
         stamps = {path: picture.stamp for path, picture in self.old.items()}
         stamps |= {path: stamp for path, (stamp, _) in index.unreadable.items()}
         out_of_reach = {p: stamp for p, stamp in stamps.items() if p not in found and below(p, away)}
-        self.found = found = {**found, **out_of_reach}
+        self.found, index.out_of_reach = {**found, **out_of_reach}, set(out_of_reach)
+        found = self.found
         self.kept = {p for p, picture in self.old.items() if p in found and agree(picture.stamp, found[p])}
         index.unreadable = {
             p: entry for p, entry in index.unreadable.items() if p in found and agree(entry[0], found[p])

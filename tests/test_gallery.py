@@ -280,6 +280,49 @@ def test_a_folder_that_cannot_be_looked_at_for_a_moment_keeps_its_features(
     assert AS_IT_WAS in opened(gallery)[1][-1]
 
 
+@pytest.mark.parametrize("how", ["linked pictures", "a linked folder"])
+def test_a_disk_that_links_lead_to_keeps_its_features_while_it_is_away(how, opened, gallery, tmp_path):
+    disk = (gallery / "below").rename(tmp_path / "disk")
+    shutil.copy(gallery / "4.jpg", disk / "same.jpg")
+    if how == "linked pictures":
+        (gallery / "below").mkdir()
+        for path in disk.iterdir():
+            (gallery / "below" / path.name).symlink_to(path)
+        links = "2 links to nothing, e.g. below/"
+    else:
+        (gallery / "below").symlink_to(disk)
+        links = "1 link to nothing, e.g. below:"
+    whole, lines = opened(gallery)
+    same = os.path.join("below", "same.jpg")
+    assert found_in(whole) == ALL | {same} and "6 encoded, 0 removed, 0 kept, 1 known by content" in lines[-1]
+    disk.rename(tmp_path / "unplugged")
+    index, lines = opened(gallery)
+    (hits,), lost = index.find(index.vectors()[:1], 999, duplicates=True)
+    assert {hit.path for hit in hits} == ALL - {os.path.join("below", "5.jpg")} and lost == 0
+    assert links in lines[0] and "0 encoded, 0 removed, 7 kept" in lines[-1]
+    (tmp_path / "unplugged").rename(disk)
+    index, lines = opened(gallery)
+    assert found_in(index) == found_in(whole) and "0 encoded, 0 removed, 7 kept" in lines[-1]
+
+
+def test_nothing_stays_of_a_folder_or_a_link_that_is_removed(opened, gallery):
+    (gallery / "link.jpg").symlink_to(gallery / "below" / "5.jpg")
+    opened(gallery)
+    shutil.rmtree(gallery / "below")
+    (gallery / "link.jpg").unlink()
+    lines = opened(gallery)[1]
+    assert "5 pictures" in lines[-1] and "2 removed, 5 kept" in lines[-1]
+
+
+def test_a_gallery_of_links_to_nothing_says_so(opened, tmp_path):
+    (tmp_path / "annex").mkdir()
+    (tmp_path / "annex" / "0.jpg").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(
+        InputError, match=r"no picture in .* \(1 link to nothing, e\.g\. 0\.jpg: is their disk"
+    ):
+        opened(tmp_path / "annex")
+
+
 def test_a_known_picture_that_cannot_be_read_for_a_moment_stays(opened, gallery, monkeypatch):
     opened(gallery)
     os.chmod(gallery / "0.jpg", 0)  # which moves the time of its change, and no other
