@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from datasets.transforms import read_image, resize
 from utils.errors import InputError
-from utils.files import lock, remove_leftovers, whole_file
+from utils.files import lock, lock_file, remove_leftovers, whole_file
 from utils.loading import batches_of, room_for_sockets
 from utils.progress import progress_bar
 
@@ -153,7 +153,7 @@ def keep_in_file(file, paths, img_size, num_workers):
     if not holds(cache):
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            with open(file.with_suffix(".lock"), "a") as alone:
+            with lock_file(file.with_suffix(".lock")) as alone:
                 if not lock(alone):
                     logger.info("image cache: another run is writing it; waiting for that")
                     lock(alone, wait=True)

@@ -12,7 +12,7 @@ from retrieval.pictures import NOT_READ, Stamp, scan, stamps_of
 from retrieval.update import Update
 from utils.data_sets import ignored_name
 from utils.errors import InputError
-from utils.files import lock, make_folder
+from utils.files import cannot_write, lock, lock_file, make_folder
 from utils.progress import progress_bar
 
 __all__ = ["GalleryIndex", "Stamp", "open_gallery"]  # a gallery for other programs, from one room
@@ -21,12 +21,10 @@ __all__ = ["GalleryIndex", "Stamp", "open_gallery"]  # a gallery for other progr
 @contextlib.contextmanager
 def locked(folder, say):
     """Only one program at a time changes an index. A folder that cannot be written needs no lock."""
-    try:
-        file = open(Path(folder) / ".lock", "w")
-    except OSError:
+    if cannot_write(folder):
         yield
         return
-    with file:
+    with lock_file(Path(folder) / ".lock") as file:
         if not lock(file):
             say(f"waiting for another program that updates the index in {folder}")
             lock(file, wait=True)

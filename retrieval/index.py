@@ -11,6 +11,7 @@ from retrieval.index_file import TABLE, check_table, read_table, read_vectors, w
 from retrieval.pictures import agree, digest_of, stamp_of
 from retrieval.update import Update
 from retrieval.vectors import cells_for, feature_keys, new_faiss, set_effort
+from utils.errors import InputError
 
 LOOKED_AT = 10_000  # most pictures that a search asks for where some are no longer there
 
@@ -54,7 +55,12 @@ class GalleryIndex:
             return index
         table = read_table(index.folder)
         check_table(table, folder, gallery, fingerprint, found)
-        index.faiss = read_vectors(index.folder, table, width)
+        try:
+            index.faiss = read_vectors(index.folder, table, width)
+        except InputError:
+            if read_table(index.folder)["vectors"] == table["vectors"]:
+                raise
+            return cls.load(folder, gallery, fingerprint, width, found)  # it has just been saved anew
         index.kind, index.file = table["kind"], Path(table["vectors"]).name
         index.pictures, index.unreadable = table["pictures"], table["unreadable"]
         set_effort(index.faiss, index.kind)

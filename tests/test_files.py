@@ -17,7 +17,15 @@ from tests import children
 from tests.full_disk import limited
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.errors import InputError
-from utils.files import link_or_copy, make_folder, remove_leftovers, whole_file, write_whole
+from utils.files import (
+    link_or_copy,
+    lock,
+    lock_file,
+    make_folder,
+    remove_leftovers,
+    whole_file,
+    write_whole,
+)
 from utils.log import keep_log, setup_logger
 
 MIB = 1 << 20
@@ -320,3 +328,21 @@ def test_a_signal_in_the_middle_of_a_save_is_answered_after_it(number, tmp_path,
         signal.signal(number, before)
     assert seen and not list(tmp_path.glob(".*"))
     assert load_checkpoint(tmp_path / "last.pth")["epoch"] == 1
+
+
+def test_two_users_of_a_folder_take_turns_though_the_lock_is_the_others(tmp_path, monkeypatch):
+    """As root nothing is forbidden, so the system's answer is put in its place."""
+    real = open
+
+    def refuse(path, mode="r", *more, **named):
+        if mode != "r":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return real(path, mode, *more, **named)
+
+    with lock_file(tmp_path / ".lock") as theirs:
+        monkeypatch.setattr("builtins.open", refuse)
+        assert lock(theirs)
+        with lock_file(tmp_path / ".lock") as ours:
+            assert not lock(ours)
+            theirs.close()
+            assert lock(ours)

@@ -185,6 +185,23 @@ def test_a_damaged_index_is_one_sentence(damage, opened, gallery, tmp_path):
     assert "6 encoded" in opened(gallery, *words, "--rebuild")[1][-1]
 
 
+def test_an_index_that_is_saved_anew_while_it_is_opened_is_read_anew(opened, encoders, gallery, monkeypatch):
+    """By who may only read it, and so takes no lock."""
+    first, real = opened(gallery)[0], open
+
+    def between(path, *more, **named):
+        if str(path).endswith(first.file):
+            monkeypatch.undo()
+            shutil.copy(gallery / "0.jpg", gallery / "copy.jpg")
+            (gallery / "1.jpg").unlink()
+            opened(gallery)
+        return real(path, *more, **named)
+
+    monkeypatch.setattr("builtins.open", between)
+    index = GalleryIndex.load(first.folder, gallery, encoders.fingerprint, encoders.width)
+    assert "copy.jpg" in index.paths and "1.jpg" not in index.paths and len(index) == 6
+
+
 def test_an_index_is_kept_in_a_folder_whose_name_is_not_utf8(opened, gallery, tmp_path):
     """As unpacked from an archive of another system: Python opens such a name, FAISS does not."""
     folder = tmp_path / os.fsdecode(b"caf\xe9")

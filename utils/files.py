@@ -144,6 +144,14 @@ def remove_leftovers(folder, name="*"):
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else remove(path)
 
 
+def lock_file(path):
+    """The open file for lock(). Another user's, in a folder that both write in, can be opened for reading."""
+    try:
+        return open(path, "a")
+    except PermissionError:
+        return open(path)
+
+
 def lock(file, wait=False):
     """Whether this program has the open file for itself now, until it is closed. Yes too where there are no
     locks, as on some clusters' disks (ENOLCK): that is not another program. wait: until it can be had."""
