@@ -40,6 +40,12 @@ KINDS = ["safetensors", ONNX, "open_clip", pytest.param("transformers", marks=ne
 SENTENCES = ["a woman in a red coat", "a man, with a multicoloured rucksack " * 20]
 
 
+def another_run(home, folder, loss_names="sdm", **options):
+    """A run on the same data set."""
+    os.symlink(home / "data", folder / "data")
+    return make_run(folder, loss_names, **options)
+
+
 def exports(run, kind="safetensors", *more):
     """The status of export.py."""
     return load_script("export").main([str(run), "--format", kind, *map(str, more)])
@@ -82,9 +88,7 @@ def exported(home):
 @pytest.fixture(scope="module")
 def plain_run(home, tmp_path_factory):
     """It reads sentences without punctuation."""
-    folder = tmp_path_factory.mktemp("plain")
-    os.symlink(home / "data", folder / "data")
-    return make_run(folder, plain_captions=True)
+    return another_run(home, tmp_path_factory.mktemp("plain"), plain_captions=True)
 
 
 @pytest.fixture(scope="module")
@@ -243,9 +247,9 @@ def test_transformers_loads_the_folder_and_gives_the_same_features(encoders, exp
     "size, most",
     [((384, 128), 1e-5), ((192, 96), 1e-4), ((48, 80), 1e-4), ((64, 64), 1e-5), ((70, 40), 1e-4)],
 )
-def test_transformers_gives_the_same_features_at_any_image_size(size, most, tmp_path, picture):
+def test_transformers_gives_the_same_features_at_any_image_size(size, most, home, tmp_path, picture):
     """Grids of 24 x 8, 12 x 6, 3 x 5, a square one, and sides that are no multiples of a patch."""
-    run = make_run(tmp_path, "sdm", img_size=list(size))
+    run = another_run(home, tmp_path, img_size=list(size))
     own = encoders_of(run).image_features([resize(read_image(picture), size)])
     image, _, _ = their_features(exported_once(run)("transformers"), picture, SENTENCES)
     assert np.abs(image - own).max() < most
@@ -418,8 +422,8 @@ def test_whoever_may_read_a_new_file_may_read_an_export(exported, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["open_clip", "transformers"])
-def test_what_another_programs_clip_cannot_be_is_refused(kind, tmp_path, capsys):
-    run = make_run(tmp_path, "sdm", stride_size=12)
+def test_what_another_programs_clip_cannot_be_is_refused(kind, home, tmp_path, capsys):
+    run = another_run(home, tmp_path, stride_size=12)
     assert exports(run, kind) == 2
     err = capsys.readouterr().err
     said = f"{kind}'s patches do not overlap (--stride_size 12, patches of 16): choose"
