@@ -182,6 +182,8 @@ def shown(text):
 
 def checked_sentence(sentence, what="the query", plain=False):
     """plain: whether it is read without punctuation; see datasets.tokenizer.SimpleTokenizer."""
+    if any("\ud800" <= letter <= "\udfff" for letter in sentence):  # as Python shows bytes of another kind
+        raise InputError(f"{what} is not text in UTF-8: type it anew, or give it in a file saved as UTF-8")
     if not clean(sentence):  # as the model gets it
         raise InputError(f"{what} is empty: describe a person in a sentence")
     if plain and not plain_caption(clean(sentence)):

@@ -183,6 +183,14 @@ def test_options_are_checked_before_anything_is_loaded(home, search, gallery, tm
         search_args(["--config_file", str(tmp_path), "--gallery", str(gallery)])
 
 
+@pytest.mark.parametrize("letter", [os.fsdecode(b"\xe9"), "\ud83d"], ids=["Latin-1", "half an emoji"])
+def test_a_sentence_that_is_no_text_is_refused_as_in_a_file(letter, search, gallery, tmp_path):
+    result = search("--gallery", gallery, "--query", QUERY, f"a caf{letter}")
+    assert one_sentence(result, "query 2 is not text in UTF-8")
+    (tmp_path / "queries").write_bytes("a café".encode("latin-1"))
+    assert one_sentence(search("--gallery", gallery, "--query_file", tmp_path / "queries"), "UTF-8")
+
+
 def test_a_missing_package_is_a_sentence_with_the_command(search, gallery, monkeypatch):
     monkeypatch.setitem(sys.modules, "faiss", None)
     result = search("--gallery", gallery, "--query", QUERY)
