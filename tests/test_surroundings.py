@@ -4,11 +4,13 @@ compiler, with a long or no folder for temporary files, without a home."""
 import errno
 import gc
 import getpass
+import importlib
 import io
 import multiprocessing
 import os
 import pwd
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -22,6 +24,7 @@ import torch
 from model.fetch import download
 from tests.children import ROOT, draw, words
 from utils.errors import InputError, reports_errors
+from utils.extras import extra
 from utils.loading import SOCKET, batches_of, room_for_sockets
 from utils.options import get_args
 
@@ -176,3 +179,32 @@ def test_a_package_that_is_missing_is_one_sentence(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert done.stderr.startswith(f"error: the package torch is not installed for {sys.executable}: ")
+
+
+@pytest.mark.parametrize(
+    "module, package, older, newer, requirements",
+    [
+        ("gradio", "gradio", "5.49.1", "6.20.0", "requirements-demo.txt"),
+        ("faiss", "faiss-cpu", "1.8.0.post1", "1.10.0", "requirements-search.txt"),
+        ("sklearn.mixture", "scikit-learn", "1.2", "10", "requirements-methods.txt"),
+    ],
+)
+def test_a_package_older_than_its_file_asks_for_is_one_sentence_and_a_newer_one_none(
+    module, package, older, newer, requirements, tmp_path, monkeypatch
+):
+    """Its functions are others: what is said must not be a traceback that names one of them."""
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(sys.modules, module, sys)
+    for number in (older, newer):
+        about = tmp_path / f"{package.replace('-', '_')}-{number}.dist-info"
+        about.mkdir()
+        (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {number}\n")
+        if number == newer:
+            assert extra(module, requirements) is sys
+            continue
+        with pytest.raises(
+            InputError, match=f"package {package} from .*{older} is installed: .*{requirements}"
+        ):
+            extra(module, requirements)
+        shutil.rmtree(about)
+        importlib.invalidate_caches()
