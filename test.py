@@ -6,7 +6,7 @@ from pathlib import Path
 from utils.data_sets import name_of
 from utils.errors import InputError, reports_errors
 from utils.files import make_folder, write_whole
-from utils.options import get_test_args, passed_over, read_run_options
+from utils.options import get_test_args, other_set, passed_over
 from utils.run_folders import results_of
 
 
@@ -39,7 +39,7 @@ def test(args, device):
     if process_index() == 0:
         keep_log(logger, Path(args.output or run) / "test_log.txt")
     logger.info(str(dict(sorted(vars(args).items()))))
-    if sentence := passed_over(run / "configs.yaml", vars(args)):
+    if sentence := passed_over(args.config_file, vars(args)):
         logger.info(sentence)
     checkpoint = Path(args.checkpoint or run / "best.pth")
     img_loader, txt_loader, _ = build_dataloader(args)
@@ -94,9 +94,7 @@ def keep_results(results, target, logger):
 
 def results_name(args, run, checkpoint):
     """results.json is of the run's best.pth on its own data set; another one has a file of its own."""
-    trained = read_run_options(run / "configs.yaml", given=("dataset_name",))
-    own = args.annotations == trained.annotations and name_of(args) == name_of(trained)
-    what = "" if own and args.split == "test" else f"_{name_of(args)}_{args.split}"
+    what = f"_{name_of(args)}_{args.split}" if other_set(args) or args.split != "test" else ""
     return f"{results_of(run, checkpoint)}{what}.json"
 
 

@@ -6,13 +6,14 @@ from pathlib import Path
 from utils.data_sets import name_of
 from utils.errors import InputError, printable, reports_errors
 from utils.files import make_folder
+from utils.options import other_set
 from utils.tool_options import visualize_args
 
 
 @reports_errors
 def main(argv=None):
     args = visualize_args(argv)
-    folder = Path(args.output or (Path(args.run_dir) / "pictures" if args.run_dir else "."))
+    folder = Path(args.output or (pictures_folder(args) if args.run_dir else "."))
     make_folder(folder, "--output")
     written = []
     if args.curves:
@@ -26,6 +27,12 @@ def main(argv=None):
         written += split_pictures(args, folder)
     for path in written:
         print(printable(str(path)))
+
+
+def pictures_folder(args):
+    """pictures in the run's folder; of another checkpoint or data set those have a folder of their own."""
+    checkpoint = f"_{Path(args.checkpoint).stem}" if args.checkpoint else ""
+    return Path(args.run_dir) / f"pictures{checkpoint}{other_set(args)}"
 
 
 def words(args, folder):

@@ -235,6 +235,15 @@ def test_a_published_pair_in_another_direction_on_other_data_or_in_other_batches
     assert (published / "results.json").exists() == (not of)
 
 
+def test_the_options_of_a_published_pair_may_have_any_name(published, evaluate):
+    assert evaluate(published) == 0
+    expected = results(published / "results.json", "t2i")
+    (published / "results.json").unlink()
+    (published / "configs.yaml").rename(published / "cuhk_pedes.yaml")
+    assert evaluate(published / "cuhk_pedes.yaml") == 0
+    check(results(published / "results.json", "t2i"), expected)
+
+
 def test_a_published_pair_may_be_moved_and_its_data_too(published, evaluate, data, expected, tmp_path):
     moved = shutil.move(published, tmp_path / "elsewhere" / "my pair")
     elsewhere = shutil.copytree(data, tmp_path / "other data")

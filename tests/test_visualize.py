@@ -1,5 +1,6 @@
 """visualize.py: the queries, curves and word maps that it draws are those of the run."""
 
+import shutil
 import sys
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from datasets.synthetic import make_dataset
 from datasets.transforms import normalise
 from model import build_model
 from model.build import in_precision
@@ -107,6 +109,19 @@ def test_one_picture_for_each_asked_query(visualize):
     for path in written:
         width, height = Image.open(path).size
         assert width > 1000 and height > 500  # ten images side by side, two rows of them
+
+
+def test_pictures_of_another_checkpoint_or_data_set_take_no_others_place(home, tmp_path, capsys):
+    run = shutil.copytree(home / "run", tmp_path / "run")
+    shutil.copy(run / "best.pth", run / "last.pth")
+    make_dataset(tmp_path / "data", "RSTPReid", 3, 2, 6, 3)
+    words = ["--config_file", str(run), "--device", "cpu", "--queries", "0"]
+    more = [[], ["--checkpoint", str(run / "last.pth")]]
+    more.append(["--dataset_name", "RSTPReid", "--root_dir", str(tmp_path / "data")])
+    for each in more:
+        assert load_script("visualize").main([*words, *each]) == 0, capsys.readouterr().err
+    drawn = [str(path.parent.name) for path in run.rglob("query_test_00000.png")]
+    assert sorted(drawn) == ["pictures", "pictures_RSTPReid", "pictures_last"]
 
 
 def test_the_board_gets_a_picture_of_the_same_queries_each_time(home):

@@ -10,7 +10,7 @@ from argparse import SUPPRESS, ArgumentTypeError, Namespace
 from pathlib import Path
 
 from utils.config_file import read_options
-from utils.data_sets import DATA_SETS, DEFAULT, absolute, check_data_options, options_over
+from utils.data_sets import DATA_SETS, DEFAULT, absolute, check_data_options, name_of, options_over
 from utils.errors import InputError
 from utils.losses import named, names_of
 from utils.option_types import Parser, nearest, number, number_list, one_of, path
@@ -361,8 +361,8 @@ def get_test_args(argv=None):
 def tool_args(parser, argv=None):
     """The options of a tool over those of the run that it names: a Namespace, with `run_dir` added.
 
-    run_dir is the folder of the configs.yaml. Without --config_file, where a tool allows that, it is None and
-    the tool's options are all.
+    config_file is the run's file, whatever its name, and run_dir its folder. Without --config_file, where a
+    tool allows that, both are None and the tool's options are all.
     """
     given = parser.parse_args(argv)
     if given.config_file is None:
@@ -372,7 +372,8 @@ def tool_args(parser, argv=None):
     if config_file.is_dir():
         config_file = config_file / "configs.yaml"
     args = read_run_options(config_file, vars(given))
-    vars(args).update(options_over(vars(args), vars(given)), training=False, run_dir=str(config_file.parent))
+    vars(args).update(options_over(vars(args), vars(given)), training=False)
+    vars(args).update(config_file=str(config_file), run_dir=str(config_file.parent))
     check_data_options(args)
     if not args.checkpoint and (numbered := numbered_best(args)):
         args.checkpoint = str(numbered)
@@ -425,6 +426,13 @@ def read_run_options(config_file, given=()):
     vars(args).update(options)
     reconcile(args)
     return args
+
+
+def other_set(args):
+    """'_NAME' of the data set that a tool looks at, where its run was trained on another one; else ''."""
+    trained = read_run_options(args.config_file, given=("dataset_name",))
+    own = args.annotations == trained.annotations and name_of(args) == name_of(trained)
+    return "" if own else f"_{name_of(args)}"
 
 
 def passed_over(config_file, given):
