@@ -169,9 +169,8 @@ def test_text_augmentation_is_of_the_second_caption_too_and_leaves_its_sentences
 
 def test_what_a_batch_holds_besides_is_what_it_holds_without(data):
     for options in ((), ("--text_aug", "--noisy_rate", "0.5")):
-        plain, both = (
-            list(loader_of(data, "--division", *options, *more)) for more in ((), ("--second_caption",))
-        )
+        options = ("--division", *options)
+        plain, both = (list(loader_of(data, *options, *more)) for more in ((), ("--second_caption",)))
         for batch, with_second in zip(plain, both, strict=True):
             assert set(with_second) - set(batch) == {"second_caption_ids", "second_factor"}
             assert all(torch.equal(batch[key], with_second[key]) for key in batch)
@@ -249,15 +248,11 @@ def test_other_splits_and_images_without_captions_need_no_key(data, tmp_path):
 def test_json_lines_with_a_caption_each_hold_it_and_tables_say_that_they_cannot(data, tmp_path):
     folder = data / "CUHK-PEDES"
     records = json.loads((folder / "reid_raw.json").read_text())
-    lines = [
-        {
-            **{key: r[key] for key in ("file_path", "id", "split")},
-            "caption": caption,
-            "diversity_captions": [one],
-        }
-        for r in records
-        for caption, one in zip(r["captions"], r.get("diversity_captions", r["captions"]), strict=True)
-    ]
+    lines = []
+    for record in records:
+        seconds = record.pop("diversity_captions", record["captions"])
+        for caption, one in zip(record.pop("captions"), seconds, strict=True):
+            lines.append({**record, "caption": caption, "diversity_captions": [one]})
     (tmp_path / "set.jsonl").write_text("\n".join(map(json.dumps, lines)))
     path = ("--images", folder / "imgs", "--annotations")
     found = loader_of(data, "--second_caption", *path, tmp_path / "set.jsonl").dataset
@@ -297,9 +292,8 @@ def test_a_run_goes_on_within_an_epoch_and_is_tested(data, test_script, tmp_path
     assert run(argv, tmp_path / "output") == 0
     assert (tmp_path / "output").read_text().count("; in id all of them") == 2
     whole = only_run(tmp_path / "a")
-    (line,) = [
-        line for line in (tmp_path / "output").read_text().splitlines() if "Epoch[2] Iteration[6/" in line
-    ]
+    output = (tmp_path / "output").read_text().splitlines()
+    (line,) = [line for line in output if "Epoch[2] Iteration[6/" in line]
     shown = [line.index(f"{name}_loss: ") for name in ("tal", "tse", "second", "tse_second")]
     assert shown == sorted(shown)
     argv[argv.index(str(tmp_path / "a"))] = str(tmp_path / "b")
