@@ -229,9 +229,9 @@ def main(argv=None):
     add("--split", choices=("train", "test", "val"), help="of all images, where FILE names no split")
     add("--decode", action="store_true", help="decode every image too: minutes on a full set")
     add("--text_length", type=from_2, metavar="N", default=77, help="tokens at which captions are cut")
-    add("--plain_captions", action="store_true", help="read them as training with it does")
-    add("--second_caption", action="store_true", help="diversity_captions must be there, too")
-    add("--back_translation", type=fraction, metavar="X", default=0.0, help="captions_bt must be there, too")
+    add("--plain_captions", action="store_true", help='as in training: sentences are read without .!"()*#:;~')
+    add("--second_caption", action="store_true", help="as in training: it reads diversity_captions")
+    add("--back_translation", type=fraction, metavar="X", default=0.0, help="it reads captions_bt")
     add("--debug", action="store_true", help="print the traceback of an input error too")
     args = parser.parse_args(argv)
     if args.split and not args.annotations:

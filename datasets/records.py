@@ -46,9 +46,12 @@ def is_text(value):
     return isinstance(value, str)
 
 
+def is_list_of(fits, value):
+    return isinstance(value, list) and value != [] and all(map(fits, value))
+
+
 def is_text_or_groups(value):
-    groups = isinstance(value, list) and value and all(isinstance(group, list) and group for group in value)
-    return is_text(value) or bool(groups and all(is_text(text) for group in value for text in group))
+    return is_text(value) or is_list_of(lambda group: is_list_of(is_text, group), value)
 
 
 BESIDE = {  # by key of a JSON record
