@@ -220,16 +220,17 @@ def read_origins(file, N):
         raise InputError(f"--noisy_file {file} cannot be read: {error.strerror or error}") from None
     except (ValueError, EOFError):
         raise InputError(f"--noisy_file {file} is not an .npy file of whole numbers") from None
-    is_array = isinstance(origins, np.ndarray)
-    fits = is_array and origins.shape == (N,) and origins.dtype.kind in "iu"
-    if not fits or origins.min() < 0 or origins.max() >= N:
-        held = f"an array {list(origins.shape)} of {origins.dtype}" if is_array else "several arrays"
-        held = f"numbers from {origins.min()} to {origins.max()}" if fits else held
-        raise InputError(
-            f"--noisy_file {file} holds {held}, and must hold {N} whole numbers from 0 to {N - 1}, one a "
-            "training caption"
-        )
-    return origins
+    held = "several arrays"
+    if isinstance(origins, np.ndarray):
+        held = f"an array {list(origins.shape)} of {origins.dtype}"
+        if origins.shape == (N,) and origins.dtype.kind in "iu":
+            if origins.min() >= 0 and origins.max() < N:
+                return origins
+            held = f"numbers from {origins.min()} to {origins.max()}"
+    raise InputError(
+        f"--noisy_file {file} holds {held}, and must hold {N} whole numbers from 0 to {N - 1}, one a "
+        "training caption"
+    )
 
 
 def as_it_is(batch):
