@@ -68,11 +68,13 @@ class TrainLoader(DataLoader):
                 batch.update(self.dataset.masked_by(self.similarities, *known))
             if not self._numbered:
                 del batch["indices"]
-            for name, boxes in BOXES.items():
-                if name in batch:
-                    batch[name] = finish(batch[name], self._device, batch.pop(boxes, None))
-            yield Batch.of(batch)
-            del batch  # not kept here while the next one is made
+            images = {
+                name: finish(batch.pop(name), self._device, batch.pop(boxes, None))
+                for name, boxes in BOXES.items()
+                if name in batch
+            }
+            yield Batch.of({**images, **batch})
+            del images  # not kept here while the next batch is made, nor in `batch`, which zip keeps
 
     def close(self):
         """End the loading processes now. After an error that nobody foresaw Python would send them a SIGTERM

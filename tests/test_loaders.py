@@ -4,6 +4,7 @@ import hashlib
 import json
 import random
 import traceback
+import weakref
 from collections import Counter
 
 import numpy as np
@@ -134,6 +135,22 @@ def test_batches_hold_the_published_keys_in_these_shapes_and_types(root):
         }
         assert batch["images"].dtype == torch.float32
         assert all(value.dtype == torch.int64 for key, value in batch.items() if key != "images")
+
+
+def test_the_images_of_a_batch_are_gone_when_the_next_is_made(root):
+    loader, *_ = build_dataloader(options(root))
+    source, made, there = loader.dataset.images.source, [], []
+
+    class Watched:
+        def __getitem__(self, path):
+            there.extend(images for images in (of_batch() for of_batch in made) if images is not None)
+            return source[path]
+
+    loader.dataset.images = loader.dataset.images._replace(source=Watched())
+    for batch in loader:
+        made.append(weakref.ref(batch.images))
+        del batch
+    assert len(made) == 3 and not there
 
 
 def test_the_last_smaller_batch_is_kept_and_every_sample_comes_once_an_epoch(root):
