@@ -137,8 +137,8 @@ def record_of(entry, where, form, keys):
     if not isinstance(entry, dict):
         names = (form.image[0], form.captions[0], form.person[0], "split")
         raise InputError(f"{where} is {_kind(entry)}, not a record with the keys {', '.join(names)}")
-    image_key, captions_key, person_key = (_key(entry, names, where) for names in form[:3])
     split = split_of(entry, where, form.named)
+    image_key, captions_key, person_key = (_key(entry, names, where) for names in form[:3])
     image = image_of(entry[image_key], image_key, where)
     person = person_of(entry[person_key], person_key, where, form.named)
     captions = captions_of(entry[captions_key], captions_key, where)
@@ -173,7 +173,7 @@ def image_of(image, key, where):
 
 def person_of(value, key, where, named):
     """A whole number, also one in quotes, is a number (so "007" is 7); anything else is text."""
-    if isinstance(value, float) and value.is_integer():
+    if isinstance(value, float) and value.is_integer() and not named:
         value = int(value)
     fits = type(value) in (int, str) or (isinstance(value, float) and math.isfinite(value))  # bool does not
     text = str(value).strip() if fits else ""

@@ -237,7 +237,7 @@ ODD_RECORDS = {  # file contents, and what the sentence says, or None where it t
     "a line end in a key": ([{"a\r\nb": 1}, *SOUND[1:]], 'record 0 has no key "split" (it has a\\r\\nb)'),
     "a terminal's control sequence in a path": (
         [record(file_path="\x1b[2J.jpg"), *SOUND[1:]],
-        "\\x1b[2J.jpg; unpack",
+        "\\x1b[2J.jpg; 1 in imgs",
     ),
     "a path of 5000 letters": ([record(file_path="a" * 5000), *SOUND[1:]], "1 image is missing"),
     "a path of 5000 folders": ([record(file_path="a/" * 5000 + "a.jpg"), *SOUND[1:]], "1 image is missing"),
