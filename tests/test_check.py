@@ -47,6 +47,12 @@ class Drawn:
             assert lines[-1].startswith(f"{len(faults)} faults, {len(notes)} notes; ")
         return status, faults, notes, said.out + said.err
 
+    def fault(self, capsys, *options):
+        """The only fault that is found."""
+        status, (fault,), _, _ = self.check(capsys, *options)
+        assert status == 1
+        return fault
+
 
 @pytest.fixture
 def drawn(tmp_path):
@@ -67,8 +73,7 @@ def test_a_clean_set_has_no_fault(name, tmp_path, capsys):
 
 def test_missing_images_are_counted_and_their_folder_named(drawn, capsys):
     drawn.image(0).unlink()
-    status, (fault,), _, _ = drawn.check(capsys)
-    assert status == 1
+    fault = drawn.fault(capsys)
     assert fault == (
         f"1 image is missing, the first is {drawn.image(0)}; 1 in imgs/{drawn.image(0).parent.name}: "
         f"is the archive unpacked whole into {drawn.folder}/imgs?"
@@ -80,8 +85,8 @@ def test_a_missing_folder_is_named_as_such(drawn, capsys):
     folder = drawn.image(0).parent
     number, first = len(list(folder.iterdir())), min(folder.iterdir())
     shutil.rmtree(folder)
-    status, (fault,), _, _ = drawn.check(capsys, "--decode")
-    assert status == 1 and fault.startswith(
+    fault = drawn.fault(capsys, "--decode")
+    assert fault.startswith(
         f"{number} images are missing, the first is {first}; {number} in imgs/{folder.name}, "
         "a folder that does not exist: is the archive"
     )
@@ -90,8 +95,7 @@ def test_a_missing_folder_is_named_as_such(drawn, capsys):
 def test_an_image_in_two_splits(drawn, capsys):
     shared = drawn.of("train")[0]["file_path"]
     drawn.of("test")[0]["file_path"] = shared
-    status, (fault,), _, _ = drawn.check(capsys)
-    assert status == 1
+    fault = drawn.fault(capsys)
     assert fault == f"1 images stand in more than one split, the first is {drawn.folder}/imgs/{shared}"
 
 
@@ -99,8 +103,7 @@ def test_an_image_of_two_persons(drawn, capsys):
     persons = {record["id"]: record for record in drawn.of("train")}
     first, second = list(persons.values())[:2]
     second["file_path"] = first["file_path"]
-    status, (fault,), _, _ = drawn.check(capsys)
-    assert status == 1
+    fault = drawn.fault(capsys)
     assert fault == f"1 images show two persons, the first is {drawn.folder}/imgs/{first['file_path']}"
 
 
@@ -108,8 +111,8 @@ def test_the_same_picture_under_two_names_across_splits(drawn, capsys):
     train, test = drawn.of("train")[0]["file_path"], drawn.of("test")[0]["file_path"]
     (drawn.folder / "imgs" / test).write_bytes((drawn.folder / "imgs" / train).read_bytes())
     assert drawn.check(capsys)[0] == 0  # only decoding reads the files
-    status, (fault,), _, _ = drawn.check(capsys, "--decode")
-    assert status == 1 and fault.startswith("1 pictures stand in two splits, e.g. ")
+    fault = drawn.fault(capsys, "--decode")
+    assert fault.startswith("1 pictures stand in two splits, e.g. ")
     assert train in fault and test in fault
 
 
@@ -130,15 +133,14 @@ def test_unreadable_images_are_named_up_to_ten(number, tmp_path, capsys):
 def test_empty_captions(drawn, capsys):
     record = drawn.of("train")[0]
     record["captions"][0] = " \t&nbsp;\n"
-    status, (fault,), _, _ = drawn.check(capsys)
-    assert status == 1
+    fault = drawn.fault(capsys)
     assert fault == f"1 captions are empty, the first of person {record['id']} of train"  # as in the file
 
 
 def test_captions_without_a_word(drawn, capsys):
     drawn.of("test")[0]["captions"][0] = "12 !?"
-    status, (fault,), _, _ = drawn.check(capsys)
-    assert status == 1 and fault.startswith('1 captions hold no word, the first is "12 !?" (person ')
+    fault = drawn.fault(capsys)
+    assert fault.startswith('1 captions hold no word, the first is "12 !?" (person ')
 
 
 def test_captions_that_are_cut(drawn, capsys):
@@ -272,8 +274,8 @@ def test_a_link_to_nothing_is_a_missing_image(of_folder, drawn, capsys):
     else:
         drawn.image(0).unlink()
         drawn.image(0).symlink_to("/nowhere/at/all.jpg")
-    status, (fault,), _, _ = drawn.check(capsys)
-    assert status == 1 and f"the first is {drawn.image(0)} (it is a link to nothing" in fault
+    fault = drawn.fault(capsys)
+    assert f"the first is {drawn.image(0)} (it is a link to nothing" in fault
 
 
 def test_a_link_to_a_picture_is_an_image(drawn, tmp_path, capsys):
@@ -282,40 +284,22 @@ def test_a_link_to_a_picture_is_an_image(drawn, tmp_path, capsys):
     assert drawn.check(capsys)[0] == 0
 
 
-def test_another_case_of_the_suffix_is_named(drawn, capsys):
-    name = drawn.image(0).name
-    drawn.records[0][drawn.path_key] = drawn.records[0][drawn.path_key].replace(".jpg", ".JPG")
-    status, (fault,), _, _ = drawn.check(capsys)
-    assert status == 1 and f"(upper and lower case: there is {name})" in fault
+SPELLINGS = {  # the name in the file and on the disk; what is said
+    "another case": ("a.JPG", "a.jpg", "upper and lower case"),
+    "two characters for a letter": ("cafe\u0301 1.jpg", "caf\u00e9 1.jpg", "spelled otherwise"),
+    "an address": ("a%20b.jpg", "a b.jpg", "spelled otherwise"),
+    "another kind": ("a.png", "a.jpg", "spelled otherwise"),
+    "a folder in another case": ("CAM_x/below/1.jpg", "cam_X", "upper and lower case"),
+    "a folder as an address": ("cam%5Fx/below/1.jpg", "cam_x", "spelled otherwise"),
+}
 
 
-@pytest.mark.parametrize(
-    ("there", "written"),
-    [("caf\u00e9 1.jpg", "cafe\u0301 1.jpg"), ("a b.jpg", "a%20b.jpg"), ("a.jpg", "a.png")],
-    ids=["two characters for a letter", "an address", "another kind"],
-)
-def test_another_spelling_of_a_files_name_is_named(there, written, drawn, capsys):
-    image = drawn.image(0)
-    image.rename(image.with_name(there))
-    path = drawn.records[0][drawn.path_key]
-    drawn.records[0][drawn.path_key] = path.replace(image.name, written)
-    status, (fault,), _, _ = drawn.check(capsys)
-    assert status == 1 and f"(spelled otherwise: there is {there})" in fault
-
-
-@pytest.mark.parametrize(
-    ("respelled", "said"),
-    [
-        (str.swapcase, "upper and lower case: there is {}"),
-        (lambda name: f"%{ord(name[0]):x}{name[1:]}", "spelled otherwise: there is {}"),
-    ],
-    ids=["another case", "an address"],
-)
-def test_another_spelling_of_a_folders_name_is_named(respelled, said, drawn, capsys):
-    folder = drawn.image(0).parent.name
-    drawn.records[0][drawn.path_key] = f"{respelled(folder)}/below/1.jpg"
-    status, (fault,), _, _ = drawn.check(capsys)
-    assert status == 1 and f"({said.format(folder)})" in fault
+@pytest.mark.parametrize(("written", "there", "said"), SPELLINGS.values(), ids=SPELLINGS)
+def test_another_spelling_of_a_file_or_a_folder_is_named(written, there, said, drawn, capsys):
+    images = drawn.folder / "imgs"
+    drawn.image(0).rename(images / there) if "." in there else (images / there).mkdir()
+    drawn.records[0][drawn.path_key] = written
+    assert f"({said}: there is {there})" in drawn.fault(capsys)
 
 
 def test_a_folder_that_may_not_be_read_says_so(drawn, monkeypatch, capsys):
