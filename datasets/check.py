@@ -37,12 +37,6 @@ def note(what):
 # ---- what is looked at: each yields Findings ----
 
 
-def check_images_there(splits):
-    missing = missing_images(splits.by_name)
-    if missing:
-        yield fault(told_missing(splits.source, missing))
-
-
 def check_split_words(splits):
     """Words other than train, test and val: they count as val, which may be a slip of the pen."""
     for word, images in splits.words.items():
@@ -159,9 +153,9 @@ ODD = {  # pictures that other programs show differently
 }
 
 
-def check_pictures(splits):
-    """Decode every image; find unreadable ones, the same picture under two names in different splits, and
-    those that other programs show differently."""
+def check_pictures(splits, missing):
+    """Decode every image that is there; find unreadable ones, the same picture under two names in different
+    splits, and those that other programs show differently."""
     from tqdm import tqdm
 
     from datasets.transforms import as_rgb, is_deep, opened, turn_of
@@ -177,6 +171,7 @@ def check_pictures(splits):
         return path, hashlib.sha256(Path(path).read_bytes()).hexdigest(), None
 
     owner = {path: name for name, split in splits.by_name.items() for path in split.image_paths}
+    owner = {path: name for path, name in owner.items() if path not in missing}
     unreadable, pictures, odd = [], defaultdict(list), {"turned": [], "deep": []}
     with ThreadPoolExecutor() as pool:
         looked = tqdm(pool.map(look, owner), total=len(owner), desc="decoding", unit="img", disable=None)
@@ -203,13 +198,13 @@ def check_dataset(source, decode=False, text_length=77, plain=False, keys=()):
     """(Splits, [Finding, …]) of a datasets.annotations.Source. Raises InputError where the annotation cannot
     be read at all, or lacks one of the keys (of datasets.records.BESIDE)."""
     splits = read_splits(source, images_must_exist=False, keys=keys)
-    findings = list(check_images_there(splits))
-    all_there = not findings
+    missing = set(missing_images(splits.by_name))
+    findings = [fault(told_missing(source, missing))] if missing else []
     for check in (check_split_words, check_counts, check_images_once, check_persons_once):
         findings += check(splits)
     findings += check_captions(splits, text_length, plain)
-    if decode and all_there:
-        findings += check_pictures(splits)
+    if decode:
+        findings += check_pictures(splits, missing)
     return splits, findings
 
 
