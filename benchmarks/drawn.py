@@ -95,6 +95,10 @@ def recipe_of(name):
     return f"{zlib.crc32(found.encode()):08x}"
 
 
+def recipes():
+    return {name: recipe_of(name) for name in ROWS}
+
+
 def typed_of(name, row):
     """The options of a row that figures depend on, where they are not the usual ones."""
     options, usual = vars(get_args(table.recipe(Run(name, DEFAULT, 1), row))), vars(get_args([]))
@@ -205,7 +209,8 @@ def collected(args):
     runs = table.collect(args, kept)
     if runs:
         write_whole(file, table_report.results_file(runs))
-    return [{**run, "recipe": recipe_of(run["row"])} for run in runs]
+    now = recipes()
+    return [{**run, "recipe": now[run["row"]]} for run in runs]
 
 
 def check_sets(runs, args):
@@ -230,7 +235,8 @@ def write(args):
         raise InputError(f"{args.output_dir} holds no finished run of a row with the row's own options")
     check_sets(runs, args)
     there = table_report.read_results(FIGURES) if FIGURES.exists() else []
-    there = [run for run in there if run["row"] in ROWS and run["recipe"] == recipe_of(run["row"])]
+    now = recipes()
+    there = [run for run in there if run.get("recipe", "") == now.get(run["row"])]
     runs = list({table_report.key_of(run): run for run in [*there, *runs]}.values())
     write_whole(FIGURES, table_report.results_file(runs))
     write_whole(PAGE, drawn_report.page(runs, ROWS, NOISE_OF))
@@ -239,9 +245,9 @@ def write(args):
 
 def check():
     """Raises InputError where docs/results.md is not what the figures that are kept give."""
-    runs = table_report.read_results(FIGURES)
+    runs, now = table_report.read_results(FIGURES), recipes()
     for run in runs:
-        if run["row"] not in ROWS or run.get("recipe") != recipe_of(run["row"]):
+        if run.get("recipe", "") != now.get(run["row"]):
             raise InputError(
                 f"{FIGURES}: {run['row']}, seed {run['seed']}, was made with another recipe than stands in "
                 "configs/drawn.yaml and benchmarks/drawn.py now: run it again, then --write"
