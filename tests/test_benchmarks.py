@@ -7,7 +7,7 @@ import tempfile
 import pytest
 import torch
 
-from benchmarks import evaluate, gpu, harness, loader, rank, report, startup, step
+from benchmarks import evaluate, gpu, harness, loader, methods, rank, report, startup, step
 
 ONCE = ["--repeats", "1"]
 
@@ -26,6 +26,7 @@ RUNS = {
     "loader": (loader.main, ["--images", "4", "--batch_size", "2", *ONCE]),
     "rank": (rank.main, ["--queries", "60", "--gallery", "40", "--persons", "10", *ONCE]),
     "evaluate": (evaluate.main, ["--tiny", "--images", "6", "--captions", "8", *ONCE]),
+    "methods": (methods.main, ["--tiny", "--batch_size", "2", *ONCE]),
     "startup": (startup.main, ONCE),
 }
 

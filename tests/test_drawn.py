@@ -7,16 +7,15 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 
 from benchmarks import drawn, drawn_report, table, table_report
 from benchmarks.drawn_report import T95, difference, paired
 from benchmarks.programs import TOOK, Programs
 from benchmarks.table import Row, Run
 from datasets.synthetic_hard import HARD, make_hard_dataset
-from tests.test_table import TINY, interrupted, record
+from tests.test_table import TINY, folder_of, interrupted, keep, record
 from utils.errors import InputError
-from utils.options import get_args
+from utils.options import read_run_options
 
 ROOT = Path(__file__).parent.parent
 SIZES = {"ids": 6, "val_ids": 0, "test_ids": 4, "images_per_id": 2, "size": [64, 32]}
@@ -190,14 +189,9 @@ def finished_clip(args):
 
 def finished(row, args):
     """Files of a row's finished training; returns its last.pth."""
-    run = Run(row, "CUHK-PEDES", 1)
-    folder = Path(args.output_dir) / run.dataset / f"20260101_000000_{run.name}"
-    folder.mkdir(parents=True)
-    options = get_args(table.train_words(run, args))
-    (folder / "configs.yaml").write_text(yaml.safe_dump(vars(options)))
-    found = {**record(1, 10.0)["best"], "epoch": options.num_epoch}
+    folder = folder_of(Run(row, "CUHK-PEDES", 1), args)
     for name in ("results", "results_last"):
-        (folder / f"{name}.json").write_text(json.dumps(found))
+        keep(folder, name, read_run_options(folder / "configs.yaml").num_epoch)
     (folder / "last.pth").write_bytes(b"weights")
     return folder / "last.pth"
 

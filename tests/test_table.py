@@ -147,21 +147,29 @@ def scripts(commands):
     return [Path(words[0]).name for words in commands]
 
 
+def folder_of(run, args):
+    """A run's folder, as train.py begins it."""
+    folder = Path(args.output_dir) / run.dataset / f"20261124_101500_{run.name}"
+    folder.mkdir(parents=True)
+    options = vars(get_args(table.train_words(run, args)))
+    (folder / "configs.yaml").write_text(yaml.safe_dump(options))
+    return folder
+
+
+def keep(folder, name, epoch, R1=70.0, tasks=("t2i", "i2t")):
+    """What test.py has found, as it keeps it."""
+    found = {**record(1, R1)["best"], "epoch": epoch}
+    kept = {key: value for key, value in found.items() if key not in ("t2i", "i2t") or key in tasks}
+    (folder / f"{name}.json").write_text(json.dumps(kept))
+
+
 def test_what_is_half_done_goes_on_and_only_results_of_the_last_epoch_make_it_finished(tmp_path):
     args = table.read_words(["--output_dir", str(tmp_path), "--", "--num_epoch", "3"])
-    run, folder = Run("irra", "CUHK-PEDES", 1), tmp_path / "CUHK-PEDES" / "20261124_101500_irra_seed1"
-    options = vars(get_args(table.train_words(run, args)))
-    folder.mkdir(parents=True)
-    saved = {key: value for key, value in options.items() if key not in ("config_file", "debug")}
-    (folder / "configs.yaml").write_text(yaml.safe_dump(saved))
+    run = Run("irra", "CUHK-PEDES", 1)
+    folder = folder_of(run, args)
 
     def left():
         return table.commands(run, args, table.runs_in(tmp_path).get(run))
-
-    def keep(name, epoch, *tasks):
-        found = {**record(1, 70.0)["best"], "epoch": epoch}
-        kept = {key: value for key, value in found.items() if key not in ("t2i", "i2t") or key in tasks}
-        (folder / f"{name}.json").write_text(json.dumps(kept))
 
     assert "--resume" not in left()[0]  # it was ended before anything was saved
     (folder / "last.pth").touch()
@@ -170,12 +178,12 @@ def test_what_is_half_done_goes_on_and_only_results_of_the_last_epoch_make_it_fi
         table.commands(run, other, folder)
     assert scripts(left()) == ["train.py", "test.py", "test.py"]
     assert left()[0][-3:] == ["--resume", "--resume_ckpt_file", str(folder)]
-    keep("results", 2, "t2i", "i2t")
-    keep("results_last", 2, "t2i", "i2t")  # tested by hand while it was under way
+    keep(folder, "results", 2)
+    keep(folder, "results_last", 2)  # tested by hand while it was under way
     assert len(left()) == 3
-    keep("results_last", 3, "t2i")
+    keep(folder, "results_last", 3, tasks=["t2i"])
     assert len(left()) == 3
-    keep("results_last", 3, "t2i", "i2t")
+    keep(folder, "results_last", 3)
     assert left() == []
     (folder / "last.pth").unlink()  # the checkpoints of a finished run may go
     assert left() == []
@@ -184,24 +192,18 @@ def test_what_is_half_done_goes_on_and_only_results_of_the_last_epoch_make_it_fi
 def test_of_averaged_weights_the_best_average_is_tested_here_and_on_other_sets(tmp_path):
     words = ["--rows", "irra_ema", "--datasets", "CUHK-PEDES,RSTPReid", "--output_dir", str(tmp_path)]
     args = table.read_words([*words, "--", "--num_epoch", "3"])
-    run, folder = Run("irra_ema", "CUHK-PEDES", 1), tmp_path / "CUHK-PEDES" / "20261124_101500_irra_ema_seed1"
-    folder.mkdir(parents=True)
-    options = vars(get_args(table.train_words(run, args)))
-    (folder / "configs.yaml").write_text(yaml.safe_dump(options))
+    run = Run("irra_ema", "CUHK-PEDES", 1)
+    folder = folder_of(run, args)
     (folder / "last.pth").touch()
-
-    def keep(name, epoch, R1):
-        (folder / f"{name}.json").write_text(json.dumps({**record(1, R1)["best"], "epoch": epoch}))
-
-    keep("results", 1, 60.0)  # of best.pth, which is not what the row is about
-    keep("results_last", 3, 70.0)
+    keep(folder, "results", 1, 60.0)  # of best.pth, which is not what the row is about
+    keep(folder, "results_last", 3, 70.0)
     _, best, last = table.commands(run, args, folder)
     assert best[-2:] == ["--checkpoint", f"{folder}/best_ema.pth"] and last[-1] == f"{folder}/last.pth"
-    keep("results_best_ema", 2, 80.0)
+    keep(folder, "results_best_ema", 2, 80.0)
     assert table.commands(run, args, folder) == []
     (cross,) = table.cross_commands(run, args, folder)
     assert {"RSTPReid", f"{folder}/best_ema.pth"} <= set(cross)
-    keep("results_best_ema_RSTPReid_test", 2, 50.0)
+    keep(folder, "results_best_ema_RSTPReid_test", 2, 50.0)
     assert table.cross_commands(run, args, folder) == []
     found = table.record_of(run, folder, table.ROWS["irra_ema"])
     figures = [found[key]["t2i"]["R1"] for key in ("best", "last")], found["cross"]["RSTPReid"]["t2i"]["R1"]
