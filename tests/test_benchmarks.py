@@ -36,9 +36,8 @@ def test_benchmark_prints_figures_that_make_a_table(name, capsys):
     main, words = RUNS[name]
     main(words)
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
-    assert lines and all(
-        {"figure", "arms", "machine", "versions", "command"} <= line.keys() for line in lines
-    )
+    keys = {"figure", "arms", "machine", "versions", "command"}
+    assert lines and all(keys <= line.keys() for line in lines)
     assert report.table(lines).count("|\n") >= len(lines)
 
 

@@ -144,9 +144,8 @@ def test_clean_captions_are_cut_to_a_few_lengths():
 
 def test_compiled_encoders_keep_keys_and_values_and_are_compiled_once():
     plain, model = model_of(), model_of()
-    model.compile_encoders(
-        backend="aot_eager"
-    )  # the graphs of torch.compile, without its slow code generation
+    # the graphs of torch.compile, without its slow code generation
+    model.compile_encoders(backend="aot_eager")
     assert model.state_dict().keys() == plain.state_dict().keys()
     graphs = torch._dynamo.utils.counters["stats"]
 

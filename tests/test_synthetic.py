@@ -30,13 +30,11 @@ def all_identities(count):
 
 def plain_words(text):
     """The sentence in the words of the tables: one word for each thing and colour."""
-    key_of = {
-        synonym: key for key, synonyms in pedestrians.SYNONYMS.items() for synonym in synonyms if synonym
-    }
+    synonyms = pedestrians.SYNONYMS.items()
+    key_of = {synonym: key for key, words in synonyms for synonym in words if synonym}
     longest_first = "|".join(sorted(map(re.escape, key_of), key=len, reverse=True))
-    return re.sub(rf"\b({longest_first})\b", lambda found: key_of[found[0]], text.lower()).replace(
-        "plain ", ""
-    )
+    text = re.sub(rf"\b({longest_first})\b", lambda found: key_of[found[0]], text.lower())
+    return text.replace("plain ", "")
 
 
 def phrases_said(identity, text):
@@ -61,10 +59,8 @@ def test_another_seed_gives_other_persons_and_other_sentences(tmp_path):
     first, second = (make_dataset(tmp_path / str(seed), seed=seed, **SMALL) for seed in (0, 1))
     assert make_identities(0, "train", 3) != make_identities(1, "train", 3)
     assert contents(first).keys() == contents(second).keys()
-    assert all(
-        one["captions"] != other["captions"]
-        for one, other in zip(records_of(first), records_of(second), strict=True)
-    )
+    pairs = zip(records_of(first), records_of(second), strict=True)
+    assert all(one["captions"] != other["captions"] for one, other in pairs)
 
 
 @pytest.mark.parametrize(

@@ -60,14 +60,12 @@ def test_published_figures_are_those_of_the_readme():
         row = ROWS[{"IRRA": "irra", "CLIP": "clip_baseline"}[title]]
         assert row.published[list(DATA_SETS).index(dataset)] == figures
     nam = re.search(r"from NAM's weights \(.*\) \| (.*) \| (.*) \| (.*) \|", (ROOT / "README.md").read_text())
-    assert [figures[0] for figures in ROWS["irra_nam"].published] == [
-        float(figure) for figure in nam.groups()
-    ]
+    assert [figures[0] for figures in ROWS["irra_nam"].published] == list(map(float, nam.groups()))
     before = {name: rf"## {name.upper()}\b.*\n\nPublished: " for name in ("rde", "rda")}
     before["rda_from_nam"] = r"\(`configs/rda_from_nam.yaml`\) "
     for name, words in before.items():
         (found,) = re.findall(rf"{words}(.+?) / (.+?) / (\d+\.\d+)", (ROOT / "docs/methods.md").read_text())
-        assert [figures[0] for figures in ROWS[name].published] == [float(figure) for figure in found]
+        assert [figures[0] for figures in ROWS[name].published] == list(map(float, found))
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -214,9 +212,8 @@ def test_of_averaged_weights_the_best_average_is_tested_here_and_on_other_sets(t
 
 
 def test_a_program_sees_the_gpu_of_its_job_and_a_failure_tells_its_last_line(tmp_path):
-    (tmp_path / "p.py").write_text(
-        "import os, sys\nprint(os.environ['CUDA_VISIBLE_DEVICES'])\nsys.exit(*sys.argv[1:])"
-    )
+    code = "import os, sys\nprint(os.environ['CUDA_VISIBLE_DEVICES'])\nsys.exit(*sys.argv[1:])"
+    (tmp_path / "p.py").write_text(code)
     programs = Programs(["2", "5"])
     programs.run([str(tmp_path / "p.py")], tmp_path / "log", "5")
     assert (tmp_path / "log").read_text().startswith(f"5\n{TOOK}")
@@ -275,10 +272,8 @@ def interrupted(command, folder):
     (folder / "stop").mkdir()
     (folder / "stop" / "sitecustomize.py").write_text(STOP.format(mark=str(folder / "stopped")))
     path = f"{folder / 'stop'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-    environment = {**os.environ, "PYTHONPATH": path}
-    return subprocess.run(
-        command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, timeout=PATIENCE
-    ).returncode
+    how = {"cwd": ROOT, "env": {**os.environ, "PYTHONPATH": path}, "stdout": subprocess.DEVNULL}
+    return subprocess.run(command, timeout=PATIENCE, **how).returncode
 
 
 class Table:
@@ -357,9 +352,7 @@ def test_what_is_finished_is_not_run_again_and_the_other_data_set_is_tested_once
     cross = [line for line in made.cross.stdout.splitlines() if "RSTPReid (24 sentences, 12 images)" in line]
     assert len(cross) == 1 and cross[0].count(" / ") == len(table_report.FIGURES)
     assert cross[0].endswith("| 2 |")
-    commands = subprocess.run(
-        program(*made.words, *made.more, "--cross", "--dry"), cwd=ROOT, capture_output=True, text=True
-    )
+    commands = made.run(*made.more, "--cross", "--dry")
     assert commands.stdout.count(": finished") == 2 and "python" not in commands.stdout
 
 
@@ -392,10 +385,8 @@ def test_the_picture_is_drawn(made):
 def record(seed, R1, row="irra", selected_on="test", **more):
     task = {"R1": R1, "R5": 90.0, "R10": 95.0, "mAP": 66.0, "mINP": 50.0}
     found = {"epoch": 60, "queries": 6156, "gallery": 3074, "t2i": task, "i2t": {**task, "R1": R1 + 10}}
-    data = {
-        "sha256": "0" * 64,
-        **{name: list(row) for name, row in DATA_SETS["CUHK-PEDES"].published.items()},
-    }
+    counts = {name: list(row) for name, row in DATA_SETS["CUHK-PEDES"].published.items()}
+    data = {"sha256": "0" * 64, **counts}
     return {
         **{"row": row, "dataset": "CUHK-PEDES", "seed": seed, "selected_on": selected_on, "options": {}},
         **{"best": found, "last": copy.deepcopy(found), "cross": {}, "data": data},
@@ -433,9 +424,8 @@ def test_other_options_and_other_annotation_files_are_not_averaged_with_the_rest
     lines = merged(tmp_path, capsys, [record(1, 72.0), bf16, old])
     found = {line[0]: line[2] for line in lines[:4]}
     text = (tmp_path / "out" / "merged.md").read_text()
-    assert (
-        found["irra [1]"] == "70.00" and found["irra"] == "72.00" and '- [1]: with precision "bf16"\n' in text
-    )
+    assert found["irra [1]"] == "70.00" and found["irra"] == "72.00"
+    assert '- [1]: with precision "bf16"\n' in text
     assert text.count("\n## CUHK-PEDES, annotation file ") == 2
     assert text.count("Not the data of the published figures") == 1
 
