@@ -34,19 +34,14 @@ def main(argv=None):
         raise InputError(f"{run / 'train_log.txt'} holds no whole epoch: is it a run of the demo?")
     for task, name in TASKS.items():
         record(f"demo, {name}", {shown: found[task][key] for key, shown in FIGURES.items()}, "%")
-    split = dict(
-        zip(("persons", "images", "sentences"), map(int, TEST_SPLIT.search(log).groups()), strict=True)
-    )
-    record("demo, test split", split, "")
+    counts = map(int, TEST_SPLIT.search(log).groups())
+    record("demo, test split", dict(zip(("persons", "images", "sentences"), counts, strict=True)), "")
     first, last = (datetime.fromisoformat(text) for text in (times[0], times[-1]))
+    arms = {"ours": (last - first).total_seconds()}
     few = [epochs[0], epochs[(len(epochs) - 1) // 2], epochs[-1]]
-    record(
-        "demo, training",
-        {"ours": (last - first).total_seconds()},
-        "s",
-        log=list(dict.fromkeys(line for line, *_ in few)),
-        validation=[(int(epoch), float(rank_1)) for epoch, rank_1 in VALIDATION.findall(log)],
-    )
+    lines = list(dict.fromkeys(line for line, *_ in few))
+    validation = [(int(epoch), float(rank_1)) for epoch, rank_1 in VALIDATION.findall(log)]
+    record("demo, training", arms, "s", log=lines, validation=validation)
 
 
 def read(path):

@@ -109,10 +109,10 @@ class _Methods(TorchFunctionMode):
         if isinstance(x, Elsewhere):
             if non_blocking:  # PyTorch's optimisers, which ask C++ where their parameters are
                 return x
-            self.pretended.wait("copy to the host")
+            self.pretended.waits["copy to the host"] += 1
             return x.inside.detach().clone() if self.pretended.values else torch.zeros(x.shape, dtype=x.dtype)
         if not non_blocking:
-            self.pretended.wait("copy from the host")
+            self.pretended.waits["copy from the host"] += 1
         return self.pretended.wrap(x.detach().to(self.pretended.inside, copy=True))
 
 
@@ -143,12 +143,9 @@ class Pretended(TorchDispatchMode):
 
     def __enter__(self):
         self._before = torch.__future__.get_swap_module_params_on_conversion(), torch.autocast
-        torch.__future__.set_swap_module_params_on_conversion(
-            True
-        )  # Module.to cannot change a tensor's class
-        torch.autocast = lambda kind, *args, **kw: self._before[1](
-            "cpu" if kind == DEVICE.type else kind, *args, **kw
-        )
+        # Module.to cannot change a tensor's class
+        torch.__future__.set_swap_module_params_on_conversion(True)
+        torch.autocast = self._autocast
         torch.privateuseone = SimpleNamespace(  # what checkpoint and manual_seed ask of a device's module
             get_amp_supported_dtype=lambda: [torch.float16, torch.bfloat16],
             _is_in_bad_fork=lambda: False,
@@ -165,8 +162,8 @@ class Pretended(TorchDispatchMode):
         torch.autocast = self._before[1]
         del torch.privateuseone
 
-    def wait(self, what):
-        self.waits[what] += 1
+    def _autocast(self, kind, *args, **options):
+        return self._before[1]("cpu" if kind == DEVICE.type else kind, *args, **options)
 
     def wrap(self, inside):
         storage = inside.untyped_storage()
@@ -183,19 +180,17 @@ class Pretended(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
-        tensors, here = [], []
-        _map(
-            lambda tensor: (here if isinstance(tensor, Elsewhere) else tensors).append(tensor), (args, kwargs)
-        )
+        tensors = []
+        _map(tensors.append, (args, kwargs))
+        here = [tensor for tensor in tensors if isinstance(tensor, Elsewhere)]
         if not here:
-            made = self.backward and not tensors and "device" in kwargs
-            return (
-                self.wrap(func(*args, **{**kwargs, "device": self.inside})) if made else func(*args, **kwargs)
-            )
+            if self.backward and not tensors and "device" in kwargs:
+                return self.wrap(func(*args, **{**kwargs, "device": self.inside}))
+            return func(*args, **kwargs)
         if func not in COPIES:
-            host = [tensor.device for tensor in tensors if tensor.ndim or func in JOINS]
-            if host:
-                raise WrongDevice(f"{func}: tensors on {DEVICE} and on {host[0]}")
+            for tensor in tensors:
+                if not isinstance(tensor, Elsewhere) and (tensor.ndim or func in JOINS):
+                    raise WrongDevice(f"{func}: tensors on {DEVICE} and on {tensor.device}")
         self._count(func, args, here)
         if not self.values and (func in UNKNOWN or "::_fused_" in func.name()):
             return self._unknown(func, args[0])
@@ -212,11 +207,11 @@ class Pretended(TorchDispatchMode):
 
     def _count(self, func, args, here):
         if func in WAITS:
-            self.wait(str(func))
+            self.waits[str(func)] += 1
         elif func is aten.index.Tensor and any(i is not None and i.dtype == torch.bool for i in args[1]):
-            self.wait("index by truth values")
+            self.waits["index by truth values"] += 1
         elif func is aten.copy_.default and len(here) < 2 and not (len(args) > 2 and args[2]):
-            self.wait("copy")
+            self.waits["copy"] += 1
         if func in PRODUCTS:
             self.products[here[-1].dtype] += 1
 

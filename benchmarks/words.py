@@ -16,11 +16,11 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.harness import new_parser, record
-from datasets.pedestrians import SYNONYMS, VIEWS, describe, draw, make_identities
+from datasets.pedestrians import SYNONYMS, VIEWS, Identity, describe, draw, make_identities
 from utils.errors import reports_errors
 from utils.options import WORDS_BY, from_1, parser_of, tool_args
 
-PARTS = ("head", "top", "bottom", "shoes", "bag")
+PARTS = Identity._fields[2:]  # head, top, bottom, shoes, bag
 SIZE = (192, 80)  # of a picture
 VISIBLE = 12  # grey levels: what blur carries further is no part
 
