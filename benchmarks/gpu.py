@@ -11,7 +11,6 @@ fails, hangs or crashes says so and the next one begins. One that might end too 
 lists all answers, a line each. `python -m benchmarks.report` makes a table of the figures.
 """
 
-import argparse
 import gc
 import json
 import math
@@ -27,7 +26,7 @@ import torch
 
 from benchmarks import evaluate, harness, loader, step
 from benchmarks.checks import CHECKS, python, train_drawn
-from benchmarks.harness import keep, left_out, record, timed
+from benchmarks.harness import keep, left_out, new_parser, record, timed
 from benchmarks.step import PERSONS, batch_of
 from model import build_model
 from processor.trainer import Steps, train_one_epoch
@@ -313,7 +312,7 @@ def estimates(args):
 
 def main(argv=None):
     ready_output()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = new_parser(__doc__, [])
     add = parser.add_argument
     add("--dry", action="store_true", help="every part tiny, on the CPU; nothing is kept")
     add("--parts", nargs="+", choices=PARTS, metavar="PART", help=", ".join(PARTS))

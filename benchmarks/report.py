@@ -10,12 +10,11 @@ TEXTS. Hyphens before an arm's name are left out, since GitHub shows a comment w
 a line that begins with a comment for HTML, so no line of prose may.
 """
 
-import argparse
 import json
 import re
 from pathlib import Path
 
-from benchmarks.harness import RESULTS
+from benchmarks.harness import RESULTS, new_parser
 from utils.errors import InputError, reports_errors
 from utils.files import write_whole
 
@@ -62,17 +61,17 @@ FIGURES = {  # a name for marks: the figure in benchmarks/results
 
 @reports_errors
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = new_parser(__doc__, [])
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--write", action="store_true")
     what.add_argument("--check", action="store_true")
-    args = parser.parse_args(argv)
+    args, lines = parser.parse_args(argv), all_lines()
     if not (args.write or args.check):
-        print(table(latest(all_lines())))
+        print(table(latest(lines)))
         return 0
     wrong = []
     for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
-        text, lines = page.read_text(encoding="utf-8"), all_lines()
+        text = page.read_text(encoding="utf-8")
         if args.write and (new := filled(text, lines)) != text:
             write_whole(page, new)
             text = new

@@ -1,5 +1,6 @@
 """Each benchmark runs, at a size that says nothing, and its figures make a table."""
 
+import argparse
 import json
 import sys
 import tempfile
@@ -75,7 +76,7 @@ def test_a_part_that_fails_or_would_end_too_late_says_so_and_leaves_the_rest(res
         harness.record("good", {"ours": 1.0}, "s")
 
     monkeypatch.setattr(gpu, "PARTS", {"broken": (broken, 1), "slow": (good, 999), "good": (good, 1)})
-    args = gpu.argparse.Namespace(parts=None, minutes=9, dry=False, debug=False, here=True)
+    args = argparse.Namespace(parts=None, minutes=9, dry=False, debug=False, here=True)
     assert gpu.run_parts(args, torch.device("cpu")) == ["broken"]
     (file,) = results.glob("*.jsonl")
     lines = [json.loads(line) for line in file.read_text().splitlines()]
