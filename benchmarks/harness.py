@@ -55,7 +55,7 @@ def interleaved(arms, repeats=5, warm_up=1, device=CPU):
     taken = {name: [] for name in arms}
     for turn in range(warm_up + repeats):
         for name, run in arms.items():
-            _, times = timed(run, device=device)
+            times = timed(run, device=device)[1]  # what it returns is not kept while the next one runs
             if turn >= warm_up:
                 taken[name].append(times)
     return tuple(

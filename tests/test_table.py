@@ -247,7 +247,7 @@ def program(*words):
 
 
 STOP = """
-import logging, os, signal, time
+import contextlib, logging, os, signal, time
 
 class Stop(logging.Handler):
     told = False
@@ -256,11 +256,12 @@ class Stop(logging.Handler):
         table = os.getppid()
         if "finishing the batch" in record.getMessage():
             self.told = True
-        elif "Epoch[2]" in record.getMessage() and not os.path.exists({mark!r}):
-            open({mark!r}, "x").close()
-            os.kill(table, signal.SIGTERM)
-            while not self.told and os.getppid() == table:
-                time.sleep(0.01)
+        elif "Epoch[2]" in record.getMessage():
+            with contextlib.suppress(FileExistsError):  # once, and one training only
+                open({mark!r}, "x").close()
+                os.kill(table, signal.SIGTERM)
+                while not self.told and os.getppid() == table:
+                    time.sleep(0.01)
 
 logging.getLogger("IRRA.train").addHandler(Stop())
 """
