@@ -14,7 +14,7 @@ from utils.run_folders import results_of
 def main(argv=None):
     args = get_test_args(argv)
     from utils.device import out_of_memory, pick_device
-    from utils.dist import process_group
+    from utils.process_group import process_group
 
     device = pick_device(args.device)
     with process_group(device), out_of_memory(device, args.test_batch_size, "--test_batch_size"):

@@ -14,7 +14,7 @@ def main(argv=None):
     if not args.training:
         raise InputError("--test: evaluating a run is the work of test.py --config_file RUN/configs.yaml")
     from utils.device import out_of_memory, pick_device
-    from utils.dist import process_group, recall
+    from utils.process_group import process_group, recall
 
     argv = sys.argv[1:] if argv is None else argv
     beginning = options_to_resume(args, checkpoint_to_resume(args), argv)

@@ -222,8 +222,9 @@ def full_memory(device, folder, dry):
 FAILING = """
 import sys, torch, torch.distributed as dist
 from utils.device import pick_device
-from utils.dist import process_group, process_index
+from utils.dist import process_index
 from utils.errors import InputError, reports_errors
+from utils.process_group import process_group
 
 @reports_errors
 def main(argv):

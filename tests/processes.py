@@ -23,9 +23,10 @@ from processor.trainer import Steps, train_one_epoch
 from solver import build_lr_scheduler, build_optimizer
 from tests.children import CONTEXT, ROOT
 from tests.conftest import PATIENCE, load_script
-from utils.dist import gather, process_group, process_sum, replicate
+from utils.dist import gather, process_sum, replicate
 from utils.losses import LOSSES, Loss
 from utils.options import get_args
+from utils.process_group import process_group
 
 CPU = torch.device("cpu")
 CONTEXT.set_forkserver_preload(["tests.children", __name__])

@@ -15,8 +15,8 @@ from retrieval.encoders import Encoders
 from tests.conftest import PATIENCE
 from utils import device, errors
 from utils.device import out_of_memory, pick_device
-from utils.dist import process_group
 from utils.errors import InputError, reports_errors
+from utils.process_group import process_group
 
 GPU = torch.device("cuda:1")
 GIB = 2**30
@@ -321,7 +321,7 @@ WAITS_FOR_EVER = """
 import atexit, os, time
 import torch.distributed
 from utils.errors import InputError, reports_errors
-from utils.dist import process_group
+from utils.process_group import process_group
 
 os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
 begin = torch.distributed.init_process_group

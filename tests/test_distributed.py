@@ -18,9 +18,10 @@ from tests import processes
 from tests.children import ROOT, differ, draw, only_run, words
 from tests.processes import Group, together, torchrun
 from tests.recipe import off
-from utils.dist import process_group, share
+from utils.dist import share
 from utils.errors import InputError, say_once
 from utils.options import get_args
+from utils.process_group import process_group
 from utils.signals import StopSignals
 
 ALL_LOSSES = "sdm+itc+cmpm+id+mlm"
@@ -320,7 +321,7 @@ def test_when_the_main_process_is_killed_the_others_end_with_one_sentence(data, 
 
 
 def test_the_name_of_a_start_is_never_taken_from_an_earlier_one():
-    from utils.dist import _name_of_this_start
+    from utils.process_group import _name_of_this_start
 
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     store.set("hello 1", "one that has ended")  # it never read its welcome
@@ -342,7 +343,7 @@ def test_the_name_of_a_start_is_never_taken_from_an_earlier_one():
 @pytest.mark.parametrize("kind", ["plain", "from None", "in another's handling", "leaves silently"])
 def test_an_error_on_its_way_out_lets_go_of_the_replicas(kind):
     """… before the group ends; else its end may wait for ever."""
-    from utils.dist import _let_go_of_replicas
+    from utils.process_group import _let_go_of_replicas
 
     class Replica:
         pass
@@ -384,8 +385,8 @@ def test_a_signal_that_comes_twice_under_torchrun_still_lets_the_run_save(monkey
 
 def test_a_process_that_waits_for_others_in_vain_says_so(closed_port):
     """RANK and WORLD_SIZE may be left over from another program."""
-    code = "import torch; from utils import dist; dist.PATIENCE = 0.1; "
-    code += "dist.process_group(torch.device('cpu')).__enter__()"
+    code = "import torch; from utils import process_group as group; group.PATIENCE = 0.1; "
+    code += "group.process_group(torch.device('cpu')).__enter__()"
     left_over = dict(RANK="1", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(closed_port))
     command, output = [sys.executable, "-c", code], subprocess.PIPE
     with subprocess.Popen(command, stderr=output, text=True, cwd=ROOT, env=os.environ | left_over) as waiting:

@@ -7,9 +7,9 @@ from contextlib import contextmanager
 
 import torch
 
-from utils.dist import launched
 from utils.errors import InputError, first_line, say_once
 from utils.loading import LACKING
+from utils.process_group import launched
 
 
 def pick_device(name="auto"):

@@ -7,10 +7,11 @@ import os
 from pathlib import Path
 
 from utils.checkpoint import save_checkpoint
-from utils.dist import from_main, process_index, remember, world_size
+from utils.dist import from_main, process_index, world_size
 from utils.errors import InputError
 from utils.files import link_or_copy, lock, remove_leftovers, write_whole
 from utils.log import keep_log
+from utils.process_group import remember
 from utils.run_folders import free_folder, new_run_folder
 
 

@@ -2,8 +2,8 @@
 
 import signal
 
-from utils.dist import launched
 from utils.errors import STOPS, may_ask_for_signals
+from utils.process_group import launched
 
 
 class Stopped(Exception):
