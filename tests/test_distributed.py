@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from tests import processes
 from tests.children import ROOT, differ, draw, only_run, words
+from tests.conftest import PATIENCE
 from tests.processes import Group, together, torchrun
 from tests.recipe import off
 from utils.dist import share
@@ -383,7 +384,7 @@ def test_a_signal_that_comes_twice_under_torchrun_still_lets_the_run_save(monkey
         assert stop.asked
 
 
-def test_a_process_that_waits_for_others_in_vain_says_so(closed_port):
+def test_a_process_that_waits_for_others_in_vain_says_so_and_heeds_an_interrupt(closed_port):
     """RANK and WORLD_SIZE may be left over from another program."""
     code = "import torch; from utils import process_group as group; group.PATIENCE = 0.1; "
     code += "group.process_group(torch.device('cpu')).__enter__()"
@@ -391,7 +392,8 @@ def test_a_process_that_waits_for_others_in_vain_says_so(closed_port):
     command, output = [sys.executable, "-c", code], subprocess.PIPE
     with subprocess.Popen(command, stderr=output, text=True, cwd=ROOT, env=os.environ | left_over) as waiting:
         said = next(line for line in waiting.stderr if line.startswith("warning: "))
-        waiting.kill()
+        waiting.send_signal(signal.SIGINT)
+        assert waiting.wait(PATIENCE) == -signal.SIGINT
     assert "waits for the others of 2 at 127.0.0.1; where it is to be alone, unset both" in said
 
 

@@ -3,6 +3,7 @@
 import atexit
 import gc
 import os
+import signal
 import sys
 import threading
 import time
@@ -14,7 +15,7 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from utils.dist import from_main, process_index, world_size
-from utils.errors import InputError, first_line, say_once
+from utils.errors import InputError, first_line, may_ask_for_signals, say_once
 
 _store = None  # torchrun's, which outlives the processes; see process_group
 PATIENCE = 20  # seconds that a process waits for the others before it says so
@@ -83,6 +84,10 @@ def _join(backend):
     speaker = threading.Timer(PATIENCE, say_once, [waiting])
     speaker.daemon = True
     speaker.start()
+    # PyTorch waits in C++, where nobody asks Python whether Ctrl-C has come
+    can_interrupt = may_ask_for_signals() and signal.getsignal(signal.SIGINT) == signal.default_int_handler
+    if can_interrupt:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         _store, number, size = next(rendezvous("env://"))
         fresh = dist.PrefixStore(_name_of_this_start(_store, number, size), _store)
@@ -94,6 +99,8 @@ def _join(backend):
         ) from None
     finally:
         speaker.cancel()
+        if can_interrupt:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
     return fresh
 
 
