@@ -38,9 +38,9 @@ class InputError(Exception):
         super().__init__(printable(message))
 
 
-def first_line(error, most=200):
+def first_line(error):
     """What an error says, cut to a part of a sentence; its kind where it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:most]
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def say(sentence):

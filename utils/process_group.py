@@ -94,7 +94,7 @@ def _join(backend):
         dist.init_process_group(backend, store=fresh, rank=number, world_size=size)
     except (ValueError, RuntimeError) as error:
         raise InputError(
-            f"the processes cannot find one another ({first_line(error, 160)}): see torchrun's --rdzv_*, or "
+            f"the processes cannot find one another ({first_line(error)}): see torchrun's --rdzv_*, or "
             "unset RANK and WORLD_SIZE where this is the only one"
         ) from None
     finally:
