@@ -225,6 +225,22 @@ def test_keep_leaves_the_newest_numbered_checkpoints(data, tmp_path):
     assert torch.load(folder / "epoch_002.pth", weights_only=True)["epoch"] == 2
 
 
+@pytest.mark.parametrize(
+    ("epochs", "kept"), [((998, 999, 1000, 1001), {1000, 1001}), ((8, 9, 3), {3, 9}), ((8, 9, 3, 4), {3, 4})]
+)
+def test_the_newest_are_kept_whatever_their_numbers(epochs, kept, data, tmp_path):
+    """Of more digits, or after the run has gone back to an earlier one; a copy of one's own stays."""
+    run = RunFiles(get_args(words(data, tmp_path)), tmp_path)
+    for name in ("last.pth", "epoch_001_mine.pth"):
+        (tmp_path / name).touch()
+    for epoch in epochs:
+        run.keep_numbered(epoch, 2)
+    run.close()
+    found = {path.name for path in tmp_path.glob("epoch_*")} - {"epoch_001_mine.pth"}
+    assert found == {f"epoch_{epoch:03d}.pth" for epoch in kept}
+    assert (tmp_path / "epoch_001_mine.pth").exists()
+
+
 def test_a_numbered_checkpoint_can_be_resumed_too(data, unbroken, tmp_path):
     output = tmp_path / "output"
     assert run(words(data, tmp_path, "--keep", "9"), output) == 0

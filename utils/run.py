@@ -115,8 +115,11 @@ class RunFiles:
         if not keep or not self.writes:
             return
         link_or_copy(self.folder / "last.pth", self.folder / f"epoch_{epoch:03d}.pth")
-        for path in sorted(self.folder.glob("epoch_[0-9]*.pth"))[:-keep]:
-            path.unlink(missing_ok=True)
+        there = {path.stem.removeprefix("epoch_"): path for path in self.folder.glob("epoch_*.pth")}
+        numbered = {int(number): path for number, path in there.items() if number.isdecimal()}
+        # those of later epochs are left of a course that the run has gone back from
+        for number in sorted(numbered, key=lambda number: (number <= epoch, number))[:-keep]:
+            numbered[number].unlink(missing_ok=True)
 
     def keep_evidence(self, evidence):
         """Write what is needed to look at a batch that failed; returns the file."""
