@@ -114,7 +114,8 @@ def match_ranks(similarity, matches, number, k):
     """
     if similarity.sum().isnan() and similarity.isnan().any():  # a sum is quick; of inf and -inf it is NaN too
         raise InputError(
-            "the similarities hold NaN: the features of this model are not numbers, so nothing can be ranked"
+            "the similarities hold NaN: the features of this model are not numbers, so nothing can be ranked "
+            "(--precision fp32 helps where its weights are numbers and fp16 overflows)"
         )
     q, G = similarity.shape
     slots = torch.arange(matches.shape[1], device=matches.device)
