@@ -230,7 +230,8 @@ def entries(path):
     if suffix == ".json":
         found = parse_json(read_text(path), path, ": is the download complete? JSON lines are named .jsonl")
         if not isinstance(found, list) or not found:
-            raise InputError(f"{path} must hold a list of records, but holds {_kind(found)}")
+            mend = f" of {_names(found)}: put all records into one list" if isinstance(found, dict) else ""
+            raise InputError(f"{path} must hold a list of records, but holds {_kind(found)}{mend}")
         for number, entry in enumerate(found):
             yield f"{path}, record {number}", entry
     elif suffix in LINES:

@@ -248,7 +248,7 @@ ODD_RECORDS = {  # file contents, and what the sentence says, or None where it t
     "nothing": ("", "is not JSON"),
     "blanks": (" \n", "is not JSON"),
     "an empty list": ("[]", "must hold a list of records, but holds an empty list"),
-    "a mapping": ('{"train": []}', "must hold a list of records, but holds a dict"),
+    "a mapping": ('{"train": []}', "must hold a list of records, but holds a dict of train: put all"),
     "null": ("null", "must hold a list of records"),
     "a list of lists": ("[[1, 2]]", "record 0 is a list, not a record"),
     "half": (json.dumps(SOUND)[:-20], "is not JSON"),
