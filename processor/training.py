@@ -181,6 +181,8 @@ class Training:
         """Go on from a checkpoint's state; False where nothing is left to do."""
         args, done, log = self.args, self.done, self.run.log
         done.update(restore(self.parts, done, state, checkpoint))
+        if "best_R1" not in state:  # best.pth has the published parts only; what goes on from it must beat it
+            done["to_evaluate"] = True
         if self.words is not None:
             self.words.load(done["word_similarities"])
         if self.ema and "ema" not in state:

@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -215,6 +216,19 @@ def test_the_best_R1_survives(data, unbroken, tmp_path):
     best = torch.load(folder / "best.pth", weights_only=True)
     assert best["epoch"] == whole["best_epoch"]
     assert f"best R1: {whole['best_R1']} at epoch {whole['best_epoch']}" in output.read_text()
+
+
+def test_what_goes_on_from_the_best_must_beat_it(unbroken, tmp_path):
+    """An epoch at a rate that spoils the weights does not."""
+    folder = Path(shutil.copytree(unbroken(), tmp_path / "run"))
+    whole, best = (load_checkpoint(folder / name) for name in ("last.pth", "best.pth"))
+    argv = ["--resume", "--resume_ckpt_file", folder / "best.pth", "--num_epoch", best["epoch"] + 1]
+    assert run([*argv, "--lr", "1", "--warmup_epochs", "0"], tmp_path / "output") == 0
+    last = load_checkpoint(folder / "last.pth")
+    assert last["epoch"] == best["epoch"] + 1
+    assert (last["best_R1"], last["best_epoch"]) == (whole["best_R1"], best["epoch"])
+    weights = load_checkpoint(folder / "best.pth")["model"]
+    assert all(torch.equal(weights[name], value) for name, value in best["model"].items())
 
 
 def test_keep_leaves_the_newest_numbered_checkpoints(data, tmp_path):
