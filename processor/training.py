@@ -13,8 +13,10 @@ from solver.restore import fit_groups, load_optimizer
 from utils.checkpoint import load_weights
 from utils.dist import any_process, replicate, world_size
 from utils.errors import InputError
-from utils.losses import LOSSES, names_of
+from utils.losses import LOSSES, is_loss, names_of
 from utils.signals import Stopped
+
+OF_ORDER = ("seed", "sampler")  # options that an epoch's order depends on, kept to be compared
 
 
 class Training:
@@ -31,7 +33,8 @@ class Training:
         self.train_loader, self.img_loader, self.txt_loader = loaders
         self.stop = None  # the StopSignals of the time in which it trains
         self.done = {"epoch": 0, "iteration": 0, "samples": 0, "to_evaluate": False, "meters": {}}
-        self.done.update(best_R1=-1.0, best_epoch=0, seed=args.seed)
+        self.done.update(best_R1=-1.0, best_epoch=0)
+        self.done.update({key: vars(args)[key] for key in OF_ORDER})
         if args.division:
             self.done["label_hat"] = torch.empty(0, dtype=torch.uint8)  # the weights of this epoch's samples
         self.words = None
@@ -193,7 +196,7 @@ class Training:
         log.info(
             f"resumed from {checkpoint}: {done['epoch']} epochs and {done['iteration']} iterations are done"
         )
-        check_rest_of_epoch(args, done)
+        check_rest_of_epoch(args, done, {key: state.get(key, done[key]) for key in OF_ORDER})
         return True
 
     def best(self):
@@ -211,10 +214,19 @@ class Training:
                 self.run.log.warning(f"was left out: {reason}")
 
 
-def check_rest_of_epoch(args, done):
-    """An epoch that was stopped goes on with the samples that are left, whatever the batch size is now."""
+def check_rest_of_epoch(args, done, begun):
+    """An epoch that was stopped goes on with the samples that are left, whatever the batch size is now, and
+    with its averages, unless the losses are others now. begun: what it has begun with of OF_ORDER."""
+    if {*filter(is_loss, done["meters"].get("names", ()))} != {f"{name}_loss" for name in names_of(args)}:
+        done["meters"] = {}
     # earlier checkpoints count batches only
     done["samples"] = done["samples"] or done["iteration"] * args.batch_size
+    for key, value in begun.items() if done["samples"] else ():
+        if value != done[key]:
+            raise InputError(
+                f"--{key} {done[key]} is not what this epoch began with, which its order depends on: end it "
+                f"with {value} first"
+            )
     if args.sampler == "identity" and done["samples"] != done["iteration"] * args.batch_size:
         raise InputError(
             f"--batch_size {args.batch_size} is not the one that this epoch began with, and the identity "
@@ -237,7 +249,7 @@ def restore(parts, done, state, source):
     load_optimizer(optimizer, saved, source)
     if "ema" in parts:
         restore_average(parts["ema"], state.get("ema"), source)
-    kept = {key: state[key] for key in done if key in state and key != "seed"}
+    kept = {key: state[key] for key in done if key in state and key not in OF_ORDER}
     try:
         parts["scheduler"].load_state_dict(state["scheduler"])
         wrong = next((key for key, value in kept.items() if not isinstance(value, type(done[key]))), None)

@@ -231,6 +231,28 @@ def test_what_goes_on_from_the_best_must_beat_it(unbroken, tmp_path):
     assert all(torch.equal(weights[name], value) for name, value in best["model"].items())
 
 
+def test_an_epoch_goes_on_with_other_losses(data, tmp_path):
+    """With the same weights; the averages so far are of the earlier ones."""
+    argv, output = words(data, tmp_path, loss_names="sdm+itc", epochs=1), tmp_path / "output"
+    assert run([*argv, "--save_period", "2"], output, ("Iteration[2", signal.SIGTERM)) == STOPPED
+    more = ["--resume", "--output_dir", tmp_path, "--loss_names", "sdm"]
+    assert run(more, output) == 0
+    said = output.read_text().split("resumed from")[1]
+    assert "sdm_loss" in said and "itc_loss" not in said
+
+
+@pytest.mark.parametrize(("option", "value"), [("seed", 2), ("sampler", "identity")])
+def test_an_epoch_does_not_go_on_in_another_order(option, value, data, tmp_path):
+    """Some of its samples would come twice, others never."""
+    assert run(words(data, tmp_path), tmp_path / "output", (IN_A_BATCH, signal.SIGTERM)) == STOPPED
+    more = ["--resume", "--output_dir", tmp_path, f"--{option}", value]
+    assert run(more, tmp_path / "output") == 2
+    last = (tmp_path / "output").read_text().splitlines()[-1]
+    assert last.startswith(f"error: --{option} {value} is not what this epoch began with")
+    assert run(["--resume", "--output_dir", tmp_path, "--num_epoch", 2], tmp_path / "output") == 0
+    assert run([*more, "--num_epoch", 3], tmp_path / "output") == 0
+
+
 def test_keep_leaves_the_newest_numbered_checkpoints(data, tmp_path):
     assert run(words(data, tmp_path, "--keep", "2"), tmp_path / "output") == 0
     folder = only_run(tmp_path)
