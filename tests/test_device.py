@@ -205,6 +205,7 @@ COMPLAINTS = {  # what is raised where something is lacking, and what the user i
     "[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory": "out of memory on",
     "CUDA error: out of memory\nCUDA kernel errors might be": "out of memory on cuda:1 at",
     "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`": "out of memory on",
+    "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`": "out of memory on",
     "cuDNN error: CUDNN_STATUS_ALLOC_FAILED": "out of memory on",
     "CUDA error: no kernel image is available for execution on the device": "has no code for this GPU",
     "CUDA error: all CUDA-capable devices are busy or unavailable": "the GPU is taken",

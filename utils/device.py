@@ -101,6 +101,7 @@ NO_MEMORY = (  # words in what allocators say, PyTorch's own on a CPU and those 
     "CUDA error: out of memory",
     "CUDA driver error: out of memory",
     "STATUS_ALLOC_FAILED",
+    "cublasCreate",  # CUBLAS_STATUS_NOT_INITIALIZED: no room is left for it
 )
 GPU_FAILS = {  # words in what CUDA says: what to do
     "no kernel image is available": "this PyTorch has no code for this GPU: install a PyTorch that has "
