@@ -13,9 +13,12 @@ SOCKET = "/pymp-12345678/listener-12345678"  # what multiprocessing adds to the 
 LONGEST = 103  # bytes of a socket's path, where they are fewest
 GRACE = 60  # seconds that a loading process goes on after a SIGTERM
 LACKING = {  # words in what PyTorch says when its loading processes lack something: what to do
+    **dict.fromkeys(
+        ("Too many open files", "items of ancdata"),  # before the next: it may name shared memory too
+        "too many open files: raise the limit (ulimit -n 4096), or lower --num_workers",
+    ),
     "shared memory": "the loading processes find no room in /dev/shm: give it more (docker run "
     "--shm-size=8g, or --ipc=host), or lower --num_workers, to 0 if need be",
-    "Too many open files": "too many open files: raise the limit (ulimit -n 4096), or lower --num_workers",
     "DataLoader worker (pid": "a loading process ended, killed by the system or for want of memory or of "
     "room in /dev/shm: lower --num_workers, or give more of either (docker run --shm-size=8g)",
 }
