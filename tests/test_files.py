@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 
 import pytest
 import torch
@@ -286,6 +287,20 @@ def test_a_training_whose_folder_cannot_be_made_ends_in_one_sentence(data, train
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: cannot make the run folder {tmp_path}/logs/CUHK-PEDES/")
     assert line.endswith("Not a directory (see --output_dir)")
+
+
+def test_a_place_that_cannot_be_written_is_told_before_anything_is_loaded(
+    train_script, tmp_path, monkeypatch, capsys
+):
+    def refuse(dir):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    argv = children.words(tmp_path / "no_data", tmp_path / "logs")
+    assert train_script.main([str(word) for word in argv]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: cannot make the run folder {tmp_path}/logs/CUHK-PEDES/")
+    assert line.endswith("Read-only file system (see --output_dir)")
 
 
 def test_a_resumed_run_removes_what_a_kill_left(data, tmp_path):

@@ -9,7 +9,7 @@ from pathlib import Path
 from utils.checkpoint import save_checkpoint
 from utils.dist import from_main, process_index, world_size
 from utils.errors import InputError
-from utils.files import link_or_copy, lock, remove_leftovers, write_whole
+from utils.files import cannot_write, link_or_copy, lock, remove_leftovers, write_whole
 from utils.log import keep_log
 from utils.process_group import remember
 from utils.run_folders import free_folder, new_run_folder
@@ -29,6 +29,8 @@ class RunFiles:
         self._lock, self.found, self.kept = None, {}, {}
         if resumed and self.writes:
             self._take()
+        elif self.writes:
+            self._check_place()
 
     def options(self):
         """{name: value} as published: output_dir is the run's own folder."""
@@ -51,6 +53,12 @@ class RunFiles:
         from torch.utils.tensorboard import SummaryWriter  # takes a second to load
 
         self.events = SummaryWriter(self.folder, purge_step=None if self.is_new else first_epoch)
+
+    def _check_place(self):
+        """Nothing is made yet, but where nothing can be is known before data and model are loaded."""
+        there = next(folder for folder in (self.folder, *self.folder.parents) if folder.exists())
+        if why := cannot_write(there):
+            raise InputError(f"cannot make the run folder {self.folder}: {why} (see --output_dir)")
 
     def _make(self):
         """Make the folder; under the next free name where a run begun in the same second has this one."""
