@@ -84,16 +84,16 @@ def train(args, checkpoint=None, changed=()):
     state = load_checkpoint(checkpoint) if checkpoint else None  # a bad one is found before data and model
     # for the new layers' weights; order, augmentation and masks have streams of their own
     torch.manual_seed(args.seed)
-    training = build_training(args, device, run)
+    training = build_training(args, device, run, state, checkpoint)
     if checkpoint and not training.resume(state, checkpoint):
         return
     del state
     return run_to_its_end(training, logger, fresh=not checkpoint)
 
 
-def build_training(args, device, run):
+def build_training(args, device, run, state=None, checkpoint=None):
     from datasets import build_dataloader
-    from model.build import build_model, facts_to_keep
+    from model.build import build_model, clip_to_resume, facts_to_keep
     from processor.division import gaussian_mixture
     from processor.training import Training
     from solver import WeightAverage, build_lr_scheduler, build_optimizer
@@ -104,7 +104,7 @@ def build_training(args, device, run):
         gaussian_mixture(len(loaders[0].dataset))
     for loader in loaders:
         loader.worker_init_fn = leave_signals_to_parent
-    model = build_model(args, num_classes)
+    model = build_model(args, num_classes, state and clip_to_resume(args, state, checkpoint))
     run.found = {"activation": model.base_model.facts["activation"]}  # of `auto`
     run.kept = facts_to_keep(model)
     run.log.parent.info(f"Total params: {sum(p.numel() for p in model.parameters()) / 1e6:.0f}M")

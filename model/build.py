@@ -18,10 +18,13 @@ from utils.losses import LOSSES, names_of
 from utils.settings import check, resolve
 
 
-def build_model(args, num_classes):
-    """The IRRA that training starts with: pretrained CLIP, new heads; on its device and in its precision."""
+def build_model(args, num_classes, clip=None):
+    """The IRRA that training starts with: pretrained CLIP, new heads; on its device and in its precision.
+
+    clip: where a training goes on, a CLIP of its sizes; its weights and the heads' are yet to be put in.
+    """
     settings = resolve(args)
-    model = on_device(new_model(args, num_classes), settings)
+    model = on_device(new_model(args, num_classes, clip), settings)
     if args.compile:
         check_compiler(settings.device)
         model.compile_encoders()
@@ -41,18 +44,20 @@ def check_compiler(device):
         ) from error
 
 
-def new_model(args, num_classes):
+def new_model(args, num_classes, clip=None):
     """build_model's IRRA, in fp32 and not on its device yet."""
-    clip, heads = load_start(
-        args.pretrain_choice,
-        args.img_size,
-        args.stride_size,
-        args.clip_architecture,
-        args.activation,
-        args.position_grid,
-    )
+    starts = clip is None
+    if starts:
+        clip, heads = load_start(
+            args.pretrain_choice,
+            args.img_size,
+            args.stride_size,
+            args.clip_architecture,
+            args.activation,
+            args.position_grid,
+        )
     model = _with_heads(args, clip, names_of(args), num_classes, args.cmt_depth, args.learn_temperature)
-    if args.keep_heads:
+    if args.keep_heads and starts:
         keep_heads(model, heads, args.pretrain_choice)
     if args.grad_checkpointing:
         for module in model.modules():
@@ -84,16 +89,7 @@ def build_trained_model(args, weights, source, facts=None):
 
     facts: the checkpoint's "clip" part. Raises InputError where the options' image size is not the weights'.
     """
-    encoders = {
-        key[len("base_model.") :]: value for key, value in weights.items() if key.startswith("base_model.")
-    }
-    sizes = {**architecture(encoders, source), **read_facts(facts, source)}
-    rows, columns = image_grid(sizes, args.img_size, args.stride_size)
-    if 1 + rows * columns != sizes["vision_positions"]:
-        raise InputError(
-            f"{source} has {sizes['vision_positions'] - 1} patches an image, options say {rows * columns} "
-            f"(img_size {args.img_size[0]} {args.img_size[1]}, stride_size {args.stride_size})"
-        )
+    clip = clip_for(args, weights, source, read_facts(facts, source))
     begun = {key.split(".")[0] for key in weights}  # a head of which a key is missing is still one
     check_parts(begun, args, source)
     with_heads, there = {row.loss for row in PARTS.values()}, {PARTS[part].loss for part in begun}
@@ -103,7 +99,7 @@ def build_trained_model(args, weights, source, facts=None):
     blocks = {key.split(".")[2] for key in weights if key.startswith("cross_modal_transformer.")}
     model = _with_heads(
         args,
-        new_clip(sizes, args.img_size, args.stride_size, source),
+        clip,
         loss_names,
         num_classes=max(of_persons, default=0),
         cmt_depth=len(blocks) or args.cmt_depth,
@@ -111,6 +107,32 @@ def build_trained_model(args, weights, source, facts=None):
     )
     load_weights(model, weights, source)
     return on_device(model, resolve(args))
+
+
+def clip_for(args, weights, source, facts):
+    """A CLIP of the sizes that a checkpoint's "model" part has, whose weights are yet to be put in.
+
+    facts: of OPENAIS, those that differ. Raises InputError where the options' image size is not the weights'.
+    """
+    encoders = {
+        key[len("base_model.") :]: value for key, value in weights.items() if key.startswith("base_model.")
+    }
+    sizes = {**architecture(encoders, source), **facts}
+    rows, columns = image_grid(sizes, args.img_size, args.stride_size)
+    if 1 + rows * columns != sizes["vision_positions"]:
+        raise InputError(
+            f"{source} has {sizes['vision_positions'] - 1} patches an image, options say {rows * columns} "
+            f"(img_size {args.img_size[0]} {args.img_size[1]}, stride_size {args.stride_size})"
+        )
+    return new_clip(sizes, args.img_size, args.stride_size, source)
+
+
+def clip_to_resume(args, state, source):
+    """The CLIP of a training that goes on from a checkpoint: the weights that it began with may be gone."""
+    facts = read_facts(state.get("clip"), source)
+    if args.activation != "auto":
+        facts["activation"] = args.activation
+    return clip_for(args, state["model"], source, facts)
 
 
 def check_parts(begun, args, source):

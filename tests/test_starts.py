@@ -108,9 +108,14 @@ def test_test_py_finds_what_training_found(run):
 
 
 def test_a_run_goes_on_with_its_activation(run, home, capsys):
+    """Also where the weights that it began with are gone, as a job's own disk is."""
     train = load_script("train")
     resumed = ["--resume", "--resume_ckpt_file", str(run), "--num_epoch", "2"]
-    assert train.main(resumed) == 0
+    (home / "start").rename(home / "gone")
+    try:
+        assert train.main(resumed) == 0
+    finally:
+        (home / "gone").rename(home / "start")
     assert torch.load(run / "last.pth", weights_only=True)["clip"] == GELU
     assert train.main([*resumed, "--activation", "quick_gelu"]) == 2
     assert "cannot be resumed" in capsys.readouterr().err
