@@ -57,7 +57,7 @@ def model_card(args, facts, kind, difference):
         "num_epoch": args.num_epoch,
         "start": start if openai_name(start) or start == "random" else "weights of a file",
         "temperature": f"{facts['temperature']:.4g}",
-        "figures": figures_of(args),
+        "figures": figures_of(args, facts["epoch"]),
         "difference": f"{difference:.1e}",
     }
     use = filled(text_of(kind), **values).rstrip()
@@ -72,11 +72,13 @@ def filled(text, **values):
     return Template(text).substitute(values)
 
 
-def figures_of(args):
-    """A table of what test.py found, if it has been run."""
+def figures_of(args, epoch):
+    """A table of what test.py found, if it has been run on the weights of this epoch, not on earlier ones."""
     path = Path(args.run_dir) / f"{results_of(args.run_dir, args.checkpoint)}.json"
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
+        if results.get("epoch", epoch) != epoch:
+            raise ValueError("of other weights")
         found = {task: results[task] for task in ("t2i", "i2t") if task in results}
         names = list(next(iter(found.values())))
         rows = [["task", *names], ["---"] * (1 + len(names))]

@@ -28,10 +28,10 @@ from utils.settings import resolve
 
 
 class Encoders:
-    """model: an IRRA on its device. Features are L2-normalised fp32 numpy arrays [n, D]."""
+    """model: an IRRA on its device, of that epoch. Features are L2-normalised fp32 numpy arrays [n, D]."""
 
-    def __init__(self, model, img_size, text_length, device, fingerprint, plain=False):
-        self.model, self.device = model.eval(), device
+    def __init__(self, model, img_size, text_length, device, fingerprint, plain=False, epoch=None):
+        self.model, self.device, self.epoch = model.eval(), device, epoch
         self.img_size, self.text_length = tuple(img_size), text_length
         self.fingerprint = fingerprint  # as fingerprint_of gives it
         self.tokenizer = SimpleTokenizer(plain=plain)
@@ -107,7 +107,8 @@ def open_run(args):
     applied = [args.select_ratio, args.text_length] if model.selects else []
     applied += [sorted(facts.items()) for facts in facts_to_keep(model).values()]
     fingerprint = fingerprint_of(weights, args.img_size, args.stride_size, *applied)
-    return Encoders(model, args.img_size, args.text_length, device, fingerprint, args.plain_captions)
+    read = args.img_size, args.text_length
+    return Encoders(model, *read, device, fingerprint, args.plain_captions, state.get("epoch"))
 
 
 def fingerprint_of(weights, img_size, stride_size, *more):

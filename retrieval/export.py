@@ -125,6 +125,7 @@ def described(encoders, args):
         },
         "features": "fp32, not L2-normalised; similarity is the inner product after normalising",
         "temperature": 1 / float(encoders.model.logit_scale),
+        "epoch": encoders.epoch if isinstance(encoders.epoch, int) else None,
     }
 
 

@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import random
+import shutil
 import signal
 import string
 import subprocess
@@ -341,6 +342,19 @@ def test_the_card_and_the_settings_say_what_a_stranger_needs(exported, kind):
     assert settings["image"]["size"] == [96, 32] and settings["text"]["mask"] == 49405
     assert (folder / settings["text"]["vocabulary"]).stat().st_size > 1_000_000
     assert settings["architecture"]["embed_dim"] == 128
+
+
+def test_a_card_has_no_figures_of_the_weights_that_were_best_before_training_went_on(
+    home, encoders, tmp_path
+):
+    run = shutil.copytree(home / "run", tmp_path / "run")
+    args, epoch = export_args([str(run), "--format", "safetensors"]), encoders.epoch
+    assert epoch == torch.load(run / "best.pth")["epoch"]
+    results = json.loads((run / "results.json").read_text())
+    for tested, of_these in ((epoch, True), (epoch - 1, False)):
+        (run / "results.json").write_text(json.dumps({**results, "epoch": tested}))
+        card = model_card(args, export.described(encoders, args), "safetensors", 1e-6)
+        assert ("12.345" in card) == of_these and ("has not been tested" in card) != of_these
 
 
 def test_a_form_that_differs_is_not_written(home, tmp_path, monkeypatch, capsys):
