@@ -20,6 +20,7 @@ from datasets.tokenizer import SimpleTokenizer, tokenize
 from processor.evaluator import RANKS
 from tests.recipe import REFERENCE, arguments, bytes8, figures, tiny_clip_file, tiny_model
 from tests.test_metrics import by_sorting
+from tests.test_pretrained import Payload
 from utils.checkpoint import load_checkpoint
 
 STRUCTURE = figures("checkpoint_structure")
@@ -373,16 +374,6 @@ def test_a_checkpoint_that_is_another_file_is_called_by_its_name(begins, what, p
 
 
 # ---- files that carry code ----
-
-
-class Payload:
-    """Whoever unpickles this makes the file."""
-
-    def __init__(self, file):
-        self.file = file
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.file),)
 
 
 @pytest.mark.parametrize("where", ["the whole file", "a part", "a weight", "an old pickle"])
