@@ -64,11 +64,7 @@ class GalleryIndex:
         index.kind, index.file = table["kind"], Path(table["vectors"]).name
         index.pictures, index.unreadable = table["pictures"], table["unreadable"]
         set_effort(index.faiss, index.kind)
-        if table["layout"] == 1:
-            first = {}
-            same = [first.setdefault(key, row) for row, key in enumerate(index.feature_keys())]
-            index.pictures = {path: p._replace(row=same[p.row]) for path, p in index.pictures.items()}
-        elif table["gallery"] == os.path.abspath(gallery):
+        if table["gallery"] == os.path.abspath(gallery):
             index.on_disk = index.file, dict(index.pictures), dict(index.unreadable)
         return index
 

@@ -12,7 +12,7 @@ from utils.errors import InputError
 from utils.extras import extra
 from utils.files import remove, remove_leftovers, whole_file, write_whole
 
-TABLE, LAYOUT = "table.json", 2  # layout 1 held a vector for each picture, copies too, and no digests
+TABLE, LAYOUT = "table.json", 2  # 1 held a vector for each picture, copies too, and no digests
 MEND = "start again with --rebuild, or give another --index"
 
 
@@ -20,9 +20,8 @@ def read_table(folder):
     """The table of the index in a folder, with `pictures` and `unreadable` as a GalleryIndex has them."""
     try:
         table = json.loads((folder / TABLE).read_text(encoding="utf-8"))
-        number = len(table["paths"])
-        if table["layout"] == 1:
-            table |= {"rows": range(number), "ctimes_ns": [None] * number, "digests": [""] * number}
+        if table["layout"] != LAYOUT:
+            raise InputError(f"the index in {folder} is of another version of search.py: {MEND}")
         stamps = map(Stamp, *(table[name] for name in ("sizes", "mtimes_ns", "ctimes_ns")))
         pictures = map(Picture, map(int, table["rows"]), stamps, table["digests"])
         table["pictures"] = dict(zip(table["paths"], pictures, strict=True))
@@ -39,9 +38,7 @@ def check_table(table, folder, gallery, fingerprint, found=None):
     """InputError where it is of another model or gallery. found: {relative path: Stamp} of the gallery, by
     which one that was moved is told from another one."""
     home, fault = table["gallery"], None
-    if table["layout"] not in (1, LAYOUT):
-        fault = "is of another version of search.py"
-    elif table["fingerprint"] != fingerprint:
+    if table["fingerprint"] != fingerprint:
         fault = "was made with another model or image size, so its features cannot be compared"
     elif home != os.path.abspath(gallery):
         if not has_moved(table, gallery):
@@ -80,9 +77,8 @@ def read_vectors(folder, table, width):
         raise InputError(f"the index in {folder} is damaged ({name}): {MEND}") from None
     except OSError as error:
         raise InputError(f"the index in {folder} cannot be read ({name}): {error.strerror}") from None
-    rows, known = {picture.row for picture in table["pictures"].values()}, set(range(vectors.ntotal))
-    fits = rows == known if table["layout"] == 1 else rows <= known
-    if not fits or vectors.d != width:
+    rows = {picture.row for picture in table["pictures"].values()}
+    if not rows <= set(range(vectors.ntotal)) or vectors.d != width:
         raise InputError(f"the index in {folder} is damaged ({name} does not fit {TABLE}): {MEND}")
     return vectors
 

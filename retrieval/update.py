@@ -43,19 +43,13 @@ class Update:
     def unknown(self, workers, skipped):
         """Yields the new files to be encoded, one of each content, read as the next is asked for; skipped is
         called for each of the others."""
-        index, rows = self.index, self.row_of_digest
-        undigested = [p for p, picture in self.old.items() if p in self.kept and not picture.digest]
-        for path, digest in digests_of(index.gallery, undigested if index.folder else [], workers):
-            if digest is not None:  # of an index that was kept before there were digests
-                index.pictures[path] = picture = index.pictures[path]._replace(digest=digest)
-                rows.setdefault(digest, picture.row)
         begun = set()
-        for path, digest in digests_of(index.gallery, self.new, workers):
+        for path, digest in digests_of(self.index.gallery, self.new, workers):
             if digest is None:  # reading it as a picture says why
                 yield path
                 continue
             self.digests[path] = digest
-            if digest in rows:
+            if digest in self.row_of_digest:
                 self.join(path)
                 skipped()
             elif digest in begun:
@@ -143,9 +137,6 @@ class Update:
                 del self.failed[path]
         there = self.kept | self.encoded | self.joined
         pictures = {path: index.pictures[path] for path in found if path in there}
-        for path in self.kept:
-            if pictures[path].stamp.ctime_ns is None:  # kept before that counted
-                pictures[path] = pictures[path]._replace(stamp=found[path])
         used, faiss = sorted({picture.row for picture in pictures.values()}), index.faiss
         if len(used) < faiss.ntotal or kind != index.kind:
             faiss, index.file = new_faiss(kind, index.vectors()[used]), None

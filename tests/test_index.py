@@ -1,4 +1,4 @@
-"""The index of a gallery: equal features are one entry of it, of each type and layout; how it is on disk."""
+"""The index of a gallery: equal features are one entry of it, of each type; how it is on disk."""
 
 import json
 import os
@@ -159,6 +159,14 @@ def test_the_type_can_change_without_encoding(opened, encoders, gallery):
 # ---- on disk ----
 
 
+def test_an_index_of_another_version_is_refused(opened, gallery, tmp_path):
+    opened(gallery, "--index", tmp_path / "index")
+    table = tmp_path / "index" / "table.json"
+    table.write_text(table.read_text().replace('"layout": 2', '"layout": 1'))
+    with pytest.raises(InputError, match="of another version of search.py: start again with --rebuild"):
+        opened(gallery, "--index", tmp_path / "index")
+
+
 def test_an_index_of_another_gallery_is_refused(opened, gallery, tmp_path):
     opened(gallery, "--index", tmp_path / "index")
     shutil.copytree(gallery, tmp_path / "other")
@@ -229,46 +237,3 @@ def test_an_index_is_saved_each_minute(home, gallery, tmp_path, monkeypatch):
     found, *_ = scan(gallery)
     index.update(found, encode)
     assert sizes[:2] == [0, 1] and len(index) == 6  # while the second was encoded the first was on disk
-
-
-def keep_as_before(folder, gallery, fingerprint, paths, vectors, kind):
-    """An index as it was kept before copies were one entry: a vector a picture, and no digests."""
-    import faiss
-
-    folder.mkdir(parents=True)
-    faiss.write_index(new_faiss(kind, vectors), str(folder / "vectors-0.faiss"))
-    stamps = [(gallery / path).stat() for path in paths]
-    table = {
-        "layout": 1,
-        "fingerprint": fingerprint,
-        "gallery": str(gallery),
-        "kind": kind,
-        "vectors": "vectors-0.faiss",
-        "paths": paths,
-        "sizes": [state.st_size for state in stamps],
-        "mtimes_ns": [state.st_mtime_ns for state in stamps],
-        "unreadable": [["text.jpg", 4, 5, "no picture"]],
-    }
-    (folder / "table.json").write_text(json.dumps(table))
-
-
-@pytest.mark.parametrize("kind", INDEX_TYPES)
-def test_an_index_of_the_layout_before_is_gone_on_with(kind, opened, encoders, gallery, tmp_path):
-    for name in ("a.jpg", "b.jpg"):
-        shutil.copy(gallery / "3.jpg", gallery / name)
-    paths = sorted(str(path.relative_to(gallery)) for path in gallery.rglob("*.jpg"))
-    pixels = {path: encoders.pixels(gallery / path) for path in paths}
-    vectors = np.concatenate([encoders.image_features([pixels[path]]) for path in paths])
-    keep_as_before(tmp_path / "old", gallery, encoders.fingerprint, paths, vectors, kind)
-    index, lines = opened(gallery, "--index", tmp_path / "old")
-    assert "0 encoded, 0 removed, 8 kept" in lines[-1] and index.kind == kind
-    assert index.faiss.ntotal == 6
-    (hits,), lost = index.find(vectors[:1], 99)
-    assert lost == 0 and sorted(hit.copies for hit in hits) == [0, 0, 0, 0, 0, 2]
-    # a copy that comes later is known by its bytes, though the old index had none
-    shutil.copy(gallery / "1.jpg", gallery / "c.jpg")
-    Image.open(gallery / "0.jpg").rotate(180).save(gallery / "d.jpg")
-    index, lines = opened(gallery, "--index", tmp_path / "old")
-    assert "1 encoded, 0 removed, 8 kept, 1 known by content" in lines[-1]
-    assert len(index) == 10 and index.faiss.ntotal == 7
-    assert json.loads((tmp_path / "old" / "table.json").read_text())["layout"] == 2
