@@ -6,6 +6,10 @@ from utils.errors import InputError, first_line
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")  # whose shape is the parameter's
 KINDS = {"betas", "momentum"}  # settings that tell Adam's family from SGD's
+SETTINGS = (  # of its groups: what a run decides, and PyTorch's words for ways to compute one step
+    "lr initial_lr betas momentum eps weight_decay decoupled_weight_decay amsgrad dampening nesterov "
+    "maximize fused foreach capturable differentiable"
+).split()
 
 
 def fit_groups(optimizer, saved, model, weights, source):
@@ -70,9 +74,11 @@ def _regrouped(optimizer, saved, model, names):
 
 
 def load_optimizer(optimizer, saved, source):
-    """Load an optimiser's state where it fits: a misshapen moment makes PyTorch write beside it. Its settings
-    stay those of this run: decays and betas that are given beside --resume, and how a step is computed, since
-    fused in fp16 would be another recipe. Rates are the schedule's."""
+    """Load an optimiser's state where it fits: a misshapen moment makes PyTorch write beside it.
+
+    Of its groups SETTINGS stay those of this run: decays and betas that are given beside --resume, and how a
+    step is computed, since fused in fp16 would be another recipe. Rates are the schedule's.
+    """
     shapes = [p.shape for group in optimizer.param_groups for p in group["params"]]
     try:
         for index, moments in saved["state"].items():
@@ -82,7 +88,7 @@ def load_optimizer(optimizer, saved, source):
         pairs = list(zip(saved["param_groups"], optimizer.param_groups, strict=True))
         if any(KINDS & group.keys() != KINDS & own.keys() for group, own in pairs):
             raise ValueError("it is another optimiser's, see --optimizer")
-        groups = [{**own, "params": group["params"]} for group, own in pairs]
+        groups = [{**group, **{key: own[key] for key in SETTINGS if key in own}} for group, own in pairs]
         optimizer.load_state_dict({**saved, "param_groups": groups})
     except (TypeError, KeyError, IndexError, AttributeError, ValueError) as error:
         reason = f"its optimizer part does not fit ({type(error).__name__}: {first_line(error)})"

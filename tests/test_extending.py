@@ -315,6 +315,15 @@ def test_an_optimiser_whose_state_has_other_shapes_is_resumed(monkeypatch):
     )
 
 
+def test_what_an_optimiser_counts_in_its_groups_is_resumed(monkeypatch):
+    """As Prodigy and schedule-free ones do; PyTorch's count in the state of each parameter."""
+    monkeypatch.setitem(OPTIMIZERS, "Adam", OWN["by hand"])
+    first, again = (build_optimizer(tiny_args(lr=lr), nn.Linear(3, 2)) for lr in (1.0, 2.0))
+    first.param_groups[0]["k"] = 7
+    load_optimizer(again, first.state_dict(), "last.pth")
+    assert (again.param_groups[0]["k"], again.param_groups[0]["lr"]) == (7, 2.0)
+
+
 def test_settings_given_beside_resume_are_the_ones_that_it_steps_with():
     model = nn.Linear(3, 2)
     first, same, adamw = (
