@@ -17,7 +17,7 @@ set -euo pipefail
 name=${IRRA_NAME:-job$SLURM_JOB_ID}
 logs=${IRRA_LOGS:-logs}
 resume=()
-if compgen -G "$logs/*/*_$name/last.pth" >/dev/null; then
+if compgen -G "$logs/*/????????_??????_$name/last.pth" >/dev/null; then
     resume=(--resume)
 fi
 

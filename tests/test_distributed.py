@@ -445,6 +445,10 @@ def test_the_slurm_script_starts_torchrun_and_train_with_options_they_know(tmp_p
 
     args = started()
     assert (args.name, args.root_dir, args.batch_size, args.resume) == ("job12", "/data", 64, False)
+    another = tmp_path / "logs" / "CUHK-PEDES" / "20261124_101400_my_job12" / "last.pth"
+    another.parent.mkdir(parents=True)
+    another.touch()
+    assert not started().resume
     checkpoint = tmp_path / "logs" / "CUHK-PEDES" / "20261124_101500_job12" / "last.pth"
     checkpoint.parent.mkdir(parents=True)
     checkpoint.touch()
