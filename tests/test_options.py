@@ -351,7 +351,12 @@ def test_a_missing_config_file_is_named_with_its_neighbours(refused, config, tmp
     message = refused("--config_file", str(tmp_path / "ira.yaml"))
     assert str(tmp_path / "ira.yaml") in message and "irra.yaml" in message
     assert "no folder" in refused("--config_file", str(tmp_path / "nowhere" / "irra.yaml"))
-    assert str(tmp_path) in refused("--config_file", str(tmp_path))
+    assert f"{tmp_path}/configs.yaml (that folder holds " in refused("--config_file", str(tmp_path))
+
+
+def test_a_runs_folder_stands_for_its_configs_yaml(tmp_path):
+    (tmp_path / "configs.yaml").write_text("batch_size: 48\n")
+    assert get_args(["--config_file", str(tmp_path)]).batch_size == 48
 
 
 def test_options_of_a_config_file_are_reconciled_too(refused, config):

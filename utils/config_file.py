@@ -53,10 +53,11 @@ def plain_loader():
 
 
 def read_yaml(path):
-    """A mapping from a YAML file of plain data."""
+    """A mapping from a YAML file of plain data, or from the configs.yaml of a run's folder."""
     import yaml
 
     path = Path(path)
+    path = path / "configs.yaml" if path.is_dir() else path
     try:
         options = yaml.load(path.read_text(encoding="utf-8-sig"), plain_loader())
     except FileNotFoundError:

@@ -88,7 +88,7 @@ DATA, EVERY = f"train {TOOLS}", f"train {TOOLS} export"
 OPTIONS = {
 "run": [
     ("--config_file", {"train visualize": None, "test search demo": REQUIRED}, "FILE",
-        "YAML file of options; for tools: a run's, or its folder"),
+        "YAML file of options; a run's, or its folder"),
     ("config_file", {"export": None}, "RUN", "the run's folder or configs.yaml"),
     ("--checkpoint", {f"{TOOLS} export": None}, "FILE", "instead of the best.pth in the run's folder"),
     ("--name", {"train": "baseline"}, "NAME", "end of the name of the run's folder"),
