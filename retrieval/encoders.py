@@ -6,6 +6,7 @@ import functools
 import hashlib
 import math
 import os
+import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -196,11 +197,12 @@ def checked_sentence(sentence, what="the query", plain=False):
 
 
 def cut_notice(encoders, sentence):
-    """One line about a sentence that is longer than the model reads, or None."""
+    """One line about a sentence that the model does not read whole, or hardly understands; or None."""
+    notes, letters = [], [letter for letter in sentence if letter.isalpha()]
+    if 2 * sum("LATIN" not in unicodedata.name(letter, "") for letter in letters) > len(letters):
+        notes.append("is not in English letters: only a run that was trained on such captions understands it")
     ids, most = encoders.tokenizer.encode(sentence), encoders.text_length - 2  # without those at its ends
-    if len(ids) <= most or EOT in ids[:most]:
-        return None
-    return (
-        f'"{sentence[:40].rstrip()}…" has {len(ids) + 2} tokens, and the model reads {most + 2}: '
-        "the rest is cut off"
-    )
+    if len(ids) > most and EOT not in ids[:most]:
+        notes.append(f"has {len(ids) + 2} tokens, and the model reads {most + 2}: the rest is cut off")
+    begin = sentence if len(sentence) <= 40 else f"{sentence[:40].rstrip()}…"
+    return f'"{begin}" {"; it ".join(notes)}' if notes else None

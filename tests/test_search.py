@@ -155,6 +155,17 @@ def test_a_model_whose_features_are_no_numbers_is_one_sentence_and_never_nan(hom
     assert one_sentence(search(*words), "features of this model are not numbers")
 
 
+def test_a_sentence_in_letters_that_english_does_not_use_is_told_to_mean_little(encoders):
+    for sentence in ("一个穿红色外套的女人", "Мужчина в синей рубашке"):
+        assert cut_notice(encoders, sentence).startswith(
+            f'"{sentence}" is not in English letters: only a run'
+        )
+    for sentence in ("une femme élégante, naïve", "a 7 🙂", "a man (男)", "12"):
+        assert cut_notice(encoders, sentence) is None
+    both = cut_notice(encoders, "红" * 90)
+    assert both.startswith(f'"{"红" * 40}…" is not in') and "; it has " in both and "is cut off" in both
+
+
 def test_an_index_of_another_model_is_refused_and_stays(home, search, gallery, tmp_path):
     search("--gallery", gallery, "--query", QUERY)
     state = torch.load(home / "run" / "best.pth")
