@@ -50,6 +50,9 @@ footer {display: none !important}
 #gallery .caption-label {left: 0; right: 0; max-width: none; text-align: center; border: none}
 """
 
+# what is written there from now on a screen reader says
+SPOKEN = "() => document.querySelectorAll('#remark, #state').forEach(place => place.role = 'status')"
+
 
 class Result(NamedTuple):
     """What a visitor saw last: kept on the server, a visitor each."""
@@ -205,6 +208,7 @@ def build(page, examples, max_upload):
             files = gr.File(label="Folder", file_count="directory", type="filepath", elem_id="folder")
             state = gr.Markdown(SEARCHED, elem_id="state", elem_classes="hint")
         connect(gr, page, (sentence, button), answer, (heading, files, state))
+        gr.on([button.click, sentence.submit, files.upload], js=SPOKEN, api_visibility="private")
     return blocks
 
 

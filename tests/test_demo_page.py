@@ -215,6 +215,14 @@ def test_by_the_keyboard_alone_a_sentence_is_asked_in_a_narrow_window_of_several
         assert len({tile.location["x"] for tile in tiles(page)}) >= 3
 
 
+def test_what_came_of_a_search_or_an_upload_is_told_to_who_does_not_see_it(page, imgs, tmp_path):
+    """A status message: WCAG 2.1, 4.1.3."""
+    type_and_search(page, SENTENCE)
+    until(lambda: "best of" in text_of(page, "#remark[role=status]"))
+    choose_folder(page, imgs, tmp_path / "own", ["a.jpg"])
+    until(lambda: "your 1 picture is searched" in text_of(page, "#state[role=status]"))
+
+
 def test_an_example_fills_the_sentence(page):
     page.find_elements("css selector", ".gallery-item, button.gallery-item, .gallery button")[0].click()
     box = page.find_element("css selector", "#sentence textarea")
@@ -236,7 +244,7 @@ def choose_folder(page, imgs, folder, names, broken=False):
         shutil.copy(path, folder / name)
     if broken:
         (folder / "broken.jpg").write_bytes(b"not a picture")
-    page.find_element("xpath", "//button[contains(., 'Search your own pictures')]").click()
+    until(lambda: page.find_element("xpath", "//button[contains(., 'Search your own pictures')]")).click()
     until(lambda: page.find_element("css selector", "#folder input[type=file]")).send_keys(str(folder))
 
 
@@ -319,7 +327,7 @@ def test_a_name_or_a_sentence_is_shown_and_never_acts(browser, home, imgs, tmp_p
     with served(home, gallery, "--example", example) as address:
         browser.get(address)
         until(lambda: f"1 picture in {ACTS}{ESCAPED}\ufffd" in text_of(browser, "#heading"))
-        assert example[:40] in text_of(browser, "body")
+        until(lambda: example[:40] in text_of(browser, "body"))
         sentence = f"{ACTS} <script>document.title=1</script> {'red ' * 80}"
         type_and_search(browser, sentence)
         until(lambda: len(tiles(browser)) == 1)
