@@ -52,9 +52,10 @@ def load_checkpoint(path):
     weights = weights_in(state)
     if isinstance(weights, dict) and any(str(key).startswith("base_model.") for key in plain_names(weights)):
         state = {"model": weights} if weights is state else {**state, "model": weights}  # a fork's, too
-    if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
-        raise InputError(f'{path} is not a checkpoint of a run: it has no "model" part')
-    state["model"] = plain_names(state["model"])
+    model = state.get("model") if isinstance(state, dict) else None
+    if not isinstance(model, dict) or not all(isinstance(key, str) for key in model):
+        raise InputError(f'{path} is not a checkpoint of a run: it has no "model" part, names and weights')
+    state["model"] = plain_names(model)
     return state
 
 

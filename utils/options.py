@@ -361,23 +361,26 @@ def get_test_args(argv=None):
 def tool_args(parser, argv=None):
     """The options of a tool over those of the run that it names: a Namespace, with `run_dir` added.
 
-    config_file is the run's file, whatever its name, and run_dir its folder. Without --config_file, where a
-    tool allows that, both are None and the tool's options are all.
+    run_dir is the folder of the run's file, whatever that is called. Without --config_file, where a tool
+    allows that, it is None and the tool's options are all.
     """
     given = parser.parse_args(argv)
     if given.config_file is None:
         given.run_dir = None
         return given
-    config_file = Path(given.config_file)
-    if config_file.is_dir():
-        config_file = config_file / "configs.yaml"
+    config_file = run_file(given)
     args = read_run_options(config_file, vars(given))
-    vars(args).update(options_over(vars(args), vars(given)), training=False)
-    vars(args).update(config_file=str(config_file), run_dir=str(config_file.parent))
+    vars(args).update(options_over(vars(args), vars(given)), training=False, run_dir=str(config_file.parent))
     check_data_options(args)
     if not args.checkpoint and (numbered := numbered_best(args)):
         args.checkpoint = str(numbered)
     return args
+
+
+def run_file(args):
+    """The file of a run's options, whatever its name; --config_file may name its folder."""
+    config_file = Path(args.config_file)
+    return config_file / "configs.yaml" if config_file.is_dir() else config_file
 
 
 def numbered_best(args):
@@ -430,7 +433,7 @@ def read_run_options(config_file, given=()):
 
 def other_set(args):
     """'_NAME' of the data set that a tool looks at, where its run was trained on another one; else ''."""
-    trained = read_run_options(args.config_file, given=("dataset_name",))
+    trained = read_run_options(run_file(args), given=("dataset_name",))
     own = args.annotations == trained.annotations and name_of(args) == name_of(trained)
     return "" if own else f"_{name_of(args)}"
 
