@@ -67,15 +67,23 @@ def train_one_epoch(model, loader, optimizer, device, epoch, steps=None):
         meters.update({"loss": loss, **report}, samples)
         del batch, loss, report  # else they are on the device until the next ones are there
         bar.update()
-        if step % how.log_period == 0 or step == last < how.log_period:
-            lr = base_lr(optimizer)
-            logger.info(f"Epoch[{epoch}] Iteration[{step}/{last}], {meters.shown()}, Base Lr: {lr:.2e}")
+        if step % how.log_period == 0:
+            log_losses(f"Epoch[{epoch}] Iteration[{step}/{last}]", meters.averages(), optimizer)
         if how.after_step:
             how.after_step(step, meters)
     bar.close()
     watch.look()
+    averages = meters.averages()
+    if last < how.log_period:
+        log_losses(f"Epoch[{epoch}] Iteration[{step}/{last}]", averages, optimizer)
     logger.info(f"Epoch {epoch} done.{speed_of(step - how.start, began, how.batch_size or samples)}")
-    return {**meters.averages(), **meters.latest}
+    return {**averages, **meters.latest}
+
+
+def log_losses(where, averages, optimizer):
+    """As the published log shows them: averages of 0 are left out."""
+    shown = [f"{name}: {value:.4f}" for name, value in averages.items() if value and name != "temperature"]
+    logger.info(", ".join([where, *shown, f"Base Lr: {base_lr(optimizer):.2e}"]))
 
 
 def speed_of(steps, began, batch_size):
@@ -146,11 +154,6 @@ class Meters:
         if not self.names:
             return {}
         return dict(zip(self.names, (self.sums.cpu() / self.weights).tolist(), strict=True))
-
-    def shown(self):
-        """As the published log shows them: averages of 0 are left out."""
-        averages = {name: value for name, value in self.averages().items() if name != "temperature"}
-        return ", ".join(f"{name}: {value:.4f}" for name, value in averages.items() if value)
 
     def state_dict(self):
         if not self.names:
