@@ -365,7 +365,8 @@ def test_searchs_encoders_give_there_what_they_give_here(precision):
             encoders = Encoders(model, IMG_SIZE, 77, device, "none")
             found.append((encoders.text_features(sentences), encoders.image_features(pictures)))
     for here, there in zip(*found, strict=True):
-        assert here.dtype == there.dtype == "float32" and (here == there).all()
+        # a unit in the last place apart with PyTorch 2.6
+        assert here.dtype == there.dtype == "float32" and abs(here - there).max() < 1e-6
 
 
 def test_pixels_are_finished_there_without_a_wait():
