@@ -11,7 +11,7 @@ Checks formatting and code with ruff, then runs the tests with pytest, which get
 All three run even when one fails; the exit code is 0 only when all passed.
 
   ./run_tests.sh                             everything: about a quarter of an hour on two CPU cores
-  ./run_tests.sh --fast                      all but the slow tests: three minutes; names the five slowest
+  ./run_tests.sh --fast                      all but the slow tests: two to three minutes; names the five slowest
   ./run_tests.sh -x -k sampler               stop at the first failure; only tests with that in their name
   ./run_tests.sh tests/test_objectives.py    one file, in one process, as python -m pytest runs it
 

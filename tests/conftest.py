@@ -25,7 +25,6 @@ PATIENCE = 300  # seconds: what a test waits for longer hangs; what takes one ta
 SLOW = {  # what --fast leaves out, by what takes it long: a file, or file::beginning of a test's name
     "several processes": (
         "test_distributed.py",
-        "test_device.py::test_its_sentence_is_said",
         "test_methods.py::test_two_processes",
         "test_tbps.py::test_two_processes",
         "test_noise.py::test_processes_divide",
@@ -91,8 +90,6 @@ SLOW = {  # what --fast leaves out, by what takes it long: a file, or file::begi
         "test_micro_batch.py::test_parts_of_a_batch_give_the_losses_and_gradients_of_two_or_three",
         "test_pretended.py::test_every_combination_of_losses",
         "test_pretended.py::test_every_way_to_train",
-        "test_pretended.py::test_the_host_waits",
-        "test_average.py::test_the_host_does_not_wait",
         "test_exactness.py::test_each_shortcut_alone",
     ),
     "downloads that are tried again": ("test_hub.py::test_a_download_that_breaks_off",),
