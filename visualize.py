@@ -7,6 +7,7 @@ from utils.data_sets import name_of
 from utils.errors import InputError, printable, reports_errors
 from utils.files import make_folder
 from utils.options import other_set
+from utils.run_folders import results_of
 from utils.tool_options import visualize_args
 
 
@@ -30,9 +31,10 @@ def main(argv=None):
 
 
 def pictures_folder(args):
-    """pictures in the run's folder; of another checkpoint or data set those have a folder of their own."""
-    checkpoint = f"_{Path(args.checkpoint).stem}" if args.checkpoint else ""
-    return Path(args.run_dir) / f"pictures{checkpoint}{other_set(args)}"
+    """pictures in the run's folder; of another checkpoint or data set those have a folder of their own, as
+    test.py's results have a file."""
+    name = results_of(args.run_dir, args.checkpoint).replace("results", "pictures", 1)
+    return Path(args.run_dir) / f"{name}{other_set(args)}"
 
 
 def words(args, folder):

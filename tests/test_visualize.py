@@ -116,7 +116,7 @@ def test_pictures_of_another_checkpoint_or_data_set_take_no_others_place(home, t
     shutil.copy(run / "best.pth", run / "last.pth")
     make_dataset(tmp_path / "data", "RSTPReid", 3, 2, 6, 3)
     words = ["--config_file", str(run), "--device", "cpu", "--queries", "0"]
-    more = [[], ["--checkpoint", str(run / "last.pth")]]
+    more = [[], *(["--checkpoint", str(run / name)] for name in ("best.pth", "last.pth"))]
     more.append(["--dataset_name", "RSTPReid", "--root_dir", str(tmp_path / "data")])
     for each in more:
         assert load_script("visualize").main([*words, *each]) == 0, capsys.readouterr().err
