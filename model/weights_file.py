@@ -124,6 +124,8 @@ def named_tensors(tree, path):
             f"{path} holds several models ({_named(sorted(prefixes))}): save the state dict of one of them "
             "alone"
         )
+    if not prefixes:  # another model, which its family's name is to tell, wrapped as a whole or not
+        tensors = {re.sub(r"^((clip_)?model\.|clip\.)+", "", key): value for key, value in tensors.items()}
     prefix = min(prefixes, default="")
     own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
     return own, [key for key in tensors if not key.startswith(prefix)]

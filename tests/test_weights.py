@@ -531,6 +531,7 @@ LAYER, TRUNK = "resblocks.0.ls_1.gamma", "visual.trunk."
 REFUSED = {  # what is in the sentence, and who writes the file
     "SigLIP": keys(f"{TRUNK}attn_pool.latent", "text.token_embedding.weight", "logit_bias"),
     "SigLIP'": keys("vision_model.head.probe", "text_model.head.weight"),
+    "SigLIP''": keys(f"clip.model.{TRUNK}attn_pool.latent", "clip.model.logit_bias"),
     "Perception Encoder": keys(f"{TRUNK}attn_pool.latent", f"{TRUNK}cls_token", "text.text_projection"),
     "EVA-CLIP": keys(f"{TRUNK}cls_token", f"{TRUNK}blocks.0.attn.q_bias", "text.token_embedding.weight"),
     "EVA-CLIP'": keys(f"{TRUNK}cls_token", f"{TRUNK}blocks.0.mlp.fc1_g.weight", "text.ln_final.weight"),
