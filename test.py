@@ -6,7 +6,7 @@ from pathlib import Path
 from utils.data_sets import name_of
 from utils.errors import InputError, reports_errors
 from utils.files import make_folder, write_whole
-from utils.options import get_test_args, other_set, passed_over, run_file
+from utils.options import get_test_args, other_set, passed_over
 from utils.run_folders import results_of
 
 
@@ -39,7 +39,7 @@ def test(args, device):
     if process_index() == 0:
         keep_log(logger, Path(args.output or run) / "test_log.txt")
     logger.info(str(dict(sorted(vars(args).items()))))
-    if sentence := passed_over(run_file(args), vars(args)):
+    if sentence := passed_over(args.config_file, vars(args)):
         logger.info(sentence)
     checkpoint = Path(args.checkpoint or run / "best.pth")
     img_loader, txt_loader, _ = build_dataloader(args)

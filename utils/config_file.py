@@ -52,12 +52,17 @@ def plain_loader():
     return Loader
 
 
+def run_file(path):
+    """The file that --config_file names: itself, or the configs.yaml of a run's folder."""
+    path = Path(path)
+    return path / "configs.yaml" if path.is_dir() else path
+
+
 def read_yaml(path):
-    """A mapping from a YAML file of plain data, or from the configs.yaml of a run's folder."""
+    """A mapping from a YAML file of plain data; see run_file."""
     import yaml
 
-    path = Path(path)
-    path = path / "configs.yaml" if path.is_dir() else path
+    path = run_file(path)
     try:
         options = yaml.load(path.read_text(encoding="utf-8-sig"), plain_loader())
     except FileNotFoundError:

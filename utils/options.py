@@ -9,7 +9,7 @@ import re
 from argparse import SUPPRESS, ArgumentTypeError, Namespace
 from pathlib import Path
 
-from utils.config_file import read_options
+from utils.config_file import read_options, run_file
 from utils.data_sets import DATA_SETS, DEFAULT, absolute, check_data_options, name_of, options_over
 from utils.errors import InputError
 from utils.losses import named, names_of
@@ -368,19 +368,13 @@ def tool_args(parser, argv=None):
     if given.config_file is None:
         given.run_dir = None
         return given
-    config_file = run_file(given)
+    config_file = run_file(given.config_file)
     args = read_run_options(config_file, vars(given))
     vars(args).update(options_over(vars(args), vars(given)), training=False, run_dir=str(config_file.parent))
     check_data_options(args)
     if not args.checkpoint and (numbered := numbered_best(args)):
         args.checkpoint = str(numbered)
     return args
-
-
-def run_file(args):
-    """The file of a run's options, whatever its name; --config_file may name its folder."""
-    config_file = Path(args.config_file)
-    return config_file / "configs.yaml" if config_file.is_dir() else config_file
 
 
 def numbered_best(args):
@@ -433,7 +427,7 @@ def read_run_options(config_file, given=()):
 
 def other_set(args):
     """'_NAME' of the data set that a tool looks at, where its run was trained on another one; else ''."""
-    trained = read_run_options(run_file(args), given=("dataset_name",))
+    trained = read_run_options(args.config_file, given=("dataset_name",))
     own = args.annotations == trained.annotations and name_of(args) == name_of(trained)
     return "" if own else f"_{name_of(args)}"
 
@@ -442,4 +436,4 @@ def passed_over(config_file, given):
     """A sentence about what a run's configs.yaml says that testing does not need, or None."""
     _, foreign = read_run_file(config_file, given)
     shown = ", ".join(f"{key}: {value}" for key, value in foreign.items())
-    return f"{config_file}: passed over, since testing does not need it: {shown}" if shown else None
+    return f"{run_file(config_file)}: passed over, since testing does not need it: {shown}" if shown else None
