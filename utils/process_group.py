@@ -35,13 +35,9 @@ def process_group(device):
     When one of them ends, the others do. What several have to say in the same words is said once.
     """
     global _store
+    if not launched():
+        warn_of_copies()
     if not launched() or dist.is_initialized():
-        copies = os.environ.get("SLURM_STEP_NUM_TASKS") or os.environ.get("OMPI_COMM_WORLD_SIZE")
-        if copies not in (None, "1") and not launched():
-            say_once(
-                f"warning: srun or mpirun has started {copies} of this program, and each works by itself, on "
-                "the first GPU that it sees: torchrun makes them share the work (docs/many_gpus.md)"
-            )
         yield
         return
     backend = "gloo" if device.type == "cpu" else "nccl"
@@ -71,6 +67,16 @@ def process_group(device):
             _let_go_of_replicas()
             dist.destroy_process_group()
         _store = None
+
+
+def warn_of_copies():
+    """Another launcher started this program several times, without what makes them meet."""
+    copies = os.environ.get("SLURM_STEP_NUM_TASKS") or os.environ.get("OMPI_COMM_WORLD_SIZE")
+    if copies not in (None, "1"):
+        say_once(
+            f"warning: srun or mpirun has started {copies} of this program, and each works by itself, on "
+            "the first GPU that it sees: torchrun makes them share the work (docs/many_gpus.md)"
+        )
 
 
 def _join(backend):
