@@ -15,10 +15,12 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
+from utils.errors import reports_errors
 from utils.options import get_args
+from utils.run_folders import newest_run
 
 DATA, PAIRS, PICTURE = "demo/data", "demo/pairs", "demo/retrieval.png"
-CLIP, CLIP_RUNS, CLIP_RECIPE = Path("demo/small_clip.pth"), "demo/clip", Path("configs/small_clip.yaml")
+CLIP, CLIP_RUNS, CLIP_RECIPE = Path("demo/small_clip.pth"), "demo/clip", "configs/small_clip.yaml"
 SURROUNDINGS = {
     # threads that wait asleep: where cores are shared, waiting awake takes four times as long
     "OMP_WAIT_POLICY": "PASSIVE",
@@ -29,9 +31,10 @@ SURROUNDINGS = {
 }
 
 
+@reports_errors
 def main(argv):
     flags = ["--config_file", "configs/demo.yaml", "--root_dir", DATA, "--output_dir", "demo/logs", *argv]
-    logs = get_args(flags).output_dir  # what is mistyped ends it here, before anything is drawn
+    args = get_args(flags)  # what is mistyped ends it here, before anything is drawn
     for name, value in SURROUNDINGS.items():
         os.environ.setdefault(name, value)
     signal.signal(signal.SIGINT, lambda *_: None)  # the running command gets it too and says what it saved
@@ -39,7 +42,7 @@ def main(argv):
     with step("1/4 Drawing pedestrians and writing sentences about them: seconds", took):
         sizes = "--ids 400 --val_ids 20 --test_ids 100 --images_per_id 4"
         python(f"-m datasets.synthetic --format CUHK-PEDES {sizes} --root {DATA}")
-    if CLIP.exists() and CLIP.stat().st_mtime > CLIP_RECIPE.stat().st_mtime:
+    if CLIP.exists() and CLIP.stat().st_mtime > Path(CLIP_RECIPE).stat().st_mtime:
         print(f"\n== 2/4 The small CLIP is there from an earlier demo: {CLIP}", flush=True)
     else:
         with step(
@@ -48,7 +51,7 @@ def main(argv):
             train_small_clip()
     with step("3/4 Training IRRA from that CLIP, with the losses sdm+mlm+id: a minute", took):
         python("train.py", *flags)
-    run = newest_run(logs)
+    run = newest_run(args).parent
     with step("4/4 Looking for persons it has never seen: seconds", took):
         python(f"test.py --chance --picture {PICTURE} --config_file", run)
     call = shlex.quote(sys.executable.removeprefix(f"{Path.cwd()}/"))
@@ -68,15 +71,9 @@ Next, after {call} -m pip install -r requirements-demo.txt: search, look, open a
 def train_small_clip():
     """In the place that OpenAI's CLIP has for photographs."""
     python(f"-m datasets.synthetic --ids 3200 --val_ids 0 --test_ids 100 --images_per_id 1 --root {PAIRS}")
-    python(f"train.py --config_file {CLIP_RECIPE} --root_dir {PAIRS} --output_dir {CLIP_RUNS}")
-    (newest_run(CLIP_RUNS) / "last.pth").replace(CLIP)
-
-
-def newest_run(logs):
-    runs = list(Path(logs).glob("*/*/configs.yaml"))
-    if not runs:
-        sys.exit(f"The training left no run in {logs} (no {logs}/*/*/configs.yaml).")
-    return max(runs, key=lambda path: path.stat().st_mtime).parent
+    flags = ["--config_file", CLIP_RECIPE, "--root_dir", PAIRS, "--output_dir", CLIP_RUNS]
+    python("train.py", *flags)
+    newest_run(get_args(flags)).replace(CLIP)
 
 
 @contextmanager
@@ -100,4 +97,4 @@ def python(line, *words):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    raise SystemExit(main(sys.argv[1:]))

@@ -56,8 +56,11 @@ esac
 echo "$*" >> asked
 [ "$1" = train.py ] || exit 0
 [ ! -e fails ] || exit 3
-for word; do [ "$before" != --output_dir ] || logs=$word; before=$word; done
-run=$logs/CUHK-PEDES/20261125_120000_a
+for word; do
+    case $before in --output_dir) logs=$word ;; --config_file) name=$(basename "$word" .yaml) ;; esac
+    before=$word
+done
+run=$logs/CUHK-PEDES/20261125_120000_$name
 mkdir -p "$run" && touch "$run/configs.yaml" "$run/last.pth"
 """
 
@@ -98,13 +101,13 @@ def test_the_demo_trains_its_small_clip_once_and_says_what_it_did(tmp_path, writ
     draws, trains = "-m datasets.synthetic", "train.py"
     status, out, err, did = run_demo("--num_epoch", "2")
     assert (status, err, did) == (0, "", [draws, draws, trains, trains, "test.py"])
-    assert "The run:     demo/logs/CUHK-PEDES/20261125_120000_a\n" in out
+    assert "The run:     demo/logs/CUHK-PEDES/20261125_120000_demo\n" in out
     assert re.search(r"The time: .*small CLIP on them \d+ s, 3/4", out)
     assert asked.read_text().splitlines()[3].endswith("--output_dir demo/logs --num_epoch 2")
     assert (tmp_path / "demo/small_clip.pth").exists()
     status, out, err, did = run_demo("--output_dir", "my runs")
     assert (status, did) == (0, [draws, trains, "test.py"])
-    assert "from an earlier demo" in out and "--config_file 'my runs/CUHK-PEDES/20261125_120000_a'" in out
+    assert "from an earlier demo" in out and "--config_file 'my runs/CUHK-PEDES/20261125_120000_demo'" in out
     os.utime(tmp_path / "configs/small_clip.yaml")
     assert run_demo()[3] == [draws, draws, trains, trains, "test.py"]
 
